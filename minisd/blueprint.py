@@ -1,0 +1,167 @@
+"""Names and shapes of a new checkpoint, from a few numbers: what is needed to train one, to benchmark the published
+architectures without their weights, and to test.  Opening a file never comes here; a file is its own blueprint.
+
+Reference: CompVis/stable-diffusion, configs/stable-diffusion/v1-inference.yaml and the constructors that it names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .shapes import Shapes
+
+
+def under(name: str, shapes: Shapes) -> Shapes:
+    return {f"{name}.{key}": shape for key, shape in shapes.items()}
+
+
+def layer(name: str, *weight: int, bias: bool = True) -> Shapes:
+    """Weight of the given shape, and a bias as long as its first dimension."""
+    return {f"{name}.weight": weight} | ({f"{name}.bias": weight[:1]} if bias else {})
+
+
+def norm(name: str, channels: int) -> Shapes:
+    return layer(name, channels)
+
+
+def clip_text(width: int, layers: int, vocabulary: int = 49_408, positions: int = 77) -> Shapes:
+    """The text encoder of SD 1.x: 768 wide and 12 layers deep there."""
+    shapes: Shapes = {
+        "embeddings.token_embedding.weight": (vocabulary, width),
+        "embeddings.position_embedding.weight": (positions, width),
+    }
+    for i in range(layers):
+        block = norm("layer_norm1", width) | norm("layer_norm2", width)
+        block |= layer("mlp.fc1", 4 * width, width) | layer("mlp.fc2", width, 4 * width)
+        for name in ("k_proj", "out_proj", "q_proj", "v_proj"):
+            block |= layer(f"self_attn.{name}", width, width)
+        shapes |= under(f"encoder.layers.{i}", block)
+    return under("text_model", shapes | norm("final_layer_norm", width))
+
+
+def vae_resnet(channels_in: int, channels_out: int) -> Shapes:
+    shapes = norm("norm1", channels_in) | layer("conv1", channels_out, channels_in, 3, 3)
+    shapes |= norm("norm2", channels_out) | layer("conv2", channels_out, channels_out, 3, 3)
+    return shapes | (layer("nin_shortcut", channels_out, channels_in, 1, 1) if channels_in != channels_out else {})
+
+
+def vae_middle(channels: int) -> Shapes:
+    attention = norm("norm", channels)
+    for name in ("k", "proj_out", "q", "v"):
+        attention |= layer(name, channels, channels, 1, 1)
+    resnet = vae_resnet(channels, channels)
+    return under("block_1", resnet) | under("attn_1", attention) | under("block_2", resnet)
+
+
+def vae_encoder(channels: Iterable[int], blocks: int, latent_channels: int) -> Shapes:
+    widths = list(channels)
+    shapes = layer("conv_in", widths[0], 3, 3, 3)
+    before = widths[0]
+    for i, width in enumerate(widths):
+        for j in range(blocks):
+            shapes |= under(f"down.{i}.block.{j}", vae_resnet(before, width))
+            before = width
+        if i < len(widths) - 1:
+            shapes |= layer(f"down.{i}.downsample.conv", width, width, 3, 3)
+    shapes |= under("mid", vae_middle(before)) | norm("norm_out", before)
+    return shapes | layer("conv_out", 2 * latent_channels, before, 3, 3)
+
+
+def vae_decoder(channels: Iterable[int], blocks: int, latent_channels: int) -> Shapes:
+    widths = list(channels)
+    before = widths[-1]
+    shapes = layer("conv_in", before, latent_channels, 3, 3) | under("mid", vae_middle(before))
+    for i, width in reversed(list(enumerate(widths))):
+        for j in range(blocks):
+            shapes |= under(f"up.{i}.block.{j}", vae_resnet(before, width))
+            before = width
+        if i > 0:
+            shapes |= layer(f"up.{i}.upsample.conv", width, width, 3, 3)
+    return shapes | norm("norm_out", before) | layer("conv_out", 3, before, 3, 3)
+
+
+def vae(encoder: Iterable[int], decoder: Iterable[int], blocks: tuple[int, int], latent_channels: int = 4) -> Shapes:
+    """The autoencoder; widths from the picture down, blocks a level for encoder and decoder.
+
+    The published ones are (128, 256, 512, 512) wide, with 2 and 3 blocks a level.
+    """
+    shapes = under("encoder", vae_encoder(encoder, blocks[0], latent_channels))
+    shapes |= under("decoder", vae_decoder(decoder, blocks[1], latent_channels))
+    shapes |= layer("quant_conv", 2 * latent_channels, 2 * latent_channels, 1, 1)
+    return shapes | layer("post_quant_conv", latent_channels, latent_channels, 1, 1)
+
+
+def resblock(channels_in: int, channels_out: int, embedding: int) -> Shapes:
+    shapes = norm("in_layers.0", channels_in) | layer("in_layers.2", channels_out, channels_in, 3, 3)
+    shapes |= layer("emb_layers.1", channels_out, embedding)
+    shapes |= norm("out_layers.0", channels_out) | layer("out_layers.3", channels_out, channels_out, 3, 3)
+    return shapes | (layer("skip_connection", channels_out, channels_in, 1, 1) if channels_in != channels_out else {})
+
+
+def transformer(channels: int, context: int) -> Shapes:
+    """One SpatialTransformer of depth 1, its projections stored as 1x1 convolutions, as in SD 1.x."""
+    block: Shapes = {}
+    for name, source in (("attn1", channels), ("attn2", context)):
+        block |= layer(f"{name}.to_q", channels, channels, bias=False) | layer(f"{name}.to_out.0", channels, channels)
+        block |= layer(f"{name}.to_k", channels, source, bias=False) | layer(f"{name}.to_v", channels, source, bias=False)
+    block |= layer("ff.net.0.proj", 8 * channels, channels) | layer("ff.net.2", channels, 4 * channels)
+    block |= norm("norm1", channels) | norm("norm2", channels) | norm("norm3", channels)
+    projections = layer("proj_in", channels, channels, 1, 1) | layer("proj_out", channels, channels, 1, 1)
+    return norm("norm", channels) | projections | under("transformer_blocks.0", block)
+
+
+def unet(
+    channels: int, multipliers: tuple[int, ...], blocks: int, attention: tuple[bool, ...], context: int, latent_channels: int = 4
+) -> Shapes:
+    """The UNet of SD 1.x: 320 channels, multipliers (1, 2, 4, 4), 2 blocks a level, attention on the first three levels."""
+    embedding = 4 * channels
+    shapes = layer("time_embed.0", embedding, channels) | layer("time_embed.2", embedding, embedding)
+    shapes |= layer("input_blocks.0.0", channels, latent_channels, 3, 3)
+    skips, width, number = [channels], channels, 1
+    for level, multiplier in enumerate(multipliers):
+        for _ in range(blocks):
+            shapes |= under(f"input_blocks.{number}.0", resblock(width, multiplier * channels, embedding))
+            width = multiplier * channels
+            if attention[level]:
+                shapes |= under(f"input_blocks.{number}.1", transformer(width, context))
+            skips.append(width)
+            number += 1
+        if level < len(multipliers) - 1:
+            shapes |= layer(f"input_blocks.{number}.0.op", width, width, 3, 3)
+            skips.append(width)
+            number += 1
+    middle = (resblock(width, width, embedding), transformer(width, context), resblock(width, width, embedding))
+    for i, part in enumerate(middle):
+        shapes |= under(f"middle_block.{i}", part)
+    number = 0
+    for level, multiplier in reversed(list(enumerate(multipliers))):
+        for block in range(blocks + 1):
+            shapes |= under(f"output_blocks.{number}.0", resblock(width + skips.pop(), multiplier * channels, embedding))
+            width = multiplier * channels
+            slot = 1
+            if attention[level]:
+                shapes |= under(f"output_blocks.{number}.1", transformer(width, context))
+                slot = 2
+            if level > 0 and block == blocks:
+                shapes |= layer(f"output_blocks.{number}.{slot}.conv", width, width, 3, 3)
+            number += 1
+    return shapes | norm("out.0", width) | layer("out.2", latent_channels, width, 3, 3)
+
+
+def stable_diffusion(unet: Shapes, text: Shapes, autoencoder: Shapes) -> Shapes:
+    """The three parts under the names that they have in an SD 1.x file."""
+    return (
+        under("cond_stage_model.transformer", text)
+        | under("first_stage_model", autoencoder)
+        | under("model.diffusion_model", unet)
+    )
+
+
+def sd15() -> Shapes:
+    """Stable Diffusion 1.4 and 1.5, without the buffers that nobody needs."""
+    widths = (128, 256, 512, 512)
+    return stable_diffusion(
+        unet=unet(320, (1, 2, 4, 4), 2, (True, True, True, False), context=768),
+        text=clip_text(768, 12),
+        autoencoder=vae(widths, widths, blocks=(2, 3)),
+    )

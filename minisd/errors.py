@@ -1,0 +1,47 @@
+"""The few ways in which minisd says no.  Each class carries the exit code that the command line ends with."""
+
+from __future__ import annotations
+
+
+class MinisdError(Exception):
+    """Base of all errors that a user can do something about."""
+
+    exit_code = 1
+
+
+class UsageError(MinisdError, ValueError):
+    """An argument is out of range or unknown: names the argument, what was expected and what was found."""
+
+    exit_code = 2
+
+
+class CheckpointError(MinisdError):
+    """A file is not a checkpoint that minisd can use.
+
+    path: the file; reason: what was expected and what was found; hint: what to do; key: the tensor it is about.
+    """
+
+    exit_code = 3
+
+    def __init__(self, path: object, reason: str, hint: str = "", key: str | None = None) -> None:
+        self.path, self.reason, self.hint, self.key = str(path), reason, hint, key
+        where = f"{self.path}: " + (f"{key!r}: " if key else "")
+        super().__init__(where + reason + (f" ({hint})" if hint else ""))
+
+
+class OutOfMemoryError(MinisdError):
+    """The device has no room for the request."""
+
+    exit_code = 4
+
+
+class NonFiniteError(MinisdError):
+    """The network produced NaN or infinity; no picture is made of it."""
+
+    exit_code = 5
+
+
+class OutputError(MinisdError, OSError):
+    """A file could not be written; the one that stood there before is whole."""
+
+    exit_code = 6

@@ -1,0 +1,48 @@
+"""Noise levels: how much noise a training timestep stands for, and which levels a sampler visits.
+
+Two notations for the same thing.  With noise eps, x_t = sqrt(alpha_cumprod) x_0 + sqrt(1 - alpha_cumprod) eps (Ho et al. 2020,
+arXiv 2006.11239, eq. 4).  Divided by sqrt(alpha_cumprod) it is x = x_0 + sigma eps, with
+sigma = sqrt((1 - alpha_cumprod) / alpha_cumprod) (Karras et al. 2022, arXiv 2206.00364).  minisd's samplers use the second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TRAINING_STEPS = 1000
+BETA_START, BETA_END = 0.00085, 0.0120  # CompVis v1-inference.yaml, linear_start and linear_end
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The noise of every training timestep: alphas_cumprod (1000,) and sigmas (1000,), float64, sigmas rising."""
+
+    alphas_cumprod: Tensor
+
+    @property
+    def sigmas(self) -> Tensor:
+        return ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Noise level at timesteps (…) that may lie between the trained ones; linear in log sigma (k-diffusion, external.py)."""
+        logs = self.sigmas.log()
+        low = t.double().floor().long().clamp(0, len(logs) - 2)
+        weight = t.double() - low
+        return ((1 - weight) * logs[low] + weight * logs[low + 1]).exp()
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The timestep (…), fractional, of noise levels (…): the inverse of `sigma`, clamped to the trained range."""
+        logs = self.sigmas.log()
+        log = sigma.double().clamp(min=1e-10).log()
+        low = (torch.searchsorted(logs, log.contiguous(), right=True) - 1).clamp(0, len(logs) - 2)
+        weight = ((log - logs[low]) / (logs[low + 1] - logs[low])).clamp(0, 1)
+        return low + weight
+
+
+def scaled_linear() -> Schedule:
+    """The schedule of every SD 1.x, 2.x and SDXL: beta rises linearly in its square root (CompVis util.py, make_beta_schedule)."""
+    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TRAINING_STEPS, dtype=torch.float64) ** 2
+    return Schedule(torch.cumprod(1 - betas, dim=0))

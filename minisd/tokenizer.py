@@ -1,0 +1,70 @@
+"""CLIP's byte-pair encoding, on the `tokenizers` package.
+
+Reference: openai/CLIP, simple_tokenizer.py, in the form that transformers' fast CLIP tokenizer gives it (no ftfy, no HTML
+unescaping).  Only the merges are shipped; the 49,408 ids follow from them.
+"""
+
+from __future__ import annotations
+
+import lzma
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+MERGES = Path(__file__).with_name("clip_merges.txt.xz")
+START, END = "<|startoftext|>", "<|endoftext|>"
+START_ID, END_ID = 49_406, 49_407
+LENGTH = 77  # positions of the text encoder: start, 75 tokens, end
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+def byte_letters() -> list[str]:
+    """The 256 letters that stand for bytes, in the order of their ids (simple_tokenizer.py, bytes_to_unicode).
+
+    Bytes that print stand for themselves and come first; the 68 others are mapped to U+0100 and up.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+
+
+@cache
+def bpe() -> Tokenizer:
+    merges = [tuple(line.split(" ")) for line in lzma.open(MERGES, "rt", encoding="utf-8").read().splitlines()]
+    letters = byte_letters()
+    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END, fuse_unk=False)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    split = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def encode(text: str) -> list[int]:
+    """The ids of a text, without start and end, of any length.  `<|endoftext|>` typed by a user is plain text."""
+    return bpe().encode(text, add_special_tokens=False).ids
+
+
+def tokenize(texts: Sequence[str], pad: int = END_ID) -> list[list[int]]:
+    """Each text as 77 ids: start, at most 75 tokens, end, padding.
+
+    pad: 49407 for the CLIP ViT-L encoder of SD 1.x.  A text of more than 75 tokens is cut, with a warning that says where.
+    """
+    rows = []
+    for text in texts:
+        ids = encode(text)
+        if len(ids) > LENGTH - 2:
+            lost = bpe().decode(ids[LENGTH - 2 :]).replace("</w>", " ").strip()
+            lost = lost if len(lost) <= 60 else lost[:60] + "…"
+            warnings.warn(f"the prompt has {len(ids)} tokens; the text encoder reads 75, the rest is cut: {lost!r}", stacklevel=2)
+        row = [START_ID, *ids[: LENGTH - 2], END_ID]
+        rows.append(row + [pad] * (LENGTH - len(row)))
+    return rows

@@ -1,0 +1,211 @@
+"""The UNet of Stable Diffusion, built from the names and shapes of its weights.
+
+Reference: CompVis/stable-diffusion, ldm/modules/diffusionmodules/openaimodel.py and ldm/modules/attention.py.
+Attribute names are the checkpoint's, so `UNet(shapes).state_dict()` has exactly the keys of `shapes`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import GroupNorm, Pointwise, conv, linear
+from .ops import attention, geglu
+from .shapes import Shapes, below, numbered
+
+RESNET_EPS = 1e-5  # torch's default, which GroupNorm32 keeps
+TRANSFORMER_EPS = 1e-6  # attention.py, Normalize
+MAX_PERIOD = 10_000  # util.py, timestep_embedding
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sinusoids of a timestep, cosines first: (B,) -> (B, dim), in float32 (util.py, timestep_embedding)."""
+    half = dim // 2
+    freqs = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    args = t.float()[:, None] * freqs
+    return torch.cat([args.cos(), args.sin()], dim=-1)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions with the time embedding added between them."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        channels_in, channels_out = shapes["in_layers.0.weight"][0], shapes["out_layers.0.weight"][0]
+        norm_in = GroupNorm(channels_in, RESNET_EPS, silu=True)
+        norm_out = GroupNorm(channels_out, RESNET_EPS, silu=True)
+        # The empty slots are those of the SiLU, which the norm applies, and of a dropout that inference has no use for.
+        self.in_layers = nn.Sequential(norm_in, nn.Identity(), conv(shapes, "in_layers.2"))
+        self.emb_layers = nn.Sequential(nn.SiLU(), linear(shapes, "emb_layers.1"))
+        self.out_layers = nn.Sequential(norm_out, nn.Identity(), nn.Identity(), conv(shapes, "out_layers.3"))
+        has_skip = "skip_connection.weight" in shapes
+        self.skip_connection = conv(shapes, "skip_connection") if has_skip else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # (B, C_in, H, W), (B, E) -> (B, C_out, H, W)
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class CrossAttention(nn.Module):
+    """Attention to `context`, or to x itself where there is none."""
+
+    def __init__(self, shapes: Shapes, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = linear(shapes, "to_q")
+        self.to_k = linear(shapes, "to_k")
+        self.to_v = linear(shapes, "to_v")
+        self.to_out = nn.Sequential(linear(shapes, "to_out.0"))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:  # (B, L, C), (B, S, D) -> (B, L, C)
+        context = x if context is None else context
+        return self.to_out(attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        self.proj = linear(shapes, "proj")
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, L, C) -> (B, L, 4*C)
+        return geglu(self.proj(x))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(below(shapes, "net.0")), nn.Identity(), linear(shapes, "net.2"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the prompt, feed-forward: each behind a LayerNorm, each added to its input."""
+
+    def __init__(self, shapes: Shapes, heads: int) -> None:
+        super().__init__()
+        channels = shapes["norm1.weight"][0]
+        self.attn1 = CrossAttention(below(shapes, "attn1"), heads)
+        self.ff = FeedForward(below(shapes, "ff"))
+        self.attn2 = CrossAttention(below(shapes, "attn2"), heads)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:  # (B, L, C), (B, S, D) -> (B, L, C)
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        channels = shapes["norm.weight"][0]
+        # The one structural fact that shapes do not tell.  SD 1.x, which stores proj_in as a 1x1 convolution, has 8 heads
+        # everywhere (v1-inference.yaml, num_heads); everything since has 64 channels a head (v2-inference.yaml, num_head_channels).
+        heads = 8 if len(shapes["proj_in.weight"]) == 4 else channels // 64
+        self.norm = GroupNorm(channels, TRANSFORMER_EPS)
+        self.proj_in = Pointwise(shapes, "proj_in")
+        blocks = numbered(below(shapes, "transformer_blocks"))
+        self.transformer_blocks = nn.ModuleList(BasicTransformerBlock(block, heads) for block in blocks)
+        self.proj_out = Pointwise(shapes, "proj_out")
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        b, c, height, width = x.shape
+        h = self.norm(x).permute(0, 2, 3, 1).reshape(b, height * width, c)  # (B, H*W, C)
+        h = self.proj_in(h)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        h = self.proj_out(h)
+        return x + h.view(b, height, width, c).permute(0, 3, 1, 2)  # (B, C, H, W)
+
+
+class Downsample(nn.Module):
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        self.op = conv(shapes, "op", stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2))
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        self.conv = conv(shapes, "conv")
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:  # (B, C, H, W) -> (B, C, *size)
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+def layer(shapes: Shapes) -> nn.Module:
+    """The layer that these weights belong to."""
+    if "in_layers.0.weight" in shapes:
+        return ResBlock(shapes)
+    if "proj_in.weight" in shapes:
+        return SpatialTransformer(shapes)
+    if "op.weight" in shapes:
+        return Downsample(shapes)
+    if "conv.weight" in shapes:
+        return Upsample(shapes)
+    return conv({f"conv.{name}": shape for name, shape in shapes.items()}, "conv")
+
+
+class Block(nn.Sequential):
+    """Layers in a row, each given what it asks for (openaimodel.py, TimestepEmbedSequential)."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__(*(layer(part) for part in numbered(shapes)))
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None) -> Tensor:
+        for part in self:
+            if isinstance(part, ResBlock):
+                x = part(x, emb)
+            elif isinstance(part, SpatialTransformer):
+                x = part(x, context)
+            elif isinstance(part, Upsample):
+                x = part(x, size)
+            else:
+                x = part(x)
+        return x
+
+
+def mlp(shapes: Shapes, name: str) -> nn.Sequential:
+    return nn.Sequential(linear(shapes, f"{name}.0"), nn.SiLU(), linear(shapes, f"{name}.2"))
+
+
+class UNet(nn.Module):
+    """Predicts the noise (or v) in x at timestep t."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        self.in_channels = shapes["input_blocks.0.0.weight"][1]
+        self.channels = shapes["time_embed.0.weight"][1]
+        self.time_embed = mlp(shapes, "time_embed")
+        self.label_emb = nn.Sequential(mlp(below(shapes, "label_emb"), "0")) if "label_emb.0.0.weight" in shapes else None
+        self.input_blocks = nn.ModuleList(Block(part) for part in numbered(below(shapes, "input_blocks")))
+        self.middle_block = Block(below(shapes, "middle_block"))
+        self.output_blocks = nn.ModuleList(Block(part) for part in numbered(below(shapes, "output_blocks")))
+        norm_out = GroupNorm(shapes["out.0.weight"][0], RESNET_EPS, silu=True)
+        self.out = nn.Sequential(norm_out, nn.Identity(), conv(shapes, "out.2"))
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W), t (B,) in training timesteps (may be fractional), context (B, L, D), y (B, A) -> (B, C', H, W)."""
+        emb = self.time_embed(timestep_embedding(t, self.channels).to(x.dtype))  # (B, E)
+        if self.label_emb is not None:
+            emb = emb + self.label_emb(y)
+        skips = []
+        for block in self.input_blocks:
+            x = block(x, emb, context)
+            skips.append(x)
+        x = self.middle_block(x, emb, context)
+        for block in self.output_blocks:
+            x = torch.cat([x, skips.pop()], dim=1)
+            # An upsampling goes to the size of the next skip, which is not always twice that of this one.
+            x = block(x, emb, context, skips[-1].shape[-2:] if skips else None)
+        return self.out(x)

@@ -1,0 +1,131 @@
+"""The world of the tiny checkpoint: one object of one colour on a plain background, drawn with Pillow, and told in words."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+SIZE = 64  # pixels a side
+SUPERSAMPLE = 4  # drawn this many times larger, then averaged down, for smooth edges
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 70),
+    "blue": (40, 70, 220),
+    "yellow": (250, 220, 40),
+    "orange": (250, 130, 20),
+    "purple": (130, 40, 170),
+    "pink": (255, 150, 195),
+    "cyan": (60, 205, 225),
+    "white": (250, 250, 250),
+    "black": (15, 15, 15),
+}
+SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "diamond")
+SIZES = {"small": 11, "medium": 17, "large": 24}  # half the side of the square around the object, in pixels
+PLACES = {
+    "top left": (0, 0), "top": (1, 0), "top right": (2, 0),
+    "left": (0, 1), "centre": (1, 1), "right": (2, 1),
+    "bottom left": (0, 2), "bottom": (1, 2), "bottom right": (2, 2),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scene:
+    shape: str
+    colour: str
+    background: str
+    size: str = "medium"
+    place: str = "centre"
+
+
+def combinations() -> list[tuple[str, str, str]]:
+    """Every (shape, colour, background) with two different colours: 720."""
+    return [(s, c, b) for s in SHAPES for c in COLOURS for b in COLOURS if c != b]
+
+
+def held_back() -> list[tuple[str, str, str]]:
+    """The 60 combinations that training never sees, evenly spread; the tests ask for these."""
+    order = combinations()
+    random.Random(1234).shuffle(order)
+    return sorted(order[:60])
+
+
+def training_scene(rng: random.Random) -> Scene:
+    shape, colour, background = rng.choice(TRAINING)
+    place = "centre" if rng.random() < 0.4 else rng.choice(list(PLACES))
+    size = rng.choices(list(SIZES), weights=(3, 5, 3))[0]
+    return Scene(shape, colour, background, size, place)
+
+
+TRAINING = sorted(set(combinations()) - set(held_back()))
+
+
+def outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float]]:
+    """The corners of a shape that fills the square of half side r around (x, y)."""
+    if shape == "heart":  # the classical curve 16 sin^3, 13 cos - 5 cos 2 - 2 cos 3 - cos 4, scaled to the square
+        turns = [2 * math.pi * i / 120 for i in range(120)]
+        lobes = [13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a) for a in turns]
+        return [(x + r * math.sin(a) ** 3, y - r * (lobe + 2.5) / 14.6) for a, lobe in zip(turns, lobes, strict=True)]
+    if shape == "star":
+        turns = [math.pi * (i / 5 - 0.5) for i in range(10)]
+        return [(x + (r, 0.42 * r)[i % 2] * math.cos(a) * 1.05, y + (r, 0.42 * r)[i % 2] * math.sin(a) * 1.05) for i, a in enumerate(turns)]
+    arm = 0.34
+    unit = {
+        "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
+        "triangle": [(0, -1), (1, 0.85), (-1, 0.85)],
+        "diamond": [(0, -1), (0.8, 0), (0, 1), (-0.8, 0)],
+        "cross": [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm),
+                  (arm, 1), (-arm, 1), (-arm, arm), (-1, arm), (-1, -arm), (-arm, -arm)],
+    }[shape]  # fmt: skip
+    return [(x + r * u, y + r * v) for u, v in unit]
+
+
+def paint(canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, colour: object, background: object) -> None:
+    """Draws one object; the mask that the judge compares with is drawn by the same lines."""
+    if shape in ("circle", "ring"):
+        canvas.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+        if shape == "ring":
+            hole = 0.55 * r
+            canvas.ellipse((x - hole, y - hole, x + hole, y + hole), fill=background)
+    else:
+        canvas.polygon(outline(shape, x, y, r), fill=colour)
+
+
+def draw(scene: Scene, rng: random.Random) -> Image.Image:
+    """A picture of the scene, (64, 64) RGB; position and size vary by a few pixels."""
+    r = SIZES[scene.size] + rng.uniform(-1.5, 1.5)
+    inset = max(r + 2, SIZE / 4)
+    column, row = PLACES[scene.place]
+    x, y = (inset + step * (SIZE / 2 - inset) + rng.uniform(-1.5, 1.5) for step in (column, row))
+    picture = Image.new("RGB", (SIZE * SUPERSAMPLE,) * 2, COLOURS[scene.background])
+    canvas = ImageDraw.Draw(picture)
+    paint(canvas, scene.shape, *(v * SUPERSAMPLE for v in (x, y, r)), COLOURS[scene.colour], COLOURS[scene.background])
+    return picture.resize((SIZE, SIZE), Image.Resampling.BOX)
+
+
+def article(words: str) -> str:
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def caption(scene: Scene, rng: random.Random) -> str:
+    """The scene in one of many wordings.  Size and place are often left unsaid; then any of them may be drawn."""
+    thing = f"{scene.colour} {scene.shape}"
+    if scene.size != "medium" and rng.random() < 0.6:
+        thing = f"{rng.choice({'small': ['small', 'tiny', 'little'], 'large': ['large', 'big', 'huge']}[scene.size])} {thing}"
+    background = f"{scene.background} background"
+    where = ""
+    if rng.random() < (0.2 if scene.place == "centre" else 0.6):
+        where = f" {rng.choice(['at', 'in'])} the {scene.place.replace('centre', rng.choice(['centre', 'center', 'middle']))}"
+    wordings = (
+        f"{article(thing)}{where} on {article(background)}",
+        f"{article(thing)}{where} on {article(background)}",
+        f"{article(thing)} on {article(background)}{where and ','}{where}",
+        f"{thing}{where}, {background}",
+        f"{thing}{where} on {scene.background}",
+        f"{rng.choice(['a picture', 'a drawing', 'an image'])} of {article(thing)}{where} on {article(background)}",
+        f"{article(background)} with {article(thing)}{where}",
+        f"{article(scene.shape)} in {scene.colour}{where} on {article(background)}",
+    )
+    return rng.choice(wordings)

@@ -1,0 +1,222 @@
+"""Trains the tiny checkpoint in weights/ from nothing: pictures that it draws itself, minisd's own modules, plain PyTorch.
+
+    python scripts/train_tiny.py --out weights        (2 CPU cores: less than 2 hours; 4 GB of memory; a GPU: minutes)
+
+In order: draw a data set; train the autoencoder on it; turn the pictures into latents; train text encoder and UNet
+together to predict the noise in noisy latents; write everything as one raw SD 1.x checkpoint, with curves and samples.
+Needs matplotlib for the curves.  The seed is fixed; the same machine and thread count give the same file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tiny_world import SIZE, caption, draw, training_scene
+from torch import Tensor, nn
+
+from minisd import blueprint
+from minisd.clip import text_encoder
+from minisd.schedule import TRAINING_STEPS, scaled_linear
+from minisd.shapes import Shapes, below
+from minisd.tokenizer import tokenize
+from minisd.unet import UNet
+from minisd.vae import AutoencoderKL
+
+SEED = 0
+PICTURES = 32_000
+LATENT_SCALE = 0.18215  # SD 1.x multiplies latents by this to bring them to unit variance; ours are made to fit
+
+
+def tiny() -> Shapes:
+    """4 x smaller latents, 16 x 16 of them; attention where they are 8 x 8; a text encoder 64 wide over the real vocabulary."""
+    return blueprint.stable_diffusion(
+        unet=blueprint.unet(64, (1, 2), blocks=2, attention=(False, True), context=64),
+        text=blueprint.clip_text(64, 4),
+        autoencoder=blueprint.vae((32, 64, 128), (64, 64, 128), blocks=(1, 1)),
+    )
+
+
+def data_set(count: int, rng: random.Random) -> tuple[Tensor, list[list[str]]]:
+    """Pictures (count, 3, 64, 64) as uint8, and four captions for each."""
+    scenes = [training_scene(rng) for _ in range(count)]
+    pictures = np.stack([np.asarray(draw(scene, rng)) for scene in scenes])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2), [[caption(scene, rng) for _ in range(4)] for scene in scenes]
+
+
+def to_range(pictures: Tensor, device: str) -> Tensor:
+    return pictures.to(device).float() / 127.5 - 1
+
+
+class Training:
+    """What both trainings share: the optimiser, a learning rate that warms up and falls to zero, and the loss so far."""
+
+    def __init__(self, model: nn.Module, steps: int, rate: float, device: str) -> None:
+        self.model, self.steps, self.rate, self.device = model, steps, rate, device
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.losses: list[float] = []
+        self.start = time.monotonic()
+
+    def step(self, loss: Tensor) -> None:
+        i = len(self.losses)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * min(1, (i + 1) / 100) * 0.5 * (1 + math.cos(math.pi * i / self.steps))
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.item())
+        if i % 50 == 0:
+            mean = sum(self.losses[-50:]) / len(self.losses[-50:])
+            print(f"step {i}/{self.steps}  loss {mean:.4f}  {time.monotonic() - self.start:.0f} s", flush=True)
+
+
+def train_vae(vae: AutoencoderKL, pictures: Tensor, steps: int, batch: int, device: str) -> list[float]:
+    """Reconstruction (absolute and squared error) with a light pull of the latents towards a unit normal."""
+    training = Training(vae, steps, 2e-3, device)
+    for _ in range(steps):
+        x = to_range(pictures[torch.randint(len(pictures), (batch,))], device)
+        with torch.autocast(device, torch.bfloat16):
+            mean, logvar = vae.encode(x)
+            latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
+            out = vae.decode(latents)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).float().mean()
+        training.step((out - x).abs().mean() + (out - x).square().mean() + 1e-3 * kl)
+    return training.losses
+
+
+@torch.no_grad()
+def normalise_latents(vae: AutoencoderKL, pictures: Tensor, device: str) -> None:
+    """Folds into the two 1x1 convolutions that every latent channel has mean 0 and standard deviation 1 / 0.18215."""
+    mean = torch.cat([vae.encode(to_range(part, device))[0] for part in pictures[:2048].split(256)])
+    centre, spread = mean.mean((0, 2, 3)), mean.std((0, 2, 3))
+    gain = 1 / (LATENT_SCALE * spread)
+    channels = len(gain)
+    quant, back = vae.quant_conv, vae.post_quant_conv
+    assert quant.bias is not None and back.bias is not None
+    back.bias += back.weight[:, :, 0, 0] @ centre
+    back.weight /= gain[None, :, None, None]
+    quant.weight[:channels] *= gain[:, None, None, None]
+    quant.bias[:channels] = (quant.bias[:channels] - centre) * gain
+    quant.bias[channels:] += 2 * gain.log()  # the second half is the logarithm of the variance
+
+
+@torch.no_grad()
+def encode_all(vae: AutoencoderKL, pictures: Tensor, device: str) -> Tensor:
+    """Means of the latents of all pictures, at unit variance: (N, 4, 16, 16)."""
+    parts = []
+    for part in pictures.split(256):
+        with torch.autocast(device, torch.bfloat16):
+            parts.append(vae.encode(to_range(part, device))[0].float() * LATENT_SCALE)
+    return torch.cat(parts)
+
+
+def train_unet(
+    unet: UNet, text: nn.Module, latents: Tensor, captions: list[list[str]], steps: int, batch: int, device: str
+) -> Iterator[tuple[list[float], dict[str, Tensor]]]:
+    """Predicts the noise (Ho et al. 2020, eq. 14); one prompt in ten is left out, for classifier-free guidance.
+
+    Yields now and then the losses and an exponential moving average of the weights, which draws better than the last ones.
+    """
+    both = nn.ModuleDict({"unet": unet, "text": text})
+    for name, parameter in both.named_parameters():  # blocks that begin as the identity train faster
+        if name.endswith(("out_layers.3.weight", "proj_out.weight", "out.2.weight")):
+            nn.init.zeros_(parameter)
+    training = Training(both, steps, 1e-3, device)
+    average = {name: value.detach().clone() for name, value in both.state_dict().items()}
+    alphas = scaled_linear().alphas_cumprod.float().to(device)
+    for i in range(steps):
+        chosen = torch.randint(len(latents), (batch,))
+        prompts = [random.choice(captions[j]) if random.random() > 0.1 else "" for j in chosen.tolist()]
+        ids = torch.tensor(tokenize(prompts), device=device)
+        x = latents[chosen.to(device)]
+        t = torch.randint(TRAINING_STEPS, (batch,), device=device)
+        noise = torch.randn_like(x)
+        alpha = alphas[t][:, None, None, None]
+        with torch.autocast(device, torch.bfloat16):
+            out = unet(alpha.sqrt() * x + (1 - alpha).sqrt() * noise, t, text(ids))
+        training.step(F.mse_loss(out.float(), noise))
+        keep = min(0.999, (i + 1) / (i + 10))
+        for name, value in both.state_dict().items():
+            average[name].lerp_(value, 1 - keep)
+        if (i + 1) % 500 == 0 or i + 1 == steps:
+            yield training.losses, average
+
+
+def save(path: Path, unet: dict[str, Tensor], text: dict[str, Tensor], vae: dict[str, Tensor]) -> None:
+    """One raw SD 1.x file in half precision, keys in alphabetical order as in the published ones."""
+    parts = {"model.diffusion_model": unet, "cond_stage_model.transformer": text, "first_stage_model": vae}
+    weights = {f"{name}.{key}": value.half().cpu().contiguous() for name, part in parts.items() for key, value in part.items()}
+    metadata = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-v1",
+        "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
+        "modelspec.title": "minisd tiny",
+        "modelspec.description": "One coloured shape on a plain background; trained from nothing by scripts/train_tiny.py.",
+        "modelspec.license": "MIT",
+        "modelspec.resolution": f"{SIZE}x{SIZE}",
+        "modelspec.prediction_type": "epsilon",
+    }
+    save_file(dict(sorted(weights.items())), path, metadata)
+    path.chmod(0o644)
+
+
+def plot_losses(path: Path, curves: dict[str, list[float]]) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(curves), figsize=(10, 3.5), constrained_layout=True)
+    for axis, (name, losses) in zip(axes, curves.items(), strict=True):
+        smooth = np.convolve(losses, np.ones(25) / 25, mode="valid")
+        axis.plot(losses, alpha=0.25, linewidth=0.7)
+        axis.plot(np.arange(len(smooth)) + 12, smooth)
+        axis.set(title=name, xlabel="step", ylabel="loss", yscale="log")
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("weights"), help="folder for tiny.safetensors and the two pictures")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--vae-steps", type=int, default=2200)
+    parser.add_argument("--unet-steps", type=int, default=4500)
+    parser.add_argument("--vae", type=Path, help="take the autoencoder from this file instead of training it")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    random.seed(SEED)
+    torch.manual_seed(SEED)
+
+    pictures, captions = data_set(PICTURES, random.Random(SEED))
+    shapes = tiny()
+    vae = AutoencoderKL(below(shapes, "first_stage_model"))
+    curves = {}
+    if args.vae:
+        vae.load_state_dict(load_file(args.vae))
+        vae.to(args.device)
+    else:
+        vae.to(args.device)
+        curves["autoencoder"] = train_vae(vae, pictures, args.vae_steps, 16, args.device)
+        normalise_latents(vae, pictures, args.device)
+        save_file(vae.state_dict(), args.out / "tiny-vae.safetensors")
+    latents = encode_all(vae, pictures, args.device)
+
+    unet = UNet(below(shapes, "model.diffusion_model")).to(args.device)
+    text = text_encoder(below(shapes, "cond_stage_model.transformer")).to(args.device)
+    for losses, average in train_unet(unet, text, latents, captions, args.unet_steps, 64, args.device):
+        save(args.out / "tiny.safetensors", below(average, "unet"), below(average, "text"), vae.state_dict())
+        curves["UNet and text encoder"] = losses
+        (args.out / "training.json").write_text(json.dumps(curves))
+    plot_losses(args.out / "training.png", curves)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""minisd: opens a raw Stable Diffusion checkpoint and draws.  `pipe = minisd.load(FILE); pipe("a prompt").images[0]`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .errors import CheckpointError, MinisdError, NonFiniteError, OutOfMemoryError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline as Pipeline
+    from .pipeline import Result as Result
+    from .pipeline import load as load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "MinisdError",
+    "NonFiniteError",
+    "OutOfMemoryError",
+    "OutputError",
+    "Pipeline",
+    "Result",
+    "UsageError",
+    "load",
+]
+
+
+def __getattr__(name: str) -> object:
+    """`load`, `Pipeline` and `Result` bring torch along, which takes seconds to import: only when somebody asks."""
+    if name in ("load", "Pipeline", "Result"):
+        from . import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module 'minisd' has no attribute {name!r}")

@@ -7,26 +7,31 @@ Reference: CompVis/stable-diffusion, configs/stable-diffusion/v1-inference.yaml 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
+
+import torch
 
 from .shapes import Shapes
 
+Names = dict[str, tuple[int, ...]]
 
-def under(name: str, shapes: Shapes) -> Shapes:
+
+def under(name: str, shapes: Names) -> Names:
     return {f"{name}.{key}": shape for key, shape in shapes.items()}
 
 
-def layer(name: str, *weight: int, bias: bool = True) -> Shapes:
+def layer(name: str, *weight: int, bias: bool = True) -> Names:
     """Weight of the given shape, and a bias as long as its first dimension."""
     return {f"{name}.weight": weight} | ({f"{name}.bias": weight[:1]} if bias else {})
 
 
-def norm(name: str, channels: int) -> Shapes:
+def norm(name: str, channels: int) -> Names:
     return layer(name, channels)
 
 
 def clip_text(width: int, layers: int, vocabulary: int = 49_408, positions: int = 77) -> Shapes:
     """The text encoder of SD 1.x: 768 wide and 12 layers deep there."""
-    shapes: Shapes = {
+    shapes: Names = {
         "embeddings.token_embedding.weight": (vocabulary, width),
         "embeddings.position_embedding.weight": (positions, width),
     }
@@ -36,16 +41,16 @@ def clip_text(width: int, layers: int, vocabulary: int = 49_408, positions: int 
         for name in ("k_proj", "out_proj", "q_proj", "v_proj"):
             block |= layer(f"self_attn.{name}", width, width)
         shapes |= under(f"encoder.layers.{i}", block)
-    return under("text_model", shapes | norm("final_layer_norm", width))
+    return Shapes(under("text_model", shapes | norm("final_layer_norm", width)))
 
 
-def vae_resnet(channels_in: int, channels_out: int) -> Shapes:
+def vae_resnet(channels_in: int, channels_out: int) -> Names:
     shapes = norm("norm1", channels_in) | layer("conv1", channels_out, channels_in, 3, 3)
     shapes |= norm("norm2", channels_out) | layer("conv2", channels_out, channels_out, 3, 3)
     return shapes | (layer("nin_shortcut", channels_out, channels_in, 1, 1) if channels_in != channels_out else {})
 
 
-def vae_middle(channels: int) -> Shapes:
+def vae_middle(channels: int) -> Names:
     attention = norm("norm", channels)
     for name in ("k", "proj_out", "q", "v"):
         attention |= layer(name, channels, channels, 1, 1)
@@ -53,7 +58,7 @@ def vae_middle(channels: int) -> Shapes:
     return under("block_1", resnet) | under("attn_1", attention) | under("block_2", resnet)
 
 
-def vae_encoder(channels: Iterable[int], blocks: int, latent_channels: int) -> Shapes:
+def vae_encoder(channels: Iterable[int], blocks: int, latent_channels: int) -> Names:
     widths = list(channels)
     shapes = layer("conv_in", widths[0], 3, 3, 3)
     before = widths[0]
@@ -67,7 +72,7 @@ def vae_encoder(channels: Iterable[int], blocks: int, latent_channels: int) -> S
     return shapes | layer("conv_out", 2 * latent_channels, before, 3, 3)
 
 
-def vae_decoder(channels: Iterable[int], blocks: int, latent_channels: int) -> Shapes:
+def vae_decoder(channels: Iterable[int], blocks: int, latent_channels: int) -> Names:
     widths = list(channels)
     before = widths[-1]
     shapes = layer("conv_in", before, latent_channels, 3, 3) | under("mid", vae_middle(before))
@@ -88,19 +93,19 @@ def vae(encoder: Iterable[int], decoder: Iterable[int], blocks: tuple[int, int],
     shapes = under("encoder", vae_encoder(encoder, blocks[0], latent_channels))
     shapes |= under("decoder", vae_decoder(decoder, blocks[1], latent_channels))
     shapes |= layer("quant_conv", 2 * latent_channels, 2 * latent_channels, 1, 1)
-    return shapes | layer("post_quant_conv", latent_channels, latent_channels, 1, 1)
+    return Shapes(shapes | layer("post_quant_conv", latent_channels, latent_channels, 1, 1))
 
 
-def resblock(channels_in: int, channels_out: int, embedding: int) -> Shapes:
+def resblock(channels_in: int, channels_out: int, embedding: int) -> Names:
     shapes = norm("in_layers.0", channels_in) | layer("in_layers.2", channels_out, channels_in, 3, 3)
     shapes |= layer("emb_layers.1", channels_out, embedding)
     shapes |= norm("out_layers.0", channels_out) | layer("out_layers.3", channels_out, channels_out, 3, 3)
     return shapes | (layer("skip_connection", channels_out, channels_in, 1, 1) if channels_in != channels_out else {})
 
 
-def transformer(channels: int, context: int) -> Shapes:
+def transformer(channels: int, context: int) -> Names:
     """One SpatialTransformer of depth 1, its projections stored as 1x1 convolutions, as in SD 1.x."""
-    block: Shapes = {}
+    block: Names = {}
     for name, source in (("attn1", channels), ("attn2", context)):
         block |= layer(f"{name}.to_q", channels, channels, bias=False) | layer(f"{name}.to_out.0", channels, channels)
         block |= layer(f"{name}.to_k", channels, source, bias=False) | layer(f"{name}.to_v", channels, source, bias=False)
@@ -145,16 +150,13 @@ def unet(
             if level > 0 and block == blocks:
                 shapes |= layer(f"output_blocks.{number}.{slot}.conv", width, width, 3, 3)
             number += 1
-    return shapes | norm("out.0", width) | layer("out.2", latent_channels, width, 3, 3)
+    return Shapes(shapes | norm("out.0", width) | layer("out.2", latent_channels, width, 3, 3))
 
 
-def stable_diffusion(unet: Shapes, text: Shapes, autoencoder: Shapes) -> Shapes:
+def stable_diffusion(unet: Names, text: Names, autoencoder: Names) -> Shapes:
     """The three parts under the names that they have in an SD 1.x file."""
-    return (
-        under("cond_stage_model.transformer", text)
-        | under("first_stage_model", autoencoder)
-        | under("model.diffusion_model", unet)
-    )
+    parts = under("cond_stage_model.transformer", text) | under("first_stage_model", autoencoder)
+    return Shapes(parts | under("model.diffusion_model", unet))
 
 
 def sd15() -> Shapes:
@@ -165,3 +167,17 @@ def sd15() -> Shapes:
         text=clip_text(768, 12),
         autoencoder=vae(widths, widths, blocks=(2, 3)),
     )
+
+
+def random_weights(shapes: Names, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Weights that keep activations near unit variance, so that numbers compare and no layer is dead."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for key, shape in shapes.items():
+        value = torch.randn(shape, generator=generator)
+        if len(shape) > 1:
+            value *= prod(shape[1:]) ** -0.5
+        else:
+            value = value * 0.1 + (1.0 if key.endswith("weight") else 0.0)  # norms scale by about 1; biases are small
+        weights[key] = value.to(dtype)
+    return weights

@@ -9,9 +9,9 @@ from .ops import group_norm
 from .shapes import Shapes
 
 
-def linear(shapes: Shapes, name: str) -> nn.Linear:
+def linear(shapes: Shapes, name: str, bias: bool = True) -> nn.Linear:
     out_features, in_features = shapes[f"{name}.weight"]
-    return nn.Linear(in_features, out_features, bias=f"{name}.bias" in shapes)
+    return nn.Linear(in_features, out_features, bias)
 
 
 def conv(shapes: Shapes, name: str, stride: int = 1) -> nn.Conv2d:

@@ -7,6 +7,7 @@ sigma = sqrt((1 - alpha_cumprod) / alpha_cumprod) (Karras et al. 2022, arXiv 220
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -46,3 +47,46 @@ def scaled_linear() -> Schedule:
     """The schedule of every SD 1.x, 2.x and SDXL: beta rises linearly in its square root (CompVis util.py, make_beta_schedule)."""
     betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TRAINING_STEPS, dtype=torch.float64) ** 2
     return Schedule(torch.cumprod(1 - betas, dim=0))
+
+
+def leading(steps: int) -> Tensor:
+    """Multiples of 1000 // steps, plus 1, falling: 981, 961, …, 1 for 50 steps (CompVis util.py, make_ddim_timesteps)."""
+    return torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (TRAINING_STEPS // steps) + 1
+
+
+def linspace(steps: int) -> Tensor:
+    """Evenly from 999 to 0, fractional in between (k-diffusion external.py, get_sigmas)."""
+    return torch.linspace(TRAINING_STEPS - 1, 0, steps, dtype=torch.float64)
+
+
+def trailing(steps: int) -> Tensor:
+    """Evenly from 999, not reaching 0: 999, 979, …, 19 for 50 steps (Lin et al. 2023, arXiv 2305.08891, table 2)."""
+    return (TRAINING_STEPS - torch.arange(steps, dtype=torch.float64) * (TRAINING_STEPS / steps)).round() - 1
+
+
+SPACINGS = {"leading": leading, "linspace": linspace, "trailing": trailing}
+
+
+def start_scale(spacing: str, sigma: float) -> float:
+    """What unit noise is multiplied with to become the first latents, as the reference of each spacing does it.
+
+    Strictly, latents at level sigma have variance sigma^2 plus that of the picture.  `linspace` and `trailing` leave the picture
+    out (k-diffusion); `leading` counts it as 1, because DDIM starts from unit noise in the other notation.
+    """
+    return (sigma**2 + 1) ** 0.5 if spacing == "leading" else sigma
+
+
+def noise_levels(schedule: Schedule, spacing: str, steps: int, last: str) -> Tensor:
+    """The sigmas that a sampler visits, falling, and where it ends: (steps + 1,), float64.
+
+    last: "zero", or "first", the level of training timestep 0.  Warns where a spacing starts far below the highest level.
+    """
+    timesteps = SPACINGS[spacing](steps)
+    if timesteps[0] < 800:
+        warnings.warn(
+            f"spacing {spacing!r} with {steps} steps starts at timestep {timesteps[0]:.0f} of {TRAINING_STEPS - 1}, "
+            "as its reference does; the picture will lack contrast or form: use spacing 'trailing'",
+            stacklevel=2,
+        )
+    end = torch.zeros(1, dtype=torch.float64) if last == "zero" else schedule.sigmas[:1]
+    return torch.cat([schedule.sigma(timesteps), end])

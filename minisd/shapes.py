@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
-Shapes = dict[str, tuple[int, ...]]
-Value = TypeVar("Value")
+from collections.abc import Mapping
 
 
-def below(shapes: dict[str, Value], name: str) -> dict[str, Value]:
+class Shapes(dict[str, tuple[int, ...]]):
+    """Shapes by name, below some name of the checkpoint; what is missing is reported by its whole name."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], name: str = "") -> None:
+        super().__init__(shapes)
+        self.name = name
+
+    def __missing__(self, key: str) -> tuple[int, ...]:
+        raise KeyError(f"{self.name}{key}")
+
+
+def below(shapes: Mapping[str, tuple[int, ...]], name: str) -> Shapes:
     """What stands below `name`, with `name.` taken off: below({"a.b.c": s}, "a") is {"b.c": s}."""
-    prefix = name + "."
-    return {key[len(prefix) :]: shape for key, shape in shapes.items() if key.startswith(prefix)}
+    prefix = f"{name}."
+    parent = shapes.name if isinstance(shapes, Shapes) else ""
+    return Shapes({key[len(prefix) :]: shape for key, shape in shapes.items() if key.startswith(prefix)}, parent + prefix)
 
 
 def numbered(shapes: Shapes) -> list[Shapes]:

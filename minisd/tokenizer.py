@@ -45,11 +45,12 @@ def bpe() -> Tokenizer:
     split = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([START, END])  # typed by a user they become their own ids, as in every implementation
     return tokenizer
 
 
 def encode(text: str) -> list[int]:
-    """The ids of a text, without start and end, of any length.  `<|endoftext|>` typed by a user is plain text."""
+    """The ids of a text, without start and end, of any length."""
     return bpe().encode(text, add_special_tokens=False).ids
 
 

@@ -55,9 +55,9 @@ class CrossAttention(nn.Module):
     def __init__(self, shapes: Shapes, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = linear(shapes, "to_q")
-        self.to_k = linear(shapes, "to_k")
-        self.to_v = linear(shapes, "to_v")
+        self.to_q = linear(shapes, "to_q", bias=False)
+        self.to_k = linear(shapes, "to_k", bias=False)
+        self.to_v = linear(shapes, "to_v", bias=False)
         self.to_out = nn.Sequential(linear(shapes, "to_out.0"))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:  # (B, L, C), (B, S, D) -> (B, L, C)
@@ -153,7 +153,7 @@ def layer(shapes: Shapes) -> nn.Module:
         return Downsample(shapes)
     if "conv.weight" in shapes:
         return Upsample(shapes)
-    return conv({f"conv.{name}": shape for name, shape in shapes.items()}, "conv")
+    return conv(Shapes({"conv.weight": shapes["weight"]}), "conv")
 
 
 class Block(nn.Sequential):

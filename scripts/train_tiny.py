@@ -152,9 +152,8 @@ def train_unet(
             yield training.losses, average
 
 
-def save(path: Path, unet: dict[str, Tensor], text: dict[str, Tensor], vae: dict[str, Tensor]) -> None:
+def save(path: Path, parts: dict[str, dict[str, Tensor]]) -> None:
     """One raw SD 1.x file in half precision, keys in alphabetical order as in the published ones."""
-    parts = {"model.diffusion_model": unet, "cond_stage_model.transformer": text, "first_stage_model": vae}
     weights = {f"{name}.{key}": value.half().cpu().contiguous() for name, part in parts.items() for key, value in part.items()}
     metadata = {
         "format": "pt",
@@ -212,7 +211,9 @@ def main() -> None:
     unet = UNet(below(shapes, "model.diffusion_model")).to(args.device)
     text = text_encoder(below(shapes, "cond_stage_model.transformer")).to(args.device)
     for losses, average in train_unet(unet, text, latents, captions, args.unet_steps, 64, args.device):
-        save(args.out / "tiny.safetensors", below(average, "unet"), below(average, "text"), vae.state_dict())
+        parts = {"model.diffusion_model": "unet.", "cond_stage_model.transformer": "text."}
+        weights = {name: {k.removeprefix(p): v for k, v in average.items() if k.startswith(p)} for name, p in parts.items()}
+        save(args.out / "tiny.safetensors", weights | {"first_stage_model": vae.state_dict()})
         curves["UNet and text encoder"] = losses
         (args.out / "training.json").write_text(json.dumps(curves))
     plot_losses(args.out / "training.png", curves)

@@ -1,0 +1,295 @@
+"""From a prompt to a picture.  Read this first: each station of the way has a file of its own name.
+
+    prompt -- tokenizer -- clip: context --.
+                                           +-- samplers: one denoiser (unet) call a step -- latents -- vae.decode -- image
+    seed ---- request: noise --------------'
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import __version__
+from .checkpoint import Checkpoint, file_sha256, open_checkpoint
+from .denoiser import Denoiser
+from .errors import NonFiniteError, OutOfMemoryError, UsageError
+from .family import SD1, Family, native_size
+from .image import save_png, to_pil
+from .model import StableDiffusion, load_model
+from .request import Plan, Request, generator, settle
+from .samplers import SAMPLERS, Noise
+from .schedule import noise_levels, scaled_linear, start_scale
+from .tokenizer import tokenize
+
+REPEATED = ("prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "seed", "eta", "spacing")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(path: str | os.PathLike[str] | None = None, device: str | None = None, dtype: str | torch.dtype | None = None) -> Pipeline:
+    """Opens a checkpoint and makes it ready to draw.
+
+    path: a single-file SD 1.x checkpoint (.safetensors); without one, the tiny checkpoint in the box.
+    device: "cpu", "cuda", …; by default a GPU if there is one.
+    dtype: float32, bfloat16 or float16; by default float16 on a GPU, bfloat16 on a CPU that computes it, else float32.
+    Raises CheckpointError (the file), UsageError (the other arguments), OutOfMemoryError.
+    """
+    where = to_device(device)
+    kind = to_dtype(dtype, where)
+    checkpoint = open_checkpoint(path if path is not None else tiny_checkpoint())
+    with memory_errors():
+        return Pipeline(load_model(checkpoint, where, kind), checkpoint, SD1, where, kind)
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the UNet is told about the picture."""
+
+    context: Tensor  # (B, L, D)
+    pooled: Tensor | None = None  # (B, P), in families that have it
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one or more pictures in the making."""
+
+    index: int  # counts the steps of all pictures of the call, from 0
+    total: int
+    latents: Tensor  # (B, C, h, w), at the noise level that is left
+    denoised: Tensor  # (B, C, h, w), the estimate of the finished latents
+
+
+@dataclass(frozen=True)
+class Result:
+    """Finished pictures; index i of every field belongs to picture i."""
+
+    images: list[Image.Image]
+    seeds: list[int | None]  # None where the caller gave the noise
+    latents: Tensor  # (B, C, h, w), of unit variance, float32
+    metadata: list[dict[str, Any]]  # enough to make the picture again
+
+    def save(self, path: str | os.PathLike[str]) -> list[Path]:
+        """Writes every picture with its recipe: out.png, out-2.png, out-3.png, …  Returns the paths; raises OutputError."""
+        return [save_png(*parts) for parts in zip(self.images, numbered_paths(path, len(self.images)), self.metadata, strict=True)]
+
+
+def numbered_paths(path: str | os.PathLike[str], count: int) -> list[Path]:
+    path = Path(path)
+    return [path, *(path.with_stem(f"{path.stem}-{i}") for i in range(2, count + 1))]
+
+
+class Pipeline:
+    """A checkpoint that draws.  `load` makes one."""
+
+    def __init__(self, model: StableDiffusion, checkpoint: Checkpoint, family: Family, device: torch.device, dtype: torch.dtype) -> None:
+        self.model, self.checkpoint, self.family, self.device, self.dtype = model, checkpoint, family, device, dtype
+        self.unet, self.vae, self.text_encoder = model.unet, model.vae, model.text_encoder
+        self.native_size = native_size(family, checkpoint.metadata)
+        self.schedule = scaled_linear()
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str = "",
+        width: int | None = None,
+        height: int | None = None,
+        steps: int = 20,
+        guidance_scale: float = 7.5,
+        sampler: str = "euler",
+        seed: int | None = None,
+        num_images: int = 1,
+        latents: Tensor | None = None,
+        eta: float = 0.0,
+        spacing: str | None = None,
+    ) -> Result:
+        """Draws num_images pictures of each prompt.
+
+        width, height: pixels, multiples of 8; by default what the checkpoint was trained at.
+        steps: 1 … 999.  guidance_scale: 1 takes the prompt as trained and half the time, more follows it harder.
+        sampler: "euler" or "ddim".  eta: 0 … 1, how much noise DDIM adds back at each step.
+        spacing: "linspace", "leading" or "trailing", the noise levels visited; by default the sampler's own.
+        seed: picture i uses seed + i and equals the single run with that seed; None or -1 draws one.
+        latents: starting noise (B, C, h, w) of unit variance instead of a seed.
+        Raises UsageError (arguments), OutOfMemoryError, NonFiniteError (no picture is made of NaN).
+        """
+        sizes = (width, height, steps)
+        return finish(self.stream(Request(prompt, negative_prompt, *sizes, guidance_scale, sampler, seed, num_images, latents, eta, spacing)))
+
+    @torch.no_grad()
+    def stream(self, request: Request) -> Generator[Step, None, Result]:
+        """Draws as a generator: yields every step, for progress and previews, and returns the Result (`finish` gets it)."""
+        plan = settle(request, self.native_size, self.vae.latent_channels, self.vae.downscale)
+        # One at a time on a CPU: as fast, less memory, and picture i is bit for bit that of the single run.
+        size = 1 if self.device.type == "cpu" else len(plan.prompts)
+        latents, images = [], []
+        with memory_errors():
+            for first in range(0, len(plan.prompts), size):
+                part = slice(first, first + size)
+                latents.append((yield from self.sample(plan, part)))
+                images += self.decode(latents[-1])
+        return Result(images, plan.seeds, torch.cat(latents), [self.recipe(plan, i) for i in range(len(images))])
+
+    def sample(self, plan: Plan, part: slice) -> Generator[Step, None, Tensor]:
+        """From noise to finished latents (B, C, h, w) of unit variance, for some of the pictures."""
+        prompts, seeds = plan.prompts[part], plan.seeds[part]
+        guided = plan.guidance_scale != 1
+        conditioning = self.encode_prompt([plan.negative_prompt] * len(prompts) * guided + prompts)
+        denoise = Denoiser(self.unet, self.schedule, conditioning.context, plan.guidance_scale)
+        sampler = SAMPLERS[plan.sampler]
+        sigmas = noise_levels(self.schedule, plan.spacing, plan.steps, sampler.last)
+        noise = plan.noise[part].to(self.device)  # (B, C, h, w)
+        x = noise * start_scale(plan.spacing, sigmas[0])
+        more = noise_source(seeds, noise)
+        total = plan.steps * -(-len(plan.prompts) // len(prompts))
+        before = plan.steps * part.start // len(prompts)
+        for index, (x, denoised) in enumerate(sampler.run(denoise, x, sigmas, more, plan.eta)):
+            yield Step(before + index, total, x, denoised)
+        if not x.isfinite().all():
+            raise NonFiniteError(f"the UNet produced NaN or infinity in {name_of(self.dtype)}; draw with dtype float32")
+        return x / (sigmas[-1] ** 2 + 1).sqrt()
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: Sequence[str]) -> Conditioning:
+        """Texts -> what conditions the UNet: context (B, 77, D)."""
+        return Conditioning(self.text_encoder(torch.tensor(tokenize(prompts), device=self.device)))
+
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Latents (B, C, h, w) of unit variance -> pictures; again in float32 if the VAE overflows.  Raises NonFiniteError."""
+        latents = latents / self.family.latent_scale
+        pixels = self.vae.decode(latents.to(self.dtype))  # (B, 3, H, W)
+        if not pixels.isfinite().all() and self.dtype != torch.float32:
+            warnings.warn(f"the VAE overflowed in {name_of(self.dtype)}; decoding again in float32", stacklevel=2)
+            pixels = self.vae.float().decode(latents)
+            self.vae.to(self.dtype)
+        if not pixels.isfinite().all():
+            raise NonFiniteError("the VAE produced NaN or infinity in float32 too: its weights or the latents are broken; try another VAE")
+        return [to_pil(image) for image in pixels]
+
+    def recipe(self, plan: Plan, i: int) -> dict[str, Any]:
+        """What `minisd again` and other programs need to know about picture i."""
+        return {
+            "prompt": plan.prompts[i],
+            "negative_prompt": plan.negative_prompt,
+            "width": plan.width,
+            "height": plan.height,
+            "steps": plan.steps,
+            "guidance_scale": plan.guidance_scale,
+            "sampler": plan.sampler,
+            "sampler_label": SAMPLERS[plan.sampler].label,
+            "eta": plan.eta,
+            "spacing": plan.spacing,
+            "seed": plan.seeds[i],
+            "model": self.checkpoint.path.stem,
+            "model_path": str(self.checkpoint.path.resolve()),
+            "model_sha256": file_sha256(self.checkpoint.path),
+            "device": self.device.type,
+            "dtype": name_of(self.dtype),
+            "torch": torch.__version__,
+            "version": __version__,
+        }
+
+
+def finish(steps: Generator[Step, None, Result]) -> Result:
+    """Runs `Pipeline.stream` to its end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+
+
+def recorded_model(recipe: dict[str, Any]) -> str | None:
+    """Where the checkpoint of a recipe lies; None for the tiny one in the box, wherever that is on this machine."""
+    path = recipe.get("model_path")
+    if recipe.get("model") == tiny_checkpoint().stem and not Path(str(path)).exists():
+        return None
+    return str(path)
+
+
+def repeat(recipe: dict[str, Any], pipe: Pipeline) -> Request:
+    """The request that a picture's recipe describes.  Warns if the checkpoint is another one; raises UsageError."""
+    if recipe.get("seed") is None:
+        raise UsageError("the picture was drawn from noise that its caller gave, which it does not carry; it cannot be made again")
+    if recipe.get("model_sha256") != file_sha256(pipe.checkpoint.path):
+        warnings.warn(f"{pipe.checkpoint.path} is not the checkpoint that drew this picture ({recipe.get('model')})", stacklevel=2)
+    try:
+        return Request(**{name: recipe[name] for name in REPEATED})
+    except KeyError as error:
+        raise UsageError(f"the picture's minisd chunk says nothing of {error}") from None
+
+
+def noise_source(seeds: Sequence[int | None], like: Tensor) -> Noise:
+    """Fresh unit noise (B, C, h, w) at each call; every picture's own generator goes on behind its starting noise."""
+    generators = [torch.Generator("cpu").manual_seed(0) if seed is None else generator(seed) for seed in seeds]
+
+    def draw() -> Tensor:
+        return torch.cat([torch.randn((1, *like.shape[1:]), generator=source) for source in generators]).to(like.device)
+
+    draw()
+    return draw
+
+
+def tiny_checkpoint() -> Path:
+    """The trained checkpoint that minisd carries: beside the package when installed, in weights/ in a checkout."""
+    installed = Path(str(resources.files("minisd"))) / "weights" / "tiny.safetensors"
+    return installed if installed.exists() else Path(__file__).parents[1] / "weights" / "tiny.safetensors"
+
+
+def to_device(device: str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device: expected one that this machine has, found {device!r}: {first_line(error)}") from None
+
+
+def to_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.float16 if device.type == "cuda" else torch.bfloat16 if cpu_computes_bfloat16() else torch.float32
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+    if found == torch.float16 and device.type == "cpu":
+        raise UsageError("dtype: expected bfloat16 or float32 on a CPU, found float16, which is hundreds of times slower there")
+    assert found is not None
+    return found
+
+
+def cpu_computes_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16 products; without them it is slower than float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turns torch's ways of running out of memory into OutOfMemoryError."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            raise
+        raise OutOfMemoryError(f"out of memory: {first_line(error)}; draw fewer or smaller pictures, or use dtype bfloat16") from error
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]

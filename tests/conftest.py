@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from helpers import REDUCED, Oracle, write_checkpoint
+
+import minisd
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def reduced_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SD 1.x at a tenth of the width, random weights, float32."""
+    return write_checkpoint(tmp_path_factory.mktemp("reduced") / "reduced.safetensors")
+
+
+@pytest.fixture(scope="session")
+def reduced(reduced_file: Path) -> minisd.Pipeline:
+    return minisd.load(reduced_file, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def oracle(reduced_file: Path) -> Oracle:
+    return Oracle(reduced_file, REDUCED)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> minisd.Pipeline:
+    """The trained checkpoint in the box, as a user on a CPU gets it."""
+    return minisd.load(device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))

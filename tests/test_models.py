@@ -1,0 +1,65 @@
+"""Same weights, same numbers: every network against diffusers and transformers, in float32 at reduced width."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import relative_error
+
+LIMIT = 1e-5
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (8, 24), (20, 12)])  # 20 and 12 are odd after two halvings
+@torch.no_grad()
+def test_unet(reduced, oracle, size):
+    x, context = noise(2, 4, *size), noise(2, 77, 64, seed=1)
+    t = torch.tensor([981.0, 1.0])
+    found = reduced.unet(x, t, context)
+    assert found.shape == x.shape
+    assert relative_error(found, oracle.unet(x, t, context).sample) <= LIMIT
+
+
+@torch.no_grad()
+def test_unet_takes_fractional_timesteps(reduced, oracle):
+    x, context, t = noise(1, 4, 8, 8), noise(1, 77, 64), torch.tensor([551.3684])
+    found = reduced.unet(x, t, context)
+    assert relative_error(found, oracle.unet(x, t, context).sample) <= LIMIT
+    assert relative_error(found, reduced.unet(x, t.round(), context)) > 1e-4
+
+
+@torch.no_grad()
+def test_text_encoder(reduced, oracle):
+    ids = torch.randint(0, 49408, (3, 77), generator=torch.Generator().manual_seed(0))
+    assert relative_error(reduced.text_encoder(ids), oracle.text(ids).last_hidden_state) <= LIMIT
+
+
+@torch.no_grad()
+def test_vae_decode(reduced, oracle):
+    latents = noise(1, 4, 8, 12)
+    found = reduced.vae.decode(latents)
+    assert found.shape == (1, 3, 64, 96)
+    assert relative_error(found, oracle.vae.decode(latents).sample) <= LIMIT
+
+
+@torch.no_grad()
+def test_vae_encode(reduced, oracle):
+    image = noise(2, 3, 64, 96).clamp(-1, 1)
+    mean, logvar = reduced.vae.encode(image)
+    wanted = oracle.vae.encode(image).latent_dist
+    assert mean.shape == (2, 4, 8, 12)
+    assert relative_error(mean, wanted.mean) <= LIMIT
+    assert relative_error(logvar, wanted.logvar) <= LIMIT
+
+
+@torch.no_grad()
+def test_prompt_to_context(reduced, oracle, tmp_path):
+    prompts = ["a photograph of an astronaut riding a horse", ""]
+    pipe = oracle.pipeline("euler", "linspace", tmp_path)
+    ids = pipe.tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    found = reduced.encode_prompt(prompts)
+    assert found.pooled is None
+    assert relative_error(found.context, oracle.text(ids).last_hidden_state) <= LIMIT

@@ -1,0 +1,1 @@
+"""The tiny trained checkpoint, shipped with the package; see README.md beside this file."""

@@ -42,16 +42,28 @@ def draw_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("prompt", metavar="PROMPT", help="what the picture should show")
-    parser.add_argument("-m", "--model", metavar="FILE", help="a single-file SD 1.x checkpoint (default: the tiny one in the box)")
+    parser.add_argument(
+        "-m", "--model", metavar="FILE", help="a single-file SD 1.x checkpoint (default: the tiny one in the box)"
+    )
     parser.add_argument("-n", "--negative", default="", metavar="TEXT", help="what it should not show")
-    parser.add_argument("-o", "--output", type=Path, metavar="PNG", help="where to (default: out.png, or the next free out-2.png, …)")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="PNG", help="where to (default: out.png, or the next free out-2.png, …)"
+    )
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="denoising steps (default: 20)")
     parser.add_argument("--cfg", type=float, default=7.5, metavar="W", help="guidance scale; 1 turns guidance off (default: 7.5)")
     parser.add_argument("--sampler", default="euler", metavar="NAME", help="euler or ddim (default: euler)")
-    parser.add_argument("--eta", type=float, default=0.0, metavar="E", help="0 to 1: noise that ddim adds back at each step (default: 0)")
-    parser.add_argument("--spacing", metavar="NAME", help="noise levels: linspace, leading or trailing (default: the sampler's own)")
-    parser.add_argument("--seed", type=int, metavar="N", help="makes the picture repeatable; picture i has seed N + i (default: random)")
-    parser.add_argument("--size", type=size, default=(None, None), metavar="WxH", help="pixels, multiples of 8 (default: the checkpoint's)")
+    parser.add_argument(
+        "--eta", type=float, default=0.0, metavar="E", help="0 to 1: noise that ddim adds back at each step (default: 0)"
+    )
+    parser.add_argument(
+        "--spacing", metavar="NAME", help="noise levels: linspace, leading or trailing (default: the sampler's own)"
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="makes the picture repeatable; picture i has seed N + i (default: random)"
+    )
+    parser.add_argument(
+        "--size", type=size, default=(None, None), metavar="WxH", help="pixels, multiples of 8 (default: the checkpoint's)"
+    )
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures to draw (default: 1)")
     add_device(parser)
     parser.add_argument("--version", action="version", version=f"minisd {__version__}")
@@ -60,7 +72,9 @@ def draw_parser() -> argparse.ArgumentParser:
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, … (default: a GPU if there is one)")
-    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the fastest that the device computes well)")
+    parser.add_argument(
+        "--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the fastest that the device computes well)"
+    )
     add_output_options(parser)
 
 
@@ -84,9 +98,20 @@ def draw(argv: Sequence[str]) -> int:
     from .request import Request
 
     pipe = load(args.model, args.device, args.dtype)
-    what = (args.prompt, args.negative, *args.size, args.steps, args.cfg, args.sampler, args.seed, args.num_images)
-    result = with_progress(pipe, Request(*what, eta=args.eta, spacing=args.spacing))
-    return report(result, output, args.json)
+    request = Request(
+        prompt=args.prompt,
+        negative_prompt=args.negative,
+        width=args.size[0],
+        height=args.size[1],
+        steps=args.steps,
+        guidance_scale=args.cfg,
+        sampler=args.sampler,
+        seed=args.seed,
+        num_images=args.num_images,
+        eta=args.eta,
+        spacing=args.spacing,
+    )
+    return report(with_progress(pipe, request), output, args.json)
 
 
 def again(argv: Sequence[str]) -> int:

@@ -16,11 +16,16 @@ from .shapes import Shapes, below, numbered
 HEAD_DIM = 64  # of every published CLIP text tower: 12 heads for 768 channels
 
 
+def embedding(shapes: Shapes, name: str) -> nn.Embedding:
+    count, width = shapes[f"{name}.weight"]
+    return nn.Embedding(count, width)
+
+
 class Embeddings(nn.Module):
     def __init__(self, shapes: Shapes) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(*shapes["token_embedding.weight"])
-        self.position_embedding = nn.Embedding(*shapes["position_embedding.weight"])
+        self.token_embedding = embedding(shapes, "token_embedding")
+        self.position_embedding = embedding(shapes, "position_embedding")
 
     def forward(self, ids: Tensor) -> Tensor:  # (B, L) -> (B, L, D)
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
@@ -99,4 +104,4 @@ class CLIPTextModel(nn.Module):
 
 def text_encoder(shapes: Shapes) -> nn.Module:
     """Some merges (NovelAI's descendants) dropped `text_model.` from the names; the module follows the file."""
-    return TextTransformer(shapes) if "final_layer_norm.weight" in shapes else CLIPTextModel(shapes)
+    return CLIPTextModel(shapes) if below(shapes, "text_model") else TextTransformer(shapes)

@@ -47,17 +47,20 @@ def is_spare(key: str) -> bool:
 
 
 # Files that are something else: (a pattern that one of their keys matches, what it is, what to do).  The first match counts.
+NOT_YET = "minisd does not draw with this family yet"
+NOT_A_UNET = "minisd draws with models of the Stable Diffusion UNet family"
+ON_TOP = "it goes on top of a checkpoint, which is what -m names"
 OTHERS = [
-    (r"(lora_(unet|te\d?)_.*|.*\.lora_(A|B|up|down)\b.*|.*\.(lora_up|lora_down)\.weight)", "a LoRA", "it is applied on top of a checkpoint, which -m names"),
-    (r"(control_model\.|controlnet_cond_embedding\.|input_hint_block\.).*", "a ControlNet", "it steers a checkpoint, which -m names"),
-    (r"(double_blocks|single_blocks|model\.diffusion_model\.double_blocks)\..*", "a Flux model", "minisd draws with models of the Stable Diffusion UNet family"),
-    (r"(model\.diffusion_model\.)?joint_blocks\..*", "a Stable Diffusion 3 model", "minisd draws with models of the Stable Diffusion UNet family"),
-    (r"conditioner\.embedders\.1\..*", "Stable Diffusion XL", "minisd does not draw with this family yet"),
-    (r"conditioner\.embedders\.0\.model\..*", "a Stable Diffusion XL refiner", "minisd does not draw with this family yet"),
-    (r"cond_stage_model\.model\..*", "Stable Diffusion 2.x", "minisd does not draw with this family yet"),
-    (r"(down_blocks|up_blocks)\..*", "a diffusers UNet or ControlNet", "minisd opens the single file that the model was published as"),
-    (r"(string_to_param.*|emb_params|clip_[lg])", "a textual inversion embedding", "it is used together with a checkpoint"),
-]  # fmt: skip
+    (r"lora_(unet|te\d?)_.*|.*\.lora_([AB]|up|down)\b.*", "a LoRA", ON_TOP),
+    (r"(control_model|controlnet_cond_embedding|input_hint_block)\..*", "a ControlNet", ON_TOP),
+    (r"(model\.diffusion_model\.)?(double|single)_blocks\..*", "a Flux model", NOT_A_UNET),
+    (r"(model\.diffusion_model\.)?joint_blocks\..*", "a Stable Diffusion 3 model", NOT_A_UNET),
+    (r"conditioner\.embedders\.1\..*", "Stable Diffusion XL", NOT_YET),
+    (r"conditioner\.embedders\.0\.model\..*", "a Stable Diffusion XL refiner", NOT_YET),
+    (r"cond_stage_model\.model\..*", "Stable Diffusion 2.x", NOT_YET),
+    (r"(down|up)_blocks\..*", "a diffusers UNet or ControlNet", "minisd opens the single file that the model was published as"),
+    (r"string_to_param.*|emb_params|clip_[lg]", "a textual inversion embedding", ON_TOP),
+]
 
 
 def looks_like(shapes: Shapes) -> tuple[str, str]:

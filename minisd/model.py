@@ -56,7 +56,9 @@ def build(checkpoint: Checkpoint) -> StableDiffusion:
         what, hint = looks_like(shapes)
         raise CheckpointError(checkpoint.path, f"this looks like {what}, not like an SD 1.x checkpoint{listing(shapes)}", hint)
     if checkpoint.metadata.get("modelspec.prediction_type", "epsilon") != "epsilon":
-        raise CheckpointError(checkpoint.path, "its metadata says that it predicts v", "minisd draws with epsilon models only, so far")
+        raise CheckpointError(
+            checkpoint.path, "its metadata says that it predicts v", "minisd draws with epsilon models only, so far"
+        )
     try:
         with torch.device("meta"), NoInit():
             model = StableDiffusion(shapes)
@@ -74,7 +76,9 @@ def compare(checkpoint: Checkpoint, model: nn.Module) -> None:
     found = {key: shape for key, shape in checkpoint.shapes.items() if not is_spare(key)}
     missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or unknown:
-        parts = [f"{len(keys)} keys are {name}{listing(keys)}" for name, keys in (("missing", missing), ("unknown", unknown)) if keys]
+        parts = [
+            f"{len(keys)} keys are {name}{listing(keys)}" for name, keys in (("missing", missing), ("unknown", unknown)) if keys
+        ]
         raise CheckpointError(checkpoint.path, f"this looks like SD 1.x, but {' and '.join(parts)}")
     for key, shape in wanted.items():
         if found[key] != shape:

@@ -1,8 +1,8 @@
 """From a prompt to a picture.  Read this first: each station of the way has a file of its own name.
 
-    prompt -- tokenizer -- clip: context --.
-                                           +-- samplers: one denoiser (unet) call a step -- latents -- vae.decode -- image
-    seed ---- request: noise --------------'
+prompt -- tokenizer -- clip: context --.
+                                       +-- samplers: one denoiser (unet) call a step -- latents -- vae.decode -- image
+seed ---- request: noise --------------'
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ REPEATED = ("prompt", "negative_prompt", "width", "height", "steps", "guidance_s
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load(path: str | os.PathLike[str] | None = None, device: str | None = None, dtype: str | torch.dtype | None = None) -> Pipeline:
+def load(
+    path: str | os.PathLike[str] | None = None, device: str | None = None, dtype: str | torch.dtype | None = None
+) -> Pipeline:
     """Opens a checkpoint and makes it ready to draw.
 
     path: a single-file SD 1.x checkpoint (.safetensors); without one, the tiny checkpoint in the box.
@@ -80,7 +82,9 @@ class Result:
 
     def save(self, path: str | os.PathLike[str]) -> list[Path]:
         """Writes every picture with its recipe: out.png, out-2.png, out-3.png, …  Returns the paths; raises OutputError."""
-        return [save_png(*parts) for parts in zip(self.images, numbered_paths(path, len(self.images)), self.metadata, strict=True)]
+        return [
+            save_png(*parts) for parts in zip(self.images, numbered_paths(path, len(self.images)), self.metadata, strict=True)
+        ]
 
 
 def numbered_paths(path: str | os.PathLike[str], count: int) -> list[Path]:
@@ -91,7 +95,9 @@ def numbered_paths(path: str | os.PathLike[str], count: int) -> list[Path]:
 class Pipeline:
     """A checkpoint that draws.  `load` makes one."""
 
-    def __init__(self, model: StableDiffusion, checkpoint: Checkpoint, family: Family, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: StableDiffusion, checkpoint: Checkpoint, family: Family, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.model, self.checkpoint, self.family, self.device, self.dtype = model, checkpoint, family, device, dtype
         self.unet, self.vae, self.text_encoder = model.unet, model.vae, model.text_encoder
         self.native_size = native_size(family, checkpoint.metadata)
@@ -123,7 +129,11 @@ class Pipeline:
         Raises UsageError (arguments), OutOfMemoryError, NonFiniteError (no picture is made of NaN).
         """
         sizes = (width, height, steps)
-        return finish(self.stream(Request(prompt, negative_prompt, *sizes, guidance_scale, sampler, seed, num_images, latents, eta, spacing)))
+        return finish(
+            self.stream(
+                Request(prompt, negative_prompt, *sizes, guidance_scale, sampler, seed, num_images, latents, eta, spacing)
+            )
+        )
 
     @torch.no_grad()
     def stream(self, request: Request) -> Generator[Step, None, Result]:
@@ -146,13 +156,13 @@ class Pipeline:
         conditioning = self.encode_prompt([plan.negative_prompt] * len(prompts) * guided + prompts)
         denoise = Denoiser(self.unet, self.schedule, conditioning.context, plan.guidance_scale)
         sampler = SAMPLERS[plan.sampler]
-        sigmas = noise_levels(self.schedule, plan.spacing, plan.steps, sampler.last)
+        sigmas = noise_levels(self.schedule, plan.spacing, plan.steps, sampler.unit_variance)
         noise = plan.noise[part].to(self.device)  # (B, C, h, w)
-        x = noise * start_scale(plan.spacing, sigmas[0])
+        start = noise * start_scale(sigmas[0], plan.spacing, sampler.unit_variance)
         more = noise_source(seeds, noise)
         total = plan.steps * -(-len(plan.prompts) // len(prompts))
         before = plan.steps * part.start // len(prompts)
-        for index, (x, denoised) in enumerate(sampler.run(denoise, x, sigmas, more, plan.eta)):
+        for index, (x, denoised) in enumerate(sampler.run(denoise, start, sigmas, more, plan.eta)):
             yield Step(before + index, total, x, denoised)
         if not x.isfinite().all():
             raise NonFiniteError(f"the UNet produced NaN or infinity in {name_of(self.dtype)}; draw with dtype float32")
@@ -172,7 +182,9 @@ class Pipeline:
             pixels = self.vae.float().decode(latents)
             self.vae.to(self.dtype)
         if not pixels.isfinite().all():
-            raise NonFiniteError("the VAE produced NaN or infinity in float32 too: its weights or the latents are broken; try another VAE")
+            raise NonFiniteError(
+                "the VAE produced NaN or infinity in float32 too: its weights or the latents are broken; try another VAE"
+            )
         return [to_pil(image) for image in pixels]
 
     def recipe(self, plan: Plan, i: int) -> dict[str, Any]:
@@ -219,9 +231,13 @@ def recorded_model(recipe: dict[str, Any]) -> str | None:
 def repeat(recipe: dict[str, Any], pipe: Pipeline) -> Request:
     """The request that a picture's recipe describes.  Warns if the checkpoint is another one; raises UsageError."""
     if recipe.get("seed") is None:
-        raise UsageError("the picture was drawn from noise that its caller gave, which it does not carry; it cannot be made again")
+        raise UsageError(
+            "the picture was drawn from noise that its caller gave, which it does not carry; it cannot be made again"
+        )
     if recipe.get("model_sha256") != file_sha256(pipe.checkpoint.path):
-        warnings.warn(f"{pipe.checkpoint.path} is not the checkpoint that drew this picture ({recipe.get('model')})", stacklevel=2)
+        warnings.warn(
+            f"{pipe.checkpoint.path} is not the checkpoint that drew this picture ({recipe.get('model')})", stacklevel=2
+        )
     try:
         return Request(**{name: recipe[name] for name in REPEATED})
     except KeyError as error:
@@ -288,7 +304,9 @@ def memory_errors() -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if type(error) is RuntimeError and "can't allocate memory" not in str(error):
             raise
-        raise OutOfMemoryError(f"out of memory: {first_line(error)}; draw fewer or smaller pictures, or use dtype bfloat16") from error
+        raise OutOfMemoryError(
+            f"out of memory: {first_line(error)}; draw fewer or smaller pictures, or use dtype bfloat16"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

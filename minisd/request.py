@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """A request that was checked, with everything settled that it left open.  prompts, seeds and noise go together, by picture."""
+    """A request that was checked, everything settled that it left open.  prompts, seeds and noise go together, by picture."""
 
     prompts: list[str]
     negative_prompt: str
@@ -71,7 +71,9 @@ def settle(request: Request, native_size: tuple[int, int], channels: int, downsc
     for name, side in (("width", width), ("height", height)):
         whole(name, side, 8, MAX_SIDE)
         if side % 8:
-            raise UsageError(f"{name}: expected a multiple of 8, found {side}; the nearest are {side // 8 * 8} and {side // 8 * 8 + 8}")
+            raise UsageError(
+                f"{name}: expected a multiple of 8, found {side}; the nearest are {side // 8 * 8} and {side // 8 * 8 + 8}"
+            )
     whole("steps", request.steps, 1, TRAINING_STEPS - 1)
     number("guidance_scale", request.guidance_scale, 0, 100)
     number("eta", request.eta, 0, 1)
@@ -118,7 +120,7 @@ def number(name: str, value: object, low: float, high: float) -> None:
         raise UsageError(f"{name}: expected a number from {low} to {high}, found {value!r}")
 
 
-def one_of(name: str, value: object, choices: Sequence[str] | dict[str, object]) -> None:
+def one_of(name: str, value: object, choices: Collection[str]) -> None:
     if value not in choices:
         raise UsageError(f"{name}: expected one of {', '.join(choices)}, found {value!r}")
 
@@ -127,7 +129,9 @@ def check_text(text: object) -> None:
     if not isinstance(text, str):
         raise UsageError(f"prompt: expected a text or a list of texts, found {type(text).__name__}")
     if len(text) > MAX_PROMPT:
-        raise UsageError(f"prompt: expected at most {MAX_PROMPT:,} characters, found {len(text):,}; the text encoder reads about 300")
+        raise UsageError(
+            f"prompt: expected at most {MAX_PROMPT:,} characters, found {len(text):,}; the text encoder reads about 300"
+        )
     try:
         text.encode()
     except UnicodeEncodeError:

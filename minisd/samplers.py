@@ -43,16 +43,16 @@ def ddim(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, eta: float =
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a sampler is called and shown, and the noise levels it is used with where nothing else is asked for."""
+    """How a sampler is called and shown, and how its reference begins and ends."""
 
     run: Callable[[Denoise, Tensor, Tensor, Noise, float], Steps]
     label: str  # the name in A1111's parameters text
-    spacing: str  # see schedule.py
-    last: str  # the level after the last step: "zero", or "first", that of training timestep 0
+    spacing: str  # the noise levels where nothing else is asked for; see schedule.py
+    unit_variance: bool  # starts from unit variance instead of sigma, and ends at the level of training timestep 0, not at zero
 
 
 SAMPLERS = {
-    "euler": Sampler(euler, "Euler", "linspace", "zero"),
-    # The published DDIM ends at the first training level instead of zero (CompVis util.py, alphas_prev; diffusers, set_alpha_to_one).
-    "ddim": Sampler(ddim, "DDIM", "leading", "first"),
+    "euler": Sampler(euler, "Euler", "linspace", unit_variance=False),  # k-diffusion sampling.py, sample_euler
+    # CompVis ddim.py and util.py, alphas_prev; diffusers calls the end set_alpha_to_one=False.
+    "ddim": Sampler(ddim, "DDIM", "leading", unit_variance=True),
 }

@@ -28,7 +28,7 @@ class Schedule:
         return ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
 
     def sigma(self, t: Tensor) -> Tensor:
-        """Noise level at timesteps (…) that may lie between the trained ones; linear in log sigma (k-diffusion, external.py)."""
+        """Noise level at timesteps (…), also between the trained ones: linear in log sigma (k-diffusion external.py)."""
         logs = self.sigmas.log()
         low = t.double().floor().long().clamp(0, len(logs) - 2)
         weight = t.double() - low
@@ -67,19 +67,19 @@ def trailing(steps: int) -> Tensor:
 SPACINGS = {"leading": leading, "linspace": linspace, "trailing": trailing}
 
 
-def start_scale(spacing: str, sigma: float) -> float:
-    """What unit noise is multiplied with to become the first latents, as the reference of each spacing does it.
+def start_scale(sigma: Tensor, spacing: str, unit_variance: bool) -> Tensor:
+    """What unit noise is multiplied with to become the first latents.
 
-    Strictly, latents at level sigma have variance sigma^2 plus that of the picture.  `linspace` and `trailing` leave the picture
-    out (k-diffusion); `leading` counts it as 1, because DDIM starts from unit noise in the other notation.
+    Strictly, latents at level sigma have the variance sigma^2 plus that of the picture.  The references leave the picture out
+    (k-diffusion) or count it as 1: DDIM does so always, diffusers' Euler where the spacing is "leading".
     """
-    return (sigma**2 + 1) ** 0.5 if spacing == "leading" else sigma
+    return (sigma**2 + 1).sqrt() if unit_variance or spacing == "leading" else sigma
 
 
-def noise_levels(schedule: Schedule, spacing: str, steps: int, last: str) -> Tensor:
+def noise_levels(schedule: Schedule, spacing: str, steps: int, unit_variance: bool) -> Tensor:
     """The sigmas that a sampler visits, falling, and where it ends: (steps + 1,), float64.
 
-    last: "zero", or "first", the level of training timestep 0.  Warns where a spacing starts far below the highest level.
+    The end is zero, or with unit_variance the level of training timestep 0.  Warns where a spacing starts far below the top.
     """
     timesteps = SPACINGS[spacing](steps)
     if timesteps[0] < 800:
@@ -88,5 +88,5 @@ def noise_levels(schedule: Schedule, spacing: str, steps: int, last: str) -> Ten
             "as its reference does; the picture will lack contrast or form: use spacing 'trailing'",
             stacklevel=2,
         )
-    end = torch.zeros(1, dtype=torch.float64) if last == "zero" else schedule.sigmas[:1]
+    end = schedule.sigmas[:1] if unit_variance else torch.zeros(1, dtype=torch.float64)
     return torch.cat([schedule.sigma(timesteps), end])

@@ -30,11 +30,17 @@ def byte_letters() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
+def merges_text() -> str:
+    """The merges, one pair a line, most frequent first."""
+    with lzma.open(MERGES, "rt", encoding="utf-8") as file:
+        return file.read()
+
+
 @cache
 def bpe() -> Tokenizer:
-    merges = [tuple(line.split(" ")) for line in lzma.open(MERGES, "rt", encoding="utf-8").read().splitlines()]
+    merges = [(left, right) for left, right in (line.split(" ") for line in merges_text().splitlines())]
     letters = byte_letters()
-    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
+    words = [*letters, *(letter + "</w>" for letter in letters), *(left + right for left, right in merges), START, END]
     vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(
         models.BPE(vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END, fuse_unk=False)

@@ -107,7 +107,7 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         channels = shapes["norm.weight"][0]
         # The one structural fact that shapes do not tell.  SD 1.x, which stores proj_in as a 1x1 convolution, has 8 heads
-        # everywhere (v1-inference.yaml, num_heads); everything since has 64 channels a head (v2-inference.yaml, num_head_channels).
+        # everywhere (v1-inference.yaml, num_heads); all since have 64 channels a head (v2-inference.yaml, num_head_channels).
         heads = 8 if len(shapes["proj_in.weight"]) == 4 else channels // 64
         self.norm = GroupNorm(channels, TRANSFORMER_EPS)
         self.proj_in = Pointwise(shapes, "proj_in")
@@ -145,13 +145,14 @@ class Upsample(nn.Module):
 
 def layer(shapes: Shapes) -> nn.Module:
     """The layer that these weights belong to."""
-    if "in_layers.0.weight" in shapes:
+    names = {key.split(".")[0] for key in shapes}
+    if "in_layers" in names:
         return ResBlock(shapes)
-    if "proj_in.weight" in shapes:
+    if "transformer_blocks" in names:
         return SpatialTransformer(shapes)
-    if "op.weight" in shapes:
+    if "op" in names:
         return Downsample(shapes)
-    if "conv.weight" in shapes:
+    if "conv" in names:
         return Upsample(shapes)
     return conv(Shapes({"conv.weight": shapes["weight"]}), "conv")
 
@@ -162,7 +163,9 @@ class Block(nn.Sequential):
     def __init__(self, shapes: Shapes) -> None:
         super().__init__(*(layer(part) for part in numbered(shapes)))
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None
+    ) -> Tensor:
         for part in self:
             if isinstance(part, ResBlock):
                 x = part(x, emb)

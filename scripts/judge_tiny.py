@@ -28,14 +28,16 @@ def nearest(pixels: np.ndarray) -> np.ndarray:
 def template(shape: str) -> Image.Image:
     """The shape in white on black, cut to its bounding box."""
     picture = Image.new("L", (256, 256))
-    paint(ImageDraw.Draw(picture), shape, 128, 128, 100, 255, 0)
+    paint(ImageDraw.Draw(picture), shape, (128, 128), 100, 255, 0)
     return picture.crop(picture.getbbox())
 
 
 def judge(picture: Image.Image) -> tuple[str, str, str] | None:
     """(shape, colour, background) of a picture, or None if there is no object in it."""
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float64)
-    border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
+    border = np.concatenate(
+        [pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)]
+    )
     background = np.bincount(nearest(border), minlength=len(PALETTE)).argmax()
     ground = np.median(border, axis=0)
     distance = np.linalg.norm(pixels - ground, axis=-1)  # (H, W)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
+Colour = int | tuple[int, int, int]
+
 SIZE = 64  # pixels a side
 SUPERSAMPLE = 4  # drawn this many times larger, then averaged down, for smooth edges
 COLOURS = {
@@ -70,7 +72,10 @@ def outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float
         return [(x + r * math.sin(a) ** 3, y - r * (lobe + 2.5) / 14.6) for a, lobe in zip(turns, lobes, strict=True)]
     if shape == "star":
         turns = [math.pi * (i / 5 - 0.5) for i in range(10)]
-        return [(x + (r, 0.42 * r)[i % 2] * math.cos(a) * 1.05, y + (r, 0.42 * r)[i % 2] * math.sin(a) * 1.05) for i, a in enumerate(turns)]
+        return [
+            (x + (r, 0.42 * r)[i % 2] * math.cos(a) * 1.05, y + (r, 0.42 * r)[i % 2] * math.sin(a) * 1.05)
+            for i, a in enumerate(turns)
+        ]
     arm = 0.34
     unit = {
         "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
@@ -82,8 +87,11 @@ def outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float
     return [(x + r * u, y + r * v) for u, v in unit]
 
 
-def paint(canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, colour: object, background: object) -> None:
+def paint(
+    canvas: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float], r: float, colour: Colour, background: Colour
+) -> None:
     """Draws one object; the mask that the judge compares with is drawn by the same lines."""
+    x, y = centre
     if shape in ("circle", "ring"):
         canvas.ellipse((x - r, y - r, x + r, y + r), fill=colour)
         if shape == "ring":
@@ -101,7 +109,8 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
     x, y = (inset + step * (SIZE / 2 - inset) + rng.uniform(-1.5, 1.5) for step in (column, row))
     picture = Image.new("RGB", (SIZE * SUPERSAMPLE,) * 2, COLOURS[scene.background])
     canvas = ImageDraw.Draw(picture)
-    paint(canvas, scene.shape, *(v * SUPERSAMPLE for v in (x, y, r)), COLOURS[scene.colour], COLOURS[scene.background])
+    scaled = (x * SUPERSAMPLE, y * SUPERSAMPLE), r * SUPERSAMPLE
+    paint(canvas, scene.shape, *scaled, COLOURS[scene.colour], COLOURS[scene.background])
     return picture.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 

@@ -102,7 +102,8 @@ def normalise_latents(vae: AutoencoderKL, pictures: Tensor, device: str) -> None
     gain = 1 / (LATENT_SCALE * spread)
     channels = len(gain)
     quant, back = vae.quant_conv, vae.post_quant_conv
-    assert quant.bias is not None and back.bias is not None
+    assert quant.bias is not None
+    assert back.bias is not None
     back.bias += back.weight[:, :, 0, 0] @ centre
     back.weight /= gain[None, :, None, None]
     quant.weight[:channels] *= gain[:, None, None, None]

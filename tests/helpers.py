@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from minisd import blueprint
-from minisd.tokenizer import bpe, byte_letters
+from minisd.tokenizer import bpe, byte_letters, merges_text
 
 HERE = Path(__file__).parent
 
@@ -87,7 +87,8 @@ class Oracle:
         if not any(name.startswith("text_model.") for name in names):  # newer transformers name the parts without it
             own = {key.removeprefix("text_model."): value for key, value in own.items()}
         missing = text.load_state_dict(own, strict=False, assign=True)
-        assert not missing.unexpected_keys and all("position_ids" in key for key in missing.missing_keys), missing
+        assert not missing.unexpected_keys
+        assert all("position_ids" in key for key in missing.missing_keys), missing
         self.unet, self.vae, self.text = unet.eval(), vae.eval(), text.eval()
 
     def pipeline(self, sampler: str, spacing: str, folder: Path):
@@ -126,9 +127,5 @@ def clip_tokenizer(folder: Path):
     vocabulary = bpe().get_vocab(with_added_tokens=True)
     assert vocabulary[letters[0]] == 0
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    import lzma
-
-    from minisd.tokenizer import MERGES
-
-    (folder / "merges.txt").write_text("#version: 0.2\n" + lzma.open(MERGES, "rt", encoding="utf-8").read(), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + merges_text(), encoding="utf-8")
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)

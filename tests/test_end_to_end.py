@@ -10,7 +10,13 @@ from helpers import FULL, Oracle, relative_error, write_checkpoint
 import minisd
 
 PROMPT, NEGATIVE = "a photograph of an astronaut riding a horse", "blurry"
-CASES = [("ddim", "leading", 10), ("ddim", "trailing", 10), ("euler", "linspace", 10), ("euler", "leading", 10), ("euler", "linspace", 7)]
+CASES = [
+    ("ddim", "leading", 10),
+    ("ddim", "trailing", 10),
+    ("euler", "linspace", 10),
+    ("euler", "leading", 10),
+    ("euler", "linspace", 7),
+]
 
 
 def both(pipe: minisd.Pipeline, oracle: Oracle, folder, sampler: str, spacing: str, steps: int, side: int):
@@ -45,7 +51,7 @@ def test_ddim_with_eta_equals_diffusers_step(reduced):
     reference = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
                               set_alpha_to_one=False, steps_offset=1)  # fmt: skip
     reference.set_timesteps(10)
-    sigmas = noise_levels(reduced.schedule, "leading", 10, "first")
+    sigmas = noise_levels(reduced.schedule, "leading", 10, unit_variance=True)
     x, eps, extra = (torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(3))
     for i in (0, 4, 9):
         scale = (sigmas[i] ** 2 + 1).sqrt()

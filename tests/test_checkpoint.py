@@ -1,0 +1,235 @@
+"""Files that are whole, files that are not, and files that are something else."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import REDUCED, write_checkpoint
+from safetensors.torch import load_file, save_file
+
+import minisd
+from minisd.checkpoint import cast, file_sha256, open_checkpoint
+from minisd.family import is_spare
+from minisd.inspection import as_text, inspect
+from minisd.model import build
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A whole checkpoint that is quick to copy: shapes as in the reduced one, but a vocabulary of 50."""
+    weights = {key: torch.zeros(shape, dtype=torch.float16) for key, shape in REDUCED.shapes().items()}
+    weights["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"] = torch.zeros(50, 64)
+    path = tmp_path_factory.mktemp("small") / "small.safetensors"
+    save_file(weights, path)
+    return path
+
+
+def variant(small: Path, folder: Path, change) -> Path:
+    weights = load_file(small)
+    change(weights)
+    save_file(weights, folder / "variant.safetensors")
+    return folder / "variant.safetensors"
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(minisd.CheckpointError) as caught:
+        minisd.load(path, device="cpu")
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_float_dtype_opens(tmp_path, dtype):
+    path = write_checkpoint(tmp_path / "x.safetensors", dtype=dtype)
+    pipe = minisd.load(path, device="cpu", dtype="float32")
+    wanted = load_file(path)
+    for key, value in pipe.model.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, wanted[key].float()), key
+
+
+def test_spare_buffers_are_ignored(small, tmp_path):
+    manifest = json.loads((Path(__file__).parent / "checkpoints" / "sd15.json").read_text())
+    spare = {key: torch.zeros(shape) for key, (_, shape) in manifest.items() if is_spare(key)}
+    spare["model_ema.diffusion_modelout0bias"] = torch.zeros(3)
+    spare["first_stage_model.loss.logvar"] = torch.zeros(())
+    assert len(spare) == 17
+    path = variant(small, tmp_path, lambda weights: weights.update(spare))
+    model = build(open_checkpoint(path))
+    assert set(model.state_dict()) == set(load_file(small))
+    assert inspect(path)["parts"]["unused"]["tensors"] == 17
+
+
+def test_each_missing_key_is_named(small):
+    checkpoint = open_checkpoint(small)
+    for key in list(checkpoint.entries)[::3]:
+        entries = {name: entry for name, entry in checkpoint.entries.items() if name != key}
+        with pytest.raises(minisd.CheckpointError, match=re.escape(key.rsplit(".", 1)[0])):
+            build(type(checkpoint)(checkpoint.path, entries, {}, checkpoint.size))
+
+
+def test_each_changed_shape_is_refused(small):
+    checkpoint = open_checkpoint(small)
+    for key, entry in list(checkpoint.entries.items())[::7]:
+        if len(entry.shape) == 1:
+            changed = {**checkpoint.entries, key: type(entry)(entry.dtype, (entry.shape[0] + 32,))}
+            with pytest.raises(minisd.CheckpointError):
+                build(type(checkpoint)(checkpoint.path, changed, {}, checkpoint.size))
+
+
+def test_missing_and_unknown_keys_are_counted(small, tmp_path):
+    def change(weights):
+        for i in range(20):
+            weights[f"model.diffusion_model.extra.{i:02}"] = torch.zeros(1)
+        del weights["first_stage_model.quant_conv.bias"]
+
+    message = refused(variant(small, tmp_path, change))
+    assert "1 keys are missing: first_stage_model.quant_conv.bias" in message
+    assert "20 keys are unknown: model.diffusion_model.extra.00, " in message
+    assert "extra.09, … (20 in all)" in message
+
+
+def test_integer_weights_are_refused(small, tmp_path):
+    path = variant(small, tmp_path, lambda w: w.update({"model.diffusion_model.out.2.bias": torch.zeros(4, dtype=torch.int32)}))
+    assert "'model.diffusion_model.out.2.bias': expected F64, F32, F16, BF16, found I32" in refused(path)
+
+
+OTHERS = {
+    "a LoRA": ["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "lora_te_text_model_x.alpha"],
+    "a ControlNet": ["control_model.input_blocks.0.0.weight"],
+    "a VAE alone": ["first_stage_model.decoder.conv_in.weight"],
+    "a VAE": ["decoder.conv_in.weight", "encoder.conv_in.weight"],
+    "a UNet alone": ["model.diffusion_model.input_blocks.0.0.weight"],
+    "a text encoder alone": ["text_model.final_layer_norm.weight"],
+    "Stable Diffusion 2.x": ["cond_stage_model.model.ln_final.weight", "model.diffusion_model.out.0.bias"],
+    "Stable Diffusion XL,": ["conditioner.embedders.1.model.ln_final.weight"],
+    "a Stable Diffusion XL refiner": ["conditioner.embedders.0.model.ln_final.weight"],
+    "a Flux model": ["double_blocks.0.img_attn.qkv.weight"],
+    "a Stable Diffusion 3 model": ["model.diffusion_model.joint_blocks.0.x.weight"],
+    "a textual inversion embedding": ["emb_params"],
+    "no model that minisd knows": ["weight"],
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_other_files_are_named_for_what_they_are(what, tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_file({key: torch.zeros(2, 4, 1, 1) for key in OTHERS[what]}, path)
+    message = refused(path)
+    assert f"this looks like {what}" in message
+    assert OTHERS[what][0] in message
+    facts = inspect(path)
+    assert facts["family"] is None
+    assert facts["looks_like"] in message
+    assert what.rstrip(",") in as_text(facts)
+
+
+def test_inpainting_models_are_named(small, tmp_path):
+    def change(weights):
+        weights["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(32, 9, 3, 3)
+
+    assert "an inpainting model (9 input channels)" in refused(variant(small, tmp_path, change))
+
+
+def test_v_prediction_is_not_taken_for_epsilon(tmp_path):
+    path = write_checkpoint(tmp_path / "v.safetensors", **{"modelspec.prediction_type": "v"})
+    assert "predicts v" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"hello, I am a text\n", "is a text"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html></html>", "HTML"),
+        (b"PK\x03\x04" + bytes(100), "zip archive"),
+        (b"\x80\x02}q\x00." + bytes(50), "pickle"),
+        (b"GGUF" + bytes(50), "GGUF"),
+        (b'{"a": 1}', "JSON"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(50), "PNG picture"),
+        (bytes(range(200, 256)), "is not a .safetensors file"),
+        (struct.pack("<Q", 1000) + b"{" + b" " * 20, "inside its header"),
+        (struct.pack("<Q", 20) + b'{"a":1}             ', "is not a whole"),
+        (struct.pack("<Q", 2**63) + b"{}" + bytes(20), "is not a .safetensors file"),
+        (struct.pack("<Q", 9 << 20) + b"{" + bytes(9 << 20), "header of 9,437,184 bytes"),
+    ],
+)
+def test_what_is_no_safetensors_file_is_told_apart(tmp_path, content, message):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    assert message in refused(path)
+
+
+def test_missing_files_and_folders(tmp_path):
+    assert "does not exist" in refused(tmp_path / "none.safetensors")
+    assert "is a folder" in refused(tmp_path)
+
+
+def test_a_file_cut_anywhere_is_refused(small, tmp_path):
+    whole = small.read_bytes()
+    for i in range(64):
+        (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) * i // 64])
+        refused(tmp_path / "cut.safetensors")
+
+
+def test_names_that_lead_elsewhere_are_refused(tmp_path):
+    for name in ("../../etc/passwd", "a\0b", "/root"):
+        save_file({name: torch.zeros(1)}, tmp_path / "x.safetensors")
+        assert "is not an honest tensor name" in refused(tmp_path / "x.safetensors")
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(reduced_file, tmp_path, monkeypatch):
+    """Not a SIGBUS, which would be the end of a process that had mapped it."""
+    path = tmp_path / "shrinks.safetensors"
+    path.write_bytes(reduced_file.read_bytes())
+    monkeypatch.setattr("minisd.model.compare", lambda *_: path.open("r+b").truncate(path.stat().st_size // 2))
+    assert "could not be read to its end" in refused(path)
+
+
+def test_inspect(tiny):
+    facts = inspect(tiny.checkpoint.path, with_hash=True)
+    assert facts["family"] == "sd1"
+    assert facts["native_size"] == (64, 64)
+    assert {name: part["parameters"] for name, part in facts["parts"].items()} == {
+        "UNet": sum(p.numel() for p in tiny.unet.parameters()),
+        "VAE": sum(p.numel() for p in tiny.vae.parameters()),
+        "text encoder": sum(p.numel() for p in tiny.text_encoder.parameters()),
+    }
+    assert facts["parts"]["UNet"]["dtypes"].keys() == {"F16"}
+    assert facts["model_hash"] == facts["sha256"][:10]
+    assert "Stable Diffusion 1.x (sd1), draws 64x64" in as_text(facts)
+    json.dumps(facts)
+
+
+def test_inspect_shows_hostile_metadata_escaped_and_short(tmp_path):
+    save_file({"weight": torch.zeros(1)}, tmp_path / "x.safetensors", {"a\x1b[31m": "b\n" * 100_000, "thumbnail": "data:" * 1000})
+    text = as_text(inspect(tmp_path / "x.safetensors"))
+    assert "\x1b" not in text
+    assert "a\\x1b[31m = b\\nb\\n" in text
+    assert "(200,000 characters)" in text
+    assert len(text) < 1500
+
+
+def test_cast_rounds_as_torch_does():
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16)  # every float16 that there is
+    values = values[values.isfinite()].repeat(33)
+    assert torch.equal(cast(values, torch.bfloat16), values.to(torch.bfloat16))
+
+
+def test_hash_is_remembered_until_the_file_changes(tmp_path):
+    import hashlib
+    import os
+
+    path = tmp_path / "x"
+    path.write_bytes(b"one")
+    assert file_sha256(path) == file_sha256(path) == hashlib.sha256(b"one").hexdigest()
+    path.write_bytes(b"two")
+    os.utime(path, ns=(1, 1))
+    assert file_sha256(path) == hashlib.sha256(b"two").hexdigest()

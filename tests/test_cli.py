@@ -1,0 +1,168 @@
+"""The command line as a user meets it: data on stdout, one clear line on stderr, the right exit code, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import minisd
+from minisd.cli import main
+
+FAST = ["--steps", "2", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    """A process of its own, started as the installed command is."""
+    code = "import sys; from minisd.cli import main; sys.exit(main())"
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, **options)
+
+
+def test_draws_a_picture(tmp_path):
+    done = run("a red circle on a blue background", "--seed", "1")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "out.png\n", "")
+    with Image.open("out.png") as image:
+        assert image.size == (64, 64)
+        assert image.info["parameters"].startswith("a red circle on a blue background\nSteps: 20, Sampler: Euler, ")
+
+
+def test_a_picture_that_nobody_named_replaces_none(capsys):
+    for _ in range(3):
+        assert main(["a star", *FAST]) == 0
+    assert capsys.readouterr().out.split() == ["out.png", "out-2.png", "out-3.png"]
+
+
+def test_json_and_options(capsys):
+    options = ["--num-images", "2", "--seed", "5", "--size", "96x72", "--sampler", "ddim", "--eta", "0.5", "--cfg", "3", "--json"]
+    assert main(["draw", "a star", "-n", "red", "-o", "x.png", "--dtype", "float32", *options, *FAST]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["images"] == ["x.png", "x-2.png"]
+    assert shown["seeds"] == [5, 6]
+    recipe = shown["metadata"][1]
+    wanted = {"prompt": "a star", "negative_prompt": "red", "seed": 6, "width": 96, "height": 72, "sampler": "ddim", "eta": 0.5}
+    assert wanted.items() <= recipe.items()
+    assert (recipe["dtype"], recipe["guidance_scale"], recipe["spacing"]) == ("float32", 3, "leading")
+
+
+def test_again_makes_the_same_picture(capsys):
+    assert main(["a star", "--num-images", "2", "--seed", "5", "--sampler", "ddim", "--eta", "1", "-o", "x.png", *FAST]) == 0
+    assert main(["again", "x-2.png"]) == 0
+    assert capsys.readouterr().out.split()[-1] == "x-2-again.png"
+    assert Path("x-2.png").read_bytes() == Path("x-2-again.png").read_bytes()
+
+
+def test_again_with_another_checkpoint_is_told(capsys, reduced_file):
+    assert main(["a star", "--seed", "5", "-o", "x.png", *FAST]) == 0
+    assert main(["again", "x.png", "-m", str(reduced_file)]) == 0
+    assert "is not the checkpoint that drew this picture (tiny)" in capsys.readouterr().err
+
+
+def test_inspect(capsys, reduced_file):
+    assert main(["inspect", str(reduced_file), "--json", "--hash"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["family"], len(facts["model_hash"])) == ("sd1", 10)
+    assert main(["inspect", str(reduced_file)]) == 0
+    assert "Stable Diffusion 1.x (sd1), draws 512x512" in capsys.readouterr().out
+
+
+def test_a_long_prompt_is_cut_with_a_warning(capsys):
+    assert main(["a red circle " * 40, *FAST]) == 0
+    assert "minisd: warning: the prompt has 120 tokens; the text encoder reads 75, the rest is cut:" in capsys.readouterr().err
+
+
+def exit_code(arguments: list[str]) -> int:
+    try:
+        return main(arguments)
+    except SystemExit as stop:  # argparse leaves this way
+        return int(stop.code or 0)
+
+
+BAD = {
+    "steps 0": (["a star", "--steps", "0"], 2, "steps: expected a whole number from 1 to 999, found 0"),
+    "size": (["a star", "--size", "65x64"], 2, "width: expected a multiple of 8, found 65"),
+    "size 2": (["a star", "--size", "big"], 2, "--size: expected WIDTHxHEIGHT such as 512x768, found 'big'"),
+    "sampler": (["a star", "--sampler", "heun"], 2, "sampler: expected one of euler, ddim, found 'heun'"),
+    "prompt": (["a" * 100_000], 2, "prompt: expected at most 10,000 characters, found 100,000"),
+    "option": (["a star", "--color"], 2, "unrecognized arguments: --color"),
+    "nothing": ([], 2, "the following arguments are required: PROMPT"),
+    "missing model": (["a star", "-m", "none.safetensors"], 3, "none.safetensors: does not exist"),
+    "empty model": (["a star", "-m", "empty"], 3, "empty: is empty"),
+    "text model": (["a star", "-m", "text"], 3, "text: is a text"),
+    "truncated model": (["a star", "-m", "cut"], 3, "cut: is not a whole .safetensors file"),
+    "inspect text": (["inspect", "text"], 3, "text: is a text"),
+    "again text": (["again", "text"], 2, "text: is not a PNG"),
+    "again foreign": (["again", "plain.png"], 2, "plain.png: carries no minisd chunk"),
+    "no folder": (["a star", "-o", "no/where.png"], 6, "the folder no does not exist"),
+    "folder": (["a star", "-o", "folder.png"], 6, "folder.png: cannot be written"),
+    "jpeg": (["a star", "-o", "x.jpg"], 2, "expected a name that ends in .png"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_line(case, capsys, tmp_path, tiny):
+    arguments, code, message = BAD[case]
+    Path("empty").touch()
+    Path("text").write_text("hello, I am a text")
+    Path("cut").write_bytes(tiny.checkpoint.path.read_bytes()[:-1000])
+    Path("folder.png").mkdir()
+    Image.new("RGB", (8, 8)).save("plain.png")
+    before = sorted(tmp_path.rglob("*"))
+    assert exit_code(arguments) == code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert message in shown.err
+    assert len(shown.err.splitlines()[-1:]) == 1
+    assert shown.err.splitlines()[-1].startswith(("minisd: error: ", "minisd again: error: ", "minisd inspect: error: "))
+    assert "Traceback" not in shown.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_folder_as_a_user(capsys):
+    Path("closed").mkdir(mode=0o555)
+    assert main(["a star", "-o", "closed/x.png", *FAST]) == 6
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_process_says_the_same(tmp_path):
+    done = run("a star", "-m", "none.safetensors")
+    assert done.returncode == 3
+    assert done.stdout == ""
+    assert done.stderr == "minisd: error: none.safetensors: does not exist (check the path)\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_out_of_memory_is_told(capsys, monkeypatch):
+    monkeypatch.setattr("minisd.unet.UNet.forward", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    assert main(["a star", *FAST]) == 4
+    assert "out of memory" in capsys.readouterr().err
+    assert not Path("out.png").exists()
+
+
+def test_interrupt(capsys, monkeypatch):
+    monkeypatch.setattr("minisd.unet.UNet.forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    assert main(["a star", *FAST]) == 130
+    assert capsys.readouterr().err == "minisd: interrupted; nothing was written\n"
+
+
+def test_help_and_inspect_do_not_import_torch(reduced_file):
+    for arguments in (["--help"], ["--version"], ["inspect", str(reduced_file)]):
+        code = f"import sys; from minisd.cli import main\ntry: main({arguments!r})\nfinally: assert 'torch' not in sys.modules"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"minisd {minisd.__version__}\n"

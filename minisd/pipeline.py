@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -23,17 +22,15 @@ from torch import Tensor
 from . import __version__
 from .checkpoint import Checkpoint, file_sha256, open_checkpoint
 from .denoiser import Denoiser
-from .errors import NonFiniteError, OutOfMemoryError, UsageError
+from .device import memory_errors, name_of, to_device, to_dtype
+from .errors import NonFiniteError
 from .family import SD1, Family, native_size
 from .image import save_png, to_pil
 from .model import StableDiffusion, load_model
-from .request import Plan, Request, generator, settle
-from .samplers import SAMPLERS, Noise
+from .request import Plan, Request, noise_source, settle
+from .samplers import SAMPLERS
 from .schedule import noise_levels, scaled_linear, start_scale
 from .tokenizer import tokenize
-
-REPEATED = ("prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "seed", "eta", "spacing")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load(
@@ -220,94 +217,7 @@ def finish(steps: Generator[Step, None, Result]) -> Result:
             return stop.value  # type: ignore[no-any-return]
 
 
-def recorded_model(recipe: dict[str, Any]) -> str | None:
-    """Where the checkpoint of a recipe lies; None for the tiny one in the box, wherever that is on this machine."""
-    path = recipe.get("model_path")
-    if recipe.get("model") == tiny_checkpoint().stem and not Path(str(path)).exists():
-        return None
-    return str(path)
-
-
-def repeat(recipe: dict[str, Any], pipe: Pipeline) -> Request:
-    """The request that a picture's recipe describes.  Warns if the checkpoint is another one; raises UsageError."""
-    if recipe.get("seed") is None:
-        raise UsageError(
-            "the picture was drawn from noise that its caller gave, which it does not carry; it cannot be made again"
-        )
-    if recipe.get("model_sha256") != file_sha256(pipe.checkpoint.path):
-        warnings.warn(
-            f"{pipe.checkpoint.path} is not the checkpoint that drew this picture ({recipe.get('model')})", stacklevel=2
-        )
-    try:
-        return Request(**{name: recipe[name] for name in REPEATED})
-    except KeyError as error:
-        raise UsageError(f"the picture's minisd chunk says nothing of {error}") from None
-
-
-def noise_source(seeds: Sequence[int | None], like: Tensor) -> Noise:
-    """Fresh unit noise (B, C, h, w) at each call; every picture's own generator goes on behind its starting noise."""
-    generators = [torch.Generator("cpu").manual_seed(0) if seed is None else generator(seed) for seed in seeds]
-
-    def draw() -> Tensor:
-        return torch.cat([torch.randn((1, *like.shape[1:]), generator=source) for source in generators]).to(like.device)
-
-    draw()
-    return draw
-
-
 def tiny_checkpoint() -> Path:
     """The trained checkpoint that minisd carries: beside the package when installed, in weights/ in a checkout."""
     installed = Path(str(resources.files("minisd"))) / "weights" / "tiny.safetensors"
     return installed if installed.exists() else Path(__file__).parents[1] / "weights" / "tiny.safetensors"
-
-
-def to_device(device: str | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-        return torch.device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device: expected one that this machine has, found {device!r}: {first_line(error)}") from None
-
-
-def to_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    if dtype is None:
-        return torch.float16 if device.type == "cuda" else torch.bfloat16 if cpu_computes_bfloat16() else torch.float32
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
-        raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
-    if found == torch.float16 and device.type == "cpu":
-        raise UsageError("dtype: expected bfloat16 or float32 on a CPU, found float16, which is hundreds of times slower there")
-    assert found is not None
-    return found
-
-
-def cpu_computes_bfloat16() -> bool:
-    """Whether the CPU has instructions for bfloat16 products; without them it is slower than float32."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turns torch's ways of running out of memory into OutOfMemoryError."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
-            raise
-        raise OutOfMemoryError(
-            f"out of memory: {first_line(error)}; draw fewer or smaller pictures, or use dtype bfloat16"
-        ) from error
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import UsageError
-from .samplers import SAMPLERS
+from .samplers import SAMPLERS, Noise
 from .schedule import SPACINGS, TRAINING_STEPS
 
 MAX_PROMPT = 10_000  # characters; the text encoder reads about 300 of them
@@ -108,6 +108,17 @@ def start(request: Request, shape: tuple[int, ...]) -> tuple[list[int | None], T
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
+
+
+def noise_source(seeds: Sequence[int | None], like: Tensor) -> Noise:
+    """Fresh unit noise (B, C, h, w) at each call; every picture's own generator goes on behind its starting noise."""
+    generators = [torch.Generator("cpu").manual_seed(0) if seed is None else generator(seed) for seed in seeds]
+
+    def draw() -> Tensor:
+        return torch.cat([torch.randn((1, *like.shape[1:]), generator=source) for source in generators]).to(like.device)
+
+    draw()
+    return draw
 
 
 def whole(name: str, value: object, low: int, high: int) -> None:

@@ -44,7 +44,7 @@ class Schedule:
 
 
 def scaled_linear() -> Schedule:
-    """The schedule of every SD 1.x, 2.x and SDXL: beta rises linearly in its square root (CompVis util.py, make_beta_schedule)."""
+    """That of SD 1.x, 2.x and SDXL: beta rises linearly in its square root (CompVis util.py, make_beta_schedule)."""
     betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TRAINING_STEPS, dtype=torch.float64) ** 2
     return Schedule(torch.cumprod(1 - betas, dim=0))
 

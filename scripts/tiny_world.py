@@ -33,6 +33,16 @@ PLACES = {
 }  # fmt: skip
 
 
+ARM = 0.34
+CORNERS: dict[str, list[tuple[float, float]]] = {  # in units of half the side
+    "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
+    "triangle": [(0, -1), (1, 0.85), (-1, 0.85)],
+    "diamond": [(0, -1), (0.8, 0), (0, 1), (-0.8, 0)],
+    "cross": [(-ARM, -1), (ARM, -1), (ARM, -ARM), (1, -ARM), (1, ARM), (ARM, ARM),
+              (ARM, 1), (-ARM, 1), (-ARM, ARM), (-1, ARM), (-1, -ARM), (-ARM, -ARM)],
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Scene:
     shape: str
@@ -76,15 +86,7 @@ def outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float
             (x + (r, 0.42 * r)[i % 2] * math.cos(a) * 1.05, y + (r, 0.42 * r)[i % 2] * math.sin(a) * 1.05)
             for i, a in enumerate(turns)
         ]
-    arm = 0.34
-    unit = {
-        "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
-        "triangle": [(0, -1), (1, 0.85), (-1, 0.85)],
-        "diamond": [(0, -1), (0.8, 0), (0, 1), (-0.8, 0)],
-        "cross": [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm),
-                  (arm, 1), (-arm, 1), (-arm, arm), (-1, arm), (-1, -arm), (-arm, -arm)],
-    }[shape]  # fmt: skip
-    return [(x + r * u, y + r * v) for u, v in unit]
+    return [(x + r * u, y + r * v) for u, v in CORNERS[shape]]
 
 
 def paint(
@@ -109,8 +111,8 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
     x, y = (inset + step * (SIZE / 2 - inset) + rng.uniform(-1.5, 1.5) for step in (column, row))
     picture = Image.new("RGB", (SIZE * SUPERSAMPLE,) * 2, COLOURS[scene.background])
     canvas = ImageDraw.Draw(picture)
-    scaled = (x * SUPERSAMPLE, y * SUPERSAMPLE), r * SUPERSAMPLE
-    paint(canvas, scene.shape, *scaled, COLOURS[scene.colour], COLOURS[scene.background])
+    centre = (x * SUPERSAMPLE, y * SUPERSAMPLE)
+    paint(canvas, scene.shape, centre, r * SUPERSAMPLE, COLOURS[scene.colour], COLOURS[scene.background])
     return picture.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 import minisd
-from minisd.image import parameters_text, read_recipe
 from minisd.pipeline import finish
+from minisd.recipe import parameters_text, read_recipe
 from minisd.request import Request, settle
 
 FAST = {"steps": 2, "width": 64, "height": 64}

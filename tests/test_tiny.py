@@ -7,8 +7,12 @@ import sys
 
 import pytest
 from judge_tiny import exam, judge
+from readme_pictures import cells
 from safetensors import safe_open
 from tiny_world import TRAINING, caption, draw, held_back, training_scene
+
+from minisd.checkpoint import file_sha256
+from minisd.recipe import read_recipe
 
 
 def test_the_judge_is_right_about_drawn_pictures():
@@ -57,3 +61,12 @@ def test_draws_what_the_prompt_says(tiny):
 @pytest.mark.parametrize("sampler", ["euler", "ddim"])
 def test_both_samplers_draw_it(tiny, sampler):
     assert judge(tiny("a red circle on a blue background", seed=1, sampler=sampler).images[0]) == ("circle", "red", "blue")
+
+
+def test_pictures_of_the_readme_were_drawn_by_the_commands_under_them(tiny):
+    assert len(cells()) == 8
+    for path, arguments in cells():
+        recipe = read_recipe(path)
+        prompt, option, seed = arguments
+        assert (recipe["prompt"], option, str(recipe["seed"])) == (prompt, "--seed", seed)
+        assert recipe["model_sha256"] == file_sha256(tiny.checkpoint.path), f"{path} was drawn by another checkpoint"

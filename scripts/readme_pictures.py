@@ -1,0 +1,26 @@
+"""Draws the pictures of the README again: each with the very command that stands under it.
+
+python scripts/readme_pictures.py
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+from minisd.cli import main
+
+ROOT = Path(__file__).parents[1]
+CELL = re.compile(r"!\[[^]]*\]\((weights/samples/[^)]+)\)<br>`minisd ([^`]+)`")
+
+
+def cells() -> list[tuple[Path, list[str]]]:
+    """(picture, arguments of the command under it) for each cell of the README's grid."""
+    return [(ROOT / path, shlex.split(command)) for path, command in CELL.findall((ROOT / "README.md").read_text())]
+
+
+if __name__ == "__main__":
+    for path, arguments in cells():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        main([*arguments, "-o", str(path)])

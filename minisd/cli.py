@@ -168,7 +168,8 @@ def with_progress(pipe: Pipeline, request: Request) -> Result:
     from tqdm import tqdm
 
     steps = pipe.stream(request)
-    with tqdm(desc="drawing", unit="step", disable=None, leave=True) as bar:
+    look = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
+    with tqdm(desc="drawing", unit="step", bar_format=look, disable=None) as bar:
         while True:
             try:
                 bar.total = next(steps).total

@@ -28,7 +28,7 @@ from .family import SD1, Family, native_size
 from .image import save_png, to_pil
 from .model import StableDiffusion, load_model
 from .request import Plan, Request, noise_source, settle
-from .samplers import SAMPLERS
+from .samplers import SAMPLERS, Steps
 from .schedule import noise_levels, scaled_linear, start_scale
 from .tokenizer import tokenize
 
@@ -136,42 +136,39 @@ class Pipeline:
     def stream(self, request: Request) -> Generator[Step, None, Result]:
         """Draws as a generator: yields every step, for progress and previews, and returns the Result (`finish` gets it)."""
         plan = settle(request, self.native_size, self.vae.latent_channels, self.vae.downscale)
+        sigmas = noise_levels(self.schedule, plan.spacing, plan.steps, SAMPLERS[plan.sampler].unit_variance)
         # One at a time on a CPU: as fast, less memory, and picture i is bit for bit that of the single run.
         size = 1 if self.device.type == "cpu" else len(plan.prompts)
+        parts = [slice(first, first + size) for first in range(0, len(plan.prompts), size)]
         latents, images = [], []
         with memory_errors():
-            for first in range(0, len(plan.prompts), size):
-                part = slice(first, first + size)
-                latents.append((yield from self.sample(plan, part)))
+            for part in parts:
+                for index, (x, denoised) in enumerate(self.sample(plan, part, sigmas), plan.steps * len(latents)):
+                    yield Step(index, plan.steps * len(parts), x, denoised)
+                latents.append(x / (sigmas[-1] ** 2 + 1).sqrt())
                 images += self.decode(latents[-1])
         return Result(images, plan.seeds, torch.cat(latents), [self.recipe(plan, i) for i in range(len(images))])
 
-    def sample(self, plan: Plan, part: slice) -> Generator[Step, None, Tensor]:
-        """From noise to finished latents (B, C, h, w) of unit variance, for some of the pictures."""
-        prompts, seeds = plan.prompts[part], plan.seeds[part]
-        guided = plan.guidance_scale != 1
-        conditioning = self.encode_prompt([plan.negative_prompt] * len(prompts) * guided + prompts)
-        denoise = Denoiser(self.unet, self.schedule, conditioning.context, plan.guidance_scale)
+    def sample(self, plan: Plan, part: slice, sigmas: Tensor) -> Steps:
+        """From noise down the levels `sigmas`, for some of the pictures; yields (latents, denoised), (B, C, h, w) each."""
+        prompts, noise = plan.prompts[part], plan.noise[part].to(self.device)  # (B, C, h, w)
+        negative = [plan.negative_prompt] * len(prompts) if plan.guidance_scale != 1 else []
+        context = self.encode_prompt(negative + prompts).context  # (B or 2*B, L, D)
+        denoise = Denoiser(self.unet, self.schedule, context, plan.guidance_scale)
         sampler = SAMPLERS[plan.sampler]
-        sigmas = noise_levels(self.schedule, plan.spacing, plan.steps, sampler.unit_variance)
-        noise = plan.noise[part].to(self.device)  # (B, C, h, w)
         start = noise * start_scale(sigmas[0], plan.spacing, sampler.unit_variance)
-        more = noise_source(seeds, noise)
-        total = plan.steps * -(-len(plan.prompts) // len(prompts))
-        before = plan.steps * part.start // len(prompts)
-        for index, (x, denoised) in enumerate(sampler.run(denoise, start, sigmas, more, plan.eta)):
-            yield Step(before + index, total, x, denoised)
-        if not x.isfinite().all():
-            raise NonFiniteError(f"the UNet produced NaN or infinity in {name_of(self.dtype)}; draw with dtype float32")
-        return x / (sigmas[-1] ** 2 + 1).sqrt()
+        return sampler.run(denoise, start, sigmas, noise_source(plan.seeds[part], noise), plan.eta)
 
     @torch.no_grad()
-    def encode_prompt(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_prompt(self, prompts: str | Sequence[str]) -> Conditioning:
         """Texts -> what conditions the UNet: context (B, 77, D)."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         return Conditioning(self.text_encoder(torch.tensor(tokenize(prompts), device=self.device)))
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Latents (B, C, h, w) of unit variance -> pictures; again in float32 if the VAE overflows.  Raises NonFiniteError."""
+        if not latents.isfinite().all():
+            raise NonFiniteError(f"the UNet produced NaN or infinity in {name_of(self.dtype)}; draw with dtype float32")
         latents = latents / self.family.latent_scale
         pixels = self.vae.decode(latents.to(self.dtype))  # (B, 3, H, W)
         if not pixels.isfinite().all() and self.dtype != torch.float32:

@@ -14,8 +14,26 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
     """
     b, length, channels = q.shape
     q, k, v = (x.view(b, -1, heads, channels // heads).transpose(1, 2) for x in (q, k, v))  # (B, heads, L, d)
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] >= 1024 and not causal:
+        out = attention_by_rows(q, k, v)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     return out.transpose(1, 2).reshape(b, length, channels)
+
+
+def attention_by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The formula as it stands, for so many query rows at a time that the scores stay in the cache: (B, heads, L, d) -> same.
+
+    For bfloat16 on a CPU, where PyTorch's fused attention runs at the speed of float32: 0.13 s against 0.26 s for 8 heads of
+    40 channels, L = 4096, batch 2, on 2 cores.  Scores are rounded to bfloat16: error 5e-3 against 2e-3.
+    """
+    b, heads, length, d = q.shape
+    keys = k.flatten(0, 1).transpose(1, 2)  # (B*heads, d, S)
+    values = v.flatten(0, 1)  # (B*heads, S, d)
+    rows = max(1, (1 << 22) // (b * heads * k.shape[2]))
+    pieces = (q.flatten(0, 1) * d**-0.5).split(rows, dim=1)  # (B*heads, rows, d) each
+    out = [torch.bmm(torch.bmm(piece, keys).softmax(dim=-1), values) for piece in pieces]
+    return torch.cat(out, dim=1).view(b, heads, length, d)
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool = False) -> Tensor:

@@ -110,26 +110,29 @@ def write_configs(folder: Path) -> None:
     write("tokenizer/tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77})
 
 
+DIFFUSERS = """
+from diffusers import StableDiffusionPipeline
+run = lambda: StableDiffusionPipeline.from_single_file({path!r}, config={config!r}, local_files_only=True, torch_dtype={dtype},
+                                                       safety_checker=None, feature_extractor=None)
+"""
 LOADERS = {
-    "minisd": "import minisd\nrun = lambda: minisd.load({path!r}, device='cpu', dtype='bfloat16')",
-    "diffusers": "import torch\nfrom diffusers import StableDiffusionPipeline\n"
-    "run = lambda: StableDiffusionPipeline.from_single_file({path!r}, config={config!r}, local_files_only=True, "
-    "torch_dtype=torch.bfloat16, safety_checker=None, feature_extractor=None)",
+    "minisd, bfloat16 (its default here)": "import minisd.pipeline\nrun = lambda: minisd.load({path!r}, 'cpu', 'bfloat16')",
+    "diffusers, bfloat16": DIFFUSERS.replace("{dtype}", "torch.bfloat16"),
+    "diffusers, float32 (its default)": DIFFUSERS.replace("{dtype}", "None"),
 }
 MEASURE = """
-import resource, sys, time
+import time, torch, numpy, safetensors.torch, tokenizers
 {setup}
-import torch, numpy, safetensors.torch, tokenizers
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-start = time.perf_counter()
+def peak(): return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+before, start = peak(), time.perf_counter()
 pipe = run()
-print(time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(time.perf_counter() - start, peak() - before)
 """
 
 
 def bench_load(repeats: int) -> None:
     """Fresh processes, in turn, with the file in the page cache; imports are not counted."""
-    with tempfile.TemporaryDirectory(dir=os.environ.get("MINISD_BENCH_DIR")) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         path, config = Path(folder) / "sd15.safetensors", Path(folder) / "config"
         write_sd15(path)
         write_configs(config)
@@ -141,13 +144,14 @@ def bench_load(repeats: int) -> None:
                 out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
                 seconds, peak = map(float, out.splitlines()[-1].split())
                 rows[name].append((seconds, peak))
-    print(f"opening a {size / 1e9:.2f} GB fp16 SD 1.5 file to ready bfloat16 modules, {repeats} runs each")
+    print(f"opening a {size / 1e9:.2f} GB fp16 SD 1.5 file to ready modules, {repeats} runs each")
     medians = {}
     for name, runs in rows.items():
         medians[name] = statistics.median(seconds for seconds, _ in runs[1:])
         peak = max(peak for _, peak in runs[1:])
-        print(f"  {name:<10} {medians[name]:6.2f} s   peak memory {peak / 1e9:.2f} GB = {peak / size:.2f} x the file")
-    print(f"  minisd is {medians['diffusers'] / medians['minisd']:.1f} times as fast")
+        print(f"  {name:<36} {medians[name]:6.2f} s   peak memory {peak / 1e9:.2f} GB = {peak / size:.2f} x the file")
+    ours, same, default = medians.values()
+    print(f"  minisd is {same / ours:.1f} times as fast at the same dtype, {default / ours:.1f} times with each one's default")
 
 
 def bench_unet(repeats: int) -> None:
@@ -187,7 +191,7 @@ def bench_unet(repeats: int) -> None:
 def bench_cli(repeats: int) -> None:
     """Whole processes, from the shell's point of view."""
     command = [sys.executable, "-m", "minisd.cli"]
-    with tempfile.TemporaryDirectory(dir=os.environ.get("MINISD_BENCH_DIR")) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sd15.safetensors"
         write_sd15(path)
         rows = {

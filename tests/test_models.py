@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import relative_error
+
+from minisd.ops import attention
 
 LIMIT = 1e-5
 
@@ -63,3 +66,14 @@ def test_prompt_to_context(reduced, oracle, tmp_path):
     found = reduced.encode_prompt(prompts)
     assert found.pooled is None
     assert relative_error(found.context, oracle.text(ids).last_hidden_state) <= LIMIT
+
+
+@pytest.mark.parametrize(("heads", "channels", "length"), [(8, 320, 1024), (1, 512, 1500)])
+def test_bfloat16_attention_on_a_cpu(heads, channels, length):
+    """By rows against float64; the rounding of the scores may cost a factor of 4 against PyTorch's own."""
+    q, k, v = (noise(2, length, channels, seed=i).bfloat16() for i in range(3))
+    wanted = attention(q.double(), k.double(), v.double(), heads)
+    found = relative_error(attention(q, k, v, heads), wanted)
+    split = (x.view(2, length, heads, -1).transpose(1, 2) for x in (q, k, v))
+    fused = F.scaled_dot_product_attention(*split).transpose(1, 2).reshape(2, length, channels)
+    assert found <= 4 * relative_error(fused, wanted)

@@ -19,10 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from judge_tiny import examine
 from safetensors.torch import load_file, save_file
 from tiny_world import SIZE, caption, draw, training_scene
 from torch import Tensor, nn
 
+import minisd
 from minisd import blueprint
 from minisd.clip import text_encoder
 from minisd.schedule import TRAINING_STEPS, scaled_linear
@@ -201,7 +203,9 @@ def plot_losses(path: Path, curves: dict[str, list[float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("weights"), help="folder for tiny.safetensors and the two pictures")
+    parser.add_argument(
+        "--out", type=Path, default=Path("weights"), help="folder for tiny.safetensors, training.png, samples.png"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vae-steps", type=int, default=2200)
     parser.add_argument("--unet-steps", type=int, default=4000)
@@ -232,9 +236,9 @@ def main() -> None:
     unet = UNet(below(shapes, "model.diffusion_model")).to(args.device)
     text = text_encoder(below(shapes, "cond_stage_model.transformer")).to(args.device)
     if args.resume:
-        weights = {key: value.float() for key, value in load_file(args.resume).items()}
+        resumed = {key: value.float() for key, value in load_file(args.resume).items()}
         for name, module in (("model.diffusion_model.", unet), ("cond_stage_model.transformer.", text)):
-            module.load_state_dict({k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)})
+            module.load_state_dict({k.removeprefix(name): v for k, v in resumed.items() if k.startswith(name)})
     else:
         begin_as_identity(unet)
     for losses, average in train_unet(unet, text, latents, captions, args.unet_steps, args.done, 64, args.device):
@@ -244,6 +248,9 @@ def main() -> None:
         curves["UNet and text encoder"] = losses
         (args.out / "training.json").write_text(json.dumps(curves))
     plot_losses(args.out / "training.png", curves)
+    sheet, right = examine(minisd.load(args.out / "tiny.safetensors"), 40)
+    sheet.save(args.out / "samples.png")
+    print(f"{right[3]} of 40 held-back prompts right; see {args.out / 'samples.png'}")
 
 
 if __name__ == "__main__":

@@ -140,7 +140,8 @@ class Pipeline:
         # One at a time on a CPU: as fast, less memory, and picture i is bit for bit that of the single run.
         size = 1 if self.device.type == "cpu" else len(plan.prompts)
         parts = [slice(first, first + size) for first in range(0, len(plan.prompts), size)]
-        latents, images = [], []
+        latents: list[Tensor] = []
+        images: list[Image.Image] = []
         with memory_errors():
             for part in parts:
                 for index, (x, denoised) in enumerate(self.sample(plan, part, sigmas), plan.steps * len(latents)):

@@ -67,6 +67,7 @@ class Checkpoint:
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
     size: int  # bytes
+    modified: int  # time of the last change when it was opened, in ns
 
     @property
     def shapes(self) -> Shapes:
@@ -85,6 +86,15 @@ class Checkpoint:
         except (safetensors.SafetensorError, OSError) as error:
             raise CheckpointError(self.path, f"could not be read to its end: {error}", "copy or download it again") from error
 
+    def sha256(self) -> str | None:
+        """The hash of the file, or None if it is gone or no longer the one that was opened: that is no reason to lose a picture."""
+        try:
+            stat = self.path.stat()
+            same = (stat.st_size, stat.st_mtime_ns) == (self.size, self.modified)
+            return file_sha256(self.path) if same else None
+        except OSError:
+            return None
+
     def require_floats(self, keys: Mapping[str, object]) -> None:
         """Raises CheckpointError for a weight that is not stored as a floating-point number minisd knows."""
         for key in keys:
@@ -98,7 +108,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises CheckpointError if it is missing, empty, cut short, too large to be honest, or something else altogether.
     """
     path = Path(path)
-    size = check_head(path)
+    size, modified = check_head(path)
     try:
         with safetensors.safe_open(path, framework="np") as file:
             entries = {key: entry(path, key, file.get_slice(key)) for key in sorted(file.keys())}
@@ -107,16 +117,17 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(path, f"is not a whole .safetensors file: {error}", "copy or download it again") from error
     if len(entries) > MAX_TENSORS:
         raise CheckpointError(path, f"has {len(entries):,} tensors; at most {MAX_TENSORS:,} were expected")
-    return Checkpoint(path, entries, metadata, size)
+    return Checkpoint(path, entries, metadata, size, modified)
 
 
-def check_head(path: Path) -> int:
-    """The size of a file whose first bytes may be a safetensors header; else CheckpointError says what it is."""
+def check_head(path: Path) -> tuple[int, int]:
+    """Size and time of change of a file whose first bytes may be a safetensors header; else CheckpointError says what it is."""
     try:
         if path.is_dir():
             raise CheckpointError(path, "is a folder, expected a .safetensors file", "name the file in it")
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            stat = os.fstat(file.fileno())
+            size = stat.st_size
             head = file.read(64)
     except FileNotFoundError:
         raise CheckpointError(path, "does not exist", "check the path") from None
@@ -128,7 +139,7 @@ def check_head(path: Path) -> int:
     if size >= 10 and head[8:9] == b"{" and length <= size - 8:
         if length > MAX_HEADER:
             raise CheckpointError(path, f"has a header of {length:,} bytes; at most {MAX_HEADER:,} were expected")
-        return size
+        return size, stat.st_mtime_ns
     for magic, what, hint in MAGIC:
         if head.startswith(magic):
             raise CheckpointError(path, f"is {what}; expected a .safetensors file", hint)

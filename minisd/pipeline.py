@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import __version__
-from .checkpoint import Checkpoint, file_sha256, open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .denoiser import Denoiser
 from .device import memory_errors, name_of, to_device, to_dtype
 from .errors import NonFiniteError
@@ -198,7 +198,7 @@ class Pipeline:
             "seed": plan.seeds[i],
             "model": self.checkpoint.path.stem,
             "model_path": str(self.checkpoint.path.resolve()),
-            "model_sha256": file_sha256(self.checkpoint.path),
+            "model_sha256": self.checkpoint.sha256(),
             "device": self.device.type,
             "dtype": name_of(self.dtype),
             "torch": torch.__version__,

@@ -32,7 +32,7 @@ def parameters_text(recipe: Mapping[str, Any]) -> str:
         "CFG scale": recipe["guidance_scale"],
         "Seed": recipe["seed"],
         "Size": f"{recipe['width']}x{recipe['height']}",
-        "Model hash": recipe["model_sha256"][:10],
+        "Model hash": recipe["model_sha256"][:10] if recipe["model_sha256"] else None,
         "Model": recipe["model"].replace(",", "").replace(":", ""),
         "RNG": "CPU",
         "Eta": recipe["eta"] or None,

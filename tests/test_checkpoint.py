@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def test_each_missing_key_is_named(small):
     for key in list(checkpoint.entries)[::3]:
         entries = {name: entry for name, entry in checkpoint.entries.items() if name != key}
         with pytest.raises(minisd.CheckpointError, match=re.escape(key.rsplit(".", 1)[0])):
-            build(type(checkpoint)(checkpoint.path, entries, {}, checkpoint.size))
+            build(replace(checkpoint, entries=entries))
 
 
 def test_each_changed_shape_is_refused(small):
@@ -80,7 +81,7 @@ def test_each_changed_shape_is_refused(small):
         if len(entry.shape) == 1:
             changed = {**checkpoint.entries, key: type(entry)(entry.dtype, (entry.shape[0] + 32,))}
             with pytest.raises(minisd.CheckpointError):
-                build(type(checkpoint)(checkpoint.path, changed, {}, checkpoint.size))
+                build(replace(checkpoint, entries=changed))
 
 
 def test_missing_and_unknown_keys_are_counted(small, tmp_path):

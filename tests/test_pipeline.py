@@ -208,3 +208,19 @@ def test_saving_through_a_link_keeps_the_link(tiny, tmp_path):
     tiny("a star", seed=0, **FAST).save(tmp_path / "link.png")
     assert (tmp_path / "link.png").is_symlink()
     assert read_recipe(tmp_path / "real" / "x.png")["seed"] == 0
+
+
+def test_a_checkpoint_that_went_away_or_changed_costs_the_hash_not_the_picture(reduced_file, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(reduced_file.read_bytes())
+    pipe = minisd.load(path, device="cpu", dtype="bfloat16")
+    assert pipe("a star", seed=0, **FAST).metadata[0]["model_sha256"] is not None
+    path.write_bytes(b"something else")
+    changed = pipe("a star", seed=0, **FAST)
+    path.unlink()
+    gone = pipe("a star", seed=0, **FAST)
+    for result in (changed, gone):
+        (picture,) = result.save(tmp_path / "x.png")
+        assert read_recipe(picture)["model_sha256"] is None
+        with Image.open(picture) as image:
+            assert "Model hash" not in image.info["parameters"]

@@ -87,7 +87,7 @@ class Checkpoint:
             raise CheckpointError(self.path, f"could not be read to its end: {error}", "copy or download it again") from error
 
     def sha256(self) -> str | None:
-        """The hash of the file, or None if it is gone or no longer the one that was opened: that is no reason to lose a picture."""
+        """The hash of the file; None if it is gone or no longer the one that was opened, which is no reason to lose a picture."""
         try:
             stat = self.path.stat()
             same = (stat.st_size, stat.st_mtime_ns) == (self.size, self.modified)

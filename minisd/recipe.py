@@ -71,7 +71,7 @@ def repeat(recipe: dict[str, Any], checkpoint: Path) -> Request:
         raise UsageError(
             "the picture was drawn from noise that its caller gave, which it does not carry; it cannot be made again"
         )
-    if recipe.get("model_sha256") != file_sha256(checkpoint):
+    if recipe.get("model_sha256") not in (None, file_sha256(checkpoint)):
         warnings.warn(f"{checkpoint} is not the checkpoint that drew this picture ({recipe.get('model')})", stacklevel=2)
     try:
         return Request(**{name: recipe[name] for name in REPEATED})

@@ -121,14 +121,14 @@ def again(argv: Sequence[str]) -> int:
     parser.add_argument("-o", "--output", type=Path, metavar="PNG", help="where to (default: PICTURE-again.png)")
     add_device(parser)
     args = parser.parse_args(argv)
-    from .recipe import read_recipe, recorded_model, repeat
+    from .recipe import read_recipe, repeat
 
     recipe = read_recipe(args.picture)
     output = args.output or free_path(args.picture.with_stem(f"{args.picture.stem}-again"))
     check_output(output)
     from .pipeline import load
 
-    pipe = load(args.model or recorded_model(recipe), args.device or recipe.get("device"), args.dtype or recipe.get("dtype"))
+    pipe = load(args.model or recipe.get("model_path"), args.device or recipe.get("device"), args.dtype or recipe.get("dtype"))
     return report(with_progress(pipe, repeat(recipe, pipe.checkpoint.path)), output, args.json)
 
 

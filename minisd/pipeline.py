@@ -197,7 +197,7 @@ class Pipeline:
             "spacing": plan.spacing,
             "seed": plan.seeds[i],
             "model": self.checkpoint.path.stem,
-            "model_path": str(self.checkpoint.path.resolve()),
+            "model_path": None if self.checkpoint.path == tiny_checkpoint() else str(self.checkpoint.path),
             "model_sha256": self.checkpoint.sha256(),
             "device": self.device.type,
             "dtype": name_of(self.dtype),

@@ -59,12 +59,6 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     return recipe
 
 
-def recorded_model(recipe: dict[str, Any]) -> str | None:
-    """Where the checkpoint of a recipe lies; None for the tiny one in the box, wherever that is on this machine."""
-    path = str(recipe.get("model_path"))
-    return None if recipe.get("model") == "tiny" and not Path(path).exists() else path
-
-
 def repeat(recipe: dict[str, Any], checkpoint: Path) -> Request:
     """The request that a picture's recipe describes.  Warns if the checkpoint is another one; raises UsageError."""
     if recipe.get("seed") is None:

@@ -224,3 +224,9 @@ def test_a_checkpoint_that_went_away_or_changed_costs_the_hash_not_the_picture(r
         assert read_recipe(picture)["model_sha256"] is None
         with Image.open(picture) as image:
             assert "Model hash" not in image.info["parameters"]
+
+
+def test_recipe_says_no_more_about_this_machine_than_the_user_did(tiny, reduced_file, tmp_path, monkeypatch):
+    assert tiny("a star", seed=0, **FAST).metadata[0]["model_path"] is None  # the box is everywhere
+    monkeypatch.chdir(reduced_file.parent)
+    assert minisd.load(reduced_file.name, device="cpu")("a star", seed=0, **FAST).metadata[0]["model_path"] == reduced_file.name

@@ -23,7 +23,7 @@ from .shapes import Shapes
 if TYPE_CHECKING:
     import torch
 
-MAX_HEADER = 8 << 20  # bytes; SDXL's, with a thumbnail, has 0.4 MB
+MAX_HEADER = 8 << 20  # bytes; SDXL's 2,500 tensors take a few hundred KB
 MAX_TENSORS = 10_000  # SDXL has 2,500; a million empty ones would take 5 s and 0.9 GB to list
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 PLAIN = FLOATS | {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}

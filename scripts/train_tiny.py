@@ -142,7 +142,7 @@ def train_unet(
     """Predicts the noise (Ho et al. 2020, eq. 14); one prompt in ten is left out, for classifier-free guidance.
 
     The squared error is weighted with 1 + sigma^2, which makes it that of v-prediction (Salimans and Ho 2022, arXiv 2202.00512).
-    Unweighted, 1 of 20 backgrounds was right after 1,000 steps; weighted, 14 of 20 after 1,500.  The likely reason: in pictures so
+    Unweighted, 1 of 20 backgrounds was right after 1,000 steps; weighted, 14 of 20 after 1,500.  Likely why: in pictures so
     plain the prompt decides the colours at high noise only, which hardly counts in the unweighted error; lower down they can be
     read off the noisy latents.  The weight is capped at 40 in the first half and at 5 in the second, where shapes followed; the
     learning rate falls at the same time, so which of the two did it was not separated.

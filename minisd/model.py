@@ -6,11 +6,12 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .checkpoint import Checkpoint, load_tensors
+from .checkpoint import Checkpoint
 from .clip import text_encoder
 from .errors import CheckpointError
 from .family import CLIP, UNET, VAE, is_spare, looks_like, recognise
 from .shapes import Shapes, below
+from .tensors import load_tensors
 from .unet import UNet
 from .vae import AutoencoderKL
 
@@ -95,6 +96,5 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
     """The checkpoint's network, ready to run: eval mode, no gradients.  Raises CheckpointError as `build` does."""
     model = build(checkpoint)
     wanted = model.state_dict()
-    checkpoint.require_floats(wanted)
     model.load_state_dict(load_tensors(checkpoint, wanted, dtype), strict=True, assign=True)
     return model.requires_grad_(False).eval().to(device)

@@ -14,10 +14,11 @@ from helpers import REDUCED, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 import minisd
-from minisd.checkpoint import cast, file_sha256, open_checkpoint
+from minisd.checkpoint import file_sha256, open_checkpoint
 from minisd.family import is_spare
 from minisd.inspection import as_text, inspect
 from minisd.model import build
+from minisd.tensors import convert, load_tensors
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +80,7 @@ def test_each_changed_shape_is_refused(small):
     checkpoint = open_checkpoint(small)
     for key, entry in list(checkpoint.entries.items())[::7]:
         if len(entry.shape) == 1:
-            changed = {**checkpoint.entries, key: type(entry)(entry.dtype, (entry.shape[0] + 32,))}
+            changed = {**checkpoint.entries, key: replace(entry, shape=(entry.shape[0] + 32,))}
             with pytest.raises(minisd.CheckpointError):
                 build(replace(checkpoint, entries=changed))
 
@@ -191,7 +192,35 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(reduced_file, tmp_path
     path = tmp_path / "shrinks.safetensors"
     path.write_bytes(reduced_file.read_bytes())
     monkeypatch.setattr("minisd.model.compare", lambda *_: path.open("r+b").truncate(path.stat().st_size // 2))
-    assert "could not be read to its end" in refused(path)
+    assert "changed while it was being opened" in refused(path)
+
+
+def test_a_file_that_ends_while_it_is_read_is_an_error(reduced_file, tmp_path, monkeypatch):
+    path = tmp_path / "shrinks.safetensors"
+    path.write_bytes(reduced_file.read_bytes())
+
+    def cut(*_):
+        if path.stat().st_size > 100_000:
+            path.open("r+b").truncate(100_000)
+
+    monkeypatch.setattr("minisd.tensors.convert", cut)
+    assert "could not be read to its end: it ends at byte" in refused(path)
+
+
+def test_a_tensor_longer_than_the_buffer_is_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("minisd.tensors.PIECE", 64)
+    weights = {
+        "a": torch.randn(7, 11),
+        "b": torch.zeros(0, 3),
+        "c": torch.randn(33).half(),
+        "d": torch.randn(()),
+        "e": torch.randn(5),
+    }
+    save_file(weights, tmp_path / "x.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "x.safetensors")
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        found = load_tensors(checkpoint, weights, dtype)
+        assert all(torch.equal(found[key], weights[key].to(dtype)) for key in weights)
 
 
 def test_inspect(tiny):
@@ -218,10 +247,12 @@ def test_inspect_shows_hostile_metadata_escaped_and_short(tmp_path):
     assert len(text) < 1500
 
 
-def test_cast_rounds_as_torch_does():
+def test_conversion_rounds_as_torch_does():
     values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16)  # every float16 that there is
     values = values[values.isfinite()].repeat(33)
-    assert torch.equal(cast(values, torch.bfloat16), values.to(torch.bfloat16))
+    target = torch.empty_like(values, dtype=torch.bfloat16)
+    convert(values, target, torch.empty(values.numel()))
+    assert torch.equal(target, values.to(torch.bfloat16))
 
 
 def test_hash_is_remembered_until_the_file_changes(tmp_path):

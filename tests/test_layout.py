@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     ["errors", "shapes", "ops"],
     ["layers", "tokenizer", "schedule", "samplers", "blueprint", "family", "checkpoint", "device"],
-    ["clip", "unet", "vae", "denoiser", "request", "inspection"],
+    ["clip", "unet", "vae", "denoiser", "request", "inspection", "tensors"],
     ["model", "recipe"],
     ["image"],
     ["pipeline"],

@@ -11,6 +11,7 @@ from math import prod
 
 import torch
 
+from .family import REFINER, SD1, SD2, SDXL, UNET, VAE, Family
 from .shapes import Shapes
 
 Names = dict[str, tuple[int, ...]]
@@ -103,40 +104,72 @@ def resblock(channels_in: int, channels_out: int, embedding: int) -> Names:
     return shapes | (layer("skip_connection", channels_out, channels_in, 1, 1) if channels_in != channels_out else {})
 
 
-def transformer(channels: int, context: int) -> Names:
-    """One SpatialTransformer of depth 1, its projections stored as 1x1 convolutions, as in SD 1.x."""
+def open_text(width: int, layers: int, projection: int, vocabulary: int = 49_408, positions: int = 77) -> Shapes:
+    """open_clip's text encoder: 1024 wide and 24 blocks deep in SD 2.x, 1280 and 32 in SDXL."""
+    shapes: Names = {"positional_embedding": (positions, width), "text_projection": (width, projection)}
+    shapes["token_embedding.weight"] = (vocabulary, width)
+    for i in range(layers):
+        block = norm("ln_1", width) | norm("ln_2", width)
+        block |= {"attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,)}
+        block |= layer("attn.out_proj", width, width)
+        block |= layer("mlp.c_fc", 4 * width, width) | layer("mlp.c_proj", width, 4 * width)
+        shapes |= under(f"transformer.resblocks.{i}", block)
+    return Shapes(shapes | norm("ln_final", width))
+
+
+def transformer(channels: int, context: int, depth: int, linear: bool) -> Names:
+    """A SpatialTransformer; its projections are stored as linear layers, or as 1x1 convolutions, as in SD 1.x."""
     block: Names = {}
     for name, source in (("attn1", channels), ("attn2", context)):
         block |= layer(f"{name}.to_q", channels, channels, bias=False) | layer(f"{name}.to_out.0", channels, channels)
         block |= layer(f"{name}.to_k", channels, source, bias=False) | layer(f"{name}.to_v", channels, source, bias=False)
     block |= layer("ff.net.0.proj", 8 * channels, channels) | layer("ff.net.2", channels, 4 * channels)
     block |= norm("norm1", channels) | norm("norm2", channels) | norm("norm3", channels)
-    projections = layer("proj_in", channels, channels, 1, 1) | layer("proj_out", channels, channels, 1, 1)
-    return norm("norm", channels) | projections | under("transformer_blocks.0", block)
+    projection = (channels, channels) if linear else (channels, channels, 1, 1)
+    shapes = norm("norm", channels) | layer("proj_in", *projection) | layer("proj_out", *projection)
+    for i in range(depth):
+        shapes |= under(f"transformer_blocks.{i}", block)
+    return shapes
 
 
 def unet(
-    channels: int, multipliers: tuple[int, ...], blocks: int, attention: tuple[bool, ...], context: int, latent_channels: int = 4
+    channels: int,
+    multipliers: tuple[int, ...],
+    blocks: int,
+    depths: tuple[int, ...],
+    context: int,
+    middle: int = 1,
+    linear: bool = False,
+    vector: int = 0,
+    extra_channels: int = 0,
+    latent_channels: int = 4,
 ) -> Shapes:
-    """The UNet of SD 1.x: 320 channels, multipliers (1, 2, 4, 4), 2 blocks a level, attention on the first three levels."""
+    """The UNet: by level, `multipliers` of its channels and `depths` of its transformers (0 is none); `blocks` a level.
+
+    middle: depth of the transformer in the middle.  vector: channels of the vector beside the context, 0 where there is none.
+    extra_channels: of a mask or a picture beside the latents.
+    SD 1.x: 320 channels, multipliers (1, 2, 4, 4), depths (1, 1, 1, 0), 2 blocks a level.
+    """
     embedding = 4 * channels
     shapes = layer("time_embed.0", embedding, channels) | layer("time_embed.2", embedding, embedding)
-    shapes |= layer("input_blocks.0.0", channels, latent_channels, 3, 3)
+    if vector:
+        shapes |= layer("label_emb.0.0", embedding, vector) | layer("label_emb.0.2", embedding, embedding)
+    shapes |= layer("input_blocks.0.0", channels, latent_channels + extra_channels, 3, 3)
     skips, width, number = [channels], channels, 1
     for level, multiplier in enumerate(multipliers):
         for _ in range(blocks):
             shapes |= under(f"input_blocks.{number}.0", resblock(width, multiplier * channels, embedding))
             width = multiplier * channels
-            if attention[level]:
-                shapes |= under(f"input_blocks.{number}.1", transformer(width, context))
+            if depths[level]:
+                shapes |= under(f"input_blocks.{number}.1", transformer(width, context, depths[level], linear))
             skips.append(width)
             number += 1
         if level < len(multipliers) - 1:
             shapes |= layer(f"input_blocks.{number}.0.op", width, width, 3, 3)
             skips.append(width)
             number += 1
-    middle = (resblock(width, width, embedding), transformer(width, context), resblock(width, width, embedding))
-    for i, part in enumerate(middle):
+    resnet = resblock(width, width, embedding)
+    for i, part in enumerate((resnet, transformer(width, context, middle, linear), resnet)):
         shapes |= under(f"middle_block.{i}", part)
     number = 0
     for level, multiplier in reversed(list(enumerate(multipliers))):
@@ -144,8 +177,8 @@ def unet(
             shapes |= under(f"output_blocks.{number}.0", resblock(width + skips.pop(), multiplier * channels, embedding))
             width = multiplier * channels
             slot = 1
-            if attention[level]:
-                shapes |= under(f"output_blocks.{number}.1", transformer(width, context))
+            if depths[level]:
+                shapes |= under(f"output_blocks.{number}.1", transformer(width, context, depths[level], linear))
                 slot = 2
             if level > 0 and block == blocks:
                 shapes |= layer(f"output_blocks.{number}.{slot}.conv", width, width, 3, 3)
@@ -153,20 +186,39 @@ def unet(
     return Shapes(shapes | norm("out.0", width) | layer("out.2", latent_channels, width, 3, 3))
 
 
-def stable_diffusion(unet: Names, text: Names, autoencoder: Names) -> Shapes:
-    """The three parts under the names that they have in an SD 1.x file."""
-    parts = under("cond_stage_model.transformer", text) | under("first_stage_model", autoencoder)
-    return Shapes(parts | under("model.diffusion_model", unet))
+def assemble(family: Family, unet: Names, autoencoder: Names, *texts: Names) -> Shapes:
+    """The parts under the names that they have in a file of the family."""
+    shapes = under(UNET, unet) | under(VAE, autoencoder)
+    for tower, text in zip(family.towers, texts, strict=True):
+        shapes |= under(tower.name, text)
+    return Shapes(shapes)
+
+
+# The published checkpoints, without the buffers that nobody needs.
+PUBLISHED_VAE = vae((128, 256, 512, 512), (128, 256, 512, 512), blocks=(2, 3))
 
 
 def sd15() -> Shapes:
-    """Stable Diffusion 1.4 and 1.5, without the buffers that nobody needs."""
-    widths = (128, 256, 512, 512)
-    return stable_diffusion(
-        unet=unet(320, (1, 2, 4, 4), 2, (True, True, True, False), context=768),
-        text=clip_text(768, 12),
-        autoencoder=vae(widths, widths, blocks=(2, 3)),
-    )
+    """Stable Diffusion 1.4 and 1.5."""
+    return assemble(SD1, unet(320, (1, 2, 4, 4), 2, (1, 1, 1, 0), 768), PUBLISHED_VAE, clip_text(768, 12))
+
+
+def sd21() -> Shapes:
+    """Stable Diffusion 2.0 and 2.1, for 512 and for 768 pixels."""
+    network = unet(320, (1, 2, 4, 4), 2, (1, 1, 1, 0), 1024, linear=True)
+    return assemble(SD2, network, PUBLISHED_VAE, open_text(1024, 24, 1024))
+
+
+def sdxl() -> Shapes:
+    """Stable Diffusion XL 1.0."""
+    network = unet(320, (1, 2, 4), 2, (0, 2, 10), 2048, middle=10, linear=True, vector=2816)
+    return assemble(SDXL, network, PUBLISHED_VAE, clip_text(768, 12), open_text(1280, 32, 1280))
+
+
+def refiner() -> Shapes:
+    """The refiner of Stable Diffusion XL 1.0."""
+    network = unet(384, (1, 2, 4, 4), 2, (0, 4, 4, 0), 1280, middle=4, linear=True, vector=2560)
+    return assemble(REFINER, network, PUBLISHED_VAE, open_text(1280, 32, 1280))
 
 
 def random_weights(shapes: Names, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

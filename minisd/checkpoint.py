@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +140,29 @@ def entry(path: Path, key: str, view: Any, offset: int) -> Entry:
     if view.get_dtype() not in BYTES:
         raise CheckpointError(path, f"expected {', '.join(BYTES)}, found {view.get_dtype()}", key=key)
     return Entry(view.get_dtype(), tuple(view.get_shape()), offset)
+
+
+FORMATS = {"F64": "d", "F32": "f", "F16": "e", "BF16": "H"}  # of struct; a bfloat16 is the upper half of a float32
+
+
+def read_floats(checkpoint: Checkpoint, key: str, count: int | None = None) -> list[float]:
+    """The numbers of a small tensor (2 to 10,000 of them, or exactly `count`), without torch.  Raises CheckpointError."""
+    entry = checkpoint.entries[key]
+    expected = f"{count}" if count else "2 to 10,000"
+    if entry.dtype not in FORMATS or not (entry.numel == count if count else 2 <= entry.numel <= 10_000):
+        found = f"{entry.numel:,} of {entry.dtype}"
+        raise CheckpointError(checkpoint.path, f"expected {expected} floating-point numbers, found {found}", key=key)
+    with checkpoint.path.open("rb") as file:
+        file.seek(entry.offset)
+        data = file.read(entry.nbytes)
+    if len(data) != entry.nbytes:
+        raise CheckpointError(checkpoint.path, "could not be read to its end", "copy or download it again", key)
+    values = struct.unpack(f"<{entry.numel}{FORMATS[entry.dtype]}", data)
+    if entry.dtype == "BF16":
+        values = struct.unpack(f"<{entry.numel}f", b"".join(b"\0\0" + half.to_bytes(2, "little") for half in values))
+    if not all(math.isfinite(value) for value in values):
+        raise CheckpointError(checkpoint.path, "holds NaN or infinity", "the file is broken; get another copy", key)
+    return list(values)
 
 
 def file_sha256(path: Path) -> str:

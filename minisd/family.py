@@ -1,17 +1,36 @@
 """What a set of keys is, and the few facts about a model that its keys and shapes do not tell.
 
-Everything here is read from names, shapes and metadata; nothing is guessed from a file's name.
+Everything here is read from names, shapes, metadata and, for one question, one small tensor; nothing is guessed from a file's
+name.  Every conclusion comes with its reason, which `minisd inspect` shows.
 """
 
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .checkpoint import Checkpoint, read_floats
+from .errors import CheckpointError
 from .shapes import Shapes, below
 
-UNET, VAE, CLIP = "model.diffusion_model", "first_stage_model", "cond_stage_model.transformer"
+UNET, VAE = "model.diffusion_model", "first_stage_model"
+CONV_IN = f"{UNET}.input_blocks.0.0.weight"
+LABELS = f"{UNET}.label_emb.0.0.weight"
+START_PAD, OPEN_PAD = 49_407, 0  # what fills a text up to 77 tokens: OpenAI's end token, open_clip's zero
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A text encoder of a family, and what the UNet is given of it."""
+
+    name: str  # its place in the file
+    title: str
+    pad: int
+    skip: int  # how many of its last layers are left out
+    final_norm: bool  # whether its final norm follows nevertheless
+    pooled: bool = False  # whether its vector of the whole text is used, too
 
 
 @dataclass(frozen=True)
@@ -20,24 +39,102 @@ class Family:
 
     name: str
     title: str
+    towers: tuple[Tower, ...]  # in the order of their channels in the context
     latent_scale: float  # latents times this have unit variance; found by measuring, so no shape tells it
     size: int  # pixels a side that the published models were trained at
+    vector: bool = False  # whether the UNet takes a vector (pooled text and sizes) beside the context
+    zero_negative: bool = False  # whether an empty negative prompt is all zeros instead of the encoding of no words
+
+    @property
+    def clues(self) -> tuple[str, ...]:
+        """The names below which a file of this family has weights."""
+        return (UNET, *([LABELS] if self.vector else []), VAE, *(tower.name for tower in self.towers))
 
 
-SD1 = Family("sd1", "Stable Diffusion 1.x", latent_scale=0.18215, size=512)  # CompVis v1-inference.yaml, scale_factor
+# v1-inference.yaml: FrozenCLIPEmbedder's last hidden state, normed.  scale_factor stands in each family's yaml.
+CLIP = "cond_stage_model.transformer"
+SD1 = Family("sd1", "Stable Diffusion 1.x", (Tower(CLIP, "CLIP ViT-L", START_PAD, 0, True),), 0.18215, 512)
+# v2-inference.yaml: FrozenOpenCLIPEmbedder, layer penultimate; ln_final follows (encoders/modules.py).
+SD2 = Family("sd2", "Stable Diffusion 2.x", (Tower("cond_stage_model.model", "OpenCLIP ViT-H", OPEN_PAD, 1, True),), 0.18215, 512)
+# sd_xl_base.yaml: hidden_states[11] of 12 and the penultimate layer, neither normed; an empty negative prompt is zeroed
+# (generative-models api.py, force_uc_zero_embeddings; diffusers' force_zeros_for_empty_prompt).
+SDXL = Family(
+    "sdxl",
+    "Stable Diffusion XL",
+    (
+        Tower("conditioner.embedders.0.transformer", "CLIP ViT-L", START_PAD, 1, False),
+        Tower("conditioner.embedders.1.model", "OpenCLIP ViT-bigG", OPEN_PAD, 1, False, pooled=True),
+    ),
+    0.13025,
+    1024,
+    vector=True,
+    zero_negative=True,
+)
+REFINER = Family(
+    "sdxl-refiner",
+    "Stable Diffusion XL refiner",
+    (Tower("conditioner.embedders.0.model", "OpenCLIP ViT-bigG", OPEN_PAD, 1, False, pooled=True),),
+    0.13025,
+    1024,
+    vector=True,
+)
+FAMILIES = (SD1, SD2, SDXL, REFINER)
+
+# By the input channels of the UNet: the latents alone, or with a picture to edit (InstructPix2Pix, Brooks et al. 2022,
+# arXiv 2211.09800), or with a mask and the picture without what is under it (runwayml/stable-diffusion, inpaint_st.py).
+TASKS = {4: "draw", 8: "edit", 9: "inpaint"}
+
+# Distilled UNets, told by the number of their transformer blocks (their published configurations); SDXL itself has 70.
+DISTILLED = {34: "SSD-1B", 15: "Segmind Vega", 21: "KOALA 700M", 30: "KOALA 1B"}
+
+# Single tensors by which a file says how it was trained (ComfyUI supported_models.py, SDXL.model_type).
+MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_min", "edm_vpred.sigma_max")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the network was trained, which decides what its output means and which noise levels it knows."""
+
+    prediction: str = "epsilon"  # "epsilon", "v" or "edm"
+    zero_terminal: bool = False  # whether the schedule ends in pure noise (Lin et al. 2023, arXiv 2305.08891)
+    sigmas: tuple[float, float] | None = None  # least and greatest noise level, where they are no table of 1000 steps
+    sigma_data: float = 1.0  # standard deviation of the latents as the network assumes it
+    latent_mean: tuple[float, ...] = ()  # by channel, where latents are normalised so and not by the family's scale
+    latent_std: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """What a checkpoint is, and why."""
+
+    family: Family
+    task: str  # one of TASKS
+    training: Training
+    size: tuple[int, int]  # width and height to draw at where nobody says
+    reasons: tuple[str, ...]
+
+    @property
+    def latent_scale(self) -> float:
+        return 0.5 if self.training.latent_mean else self.family.latent_scale  # Playground 2.5, which has a mean, has 0.5
+
 
 # What files carry and nobody needs: (pattern, what it is).  Anything else that no module asks for is an error.
+TEXT = r"(cond_stage_model|conditioner\.embedders\.\d)"
 SPARE = [
     (r"(alphas_cumprod(_prev)?|betas|log_one_minus_alphas_cumprod|lvlb_weights|logvar)", "schedule buffer"),
     (r"(posterior_(variance|log_variance_clipped|mean_coef[12]))", "schedule buffer"),
     (r"(sqrt_(alphas_cumprod|one_minus_alphas_cumprod|recip_alphas_cumprod|recipm1_alphas_cumprod))", "schedule buffer"),
     (r"denoiser\.sigmas", "schedule buffer"),
     (r"model_ema\..*", "moving average of the weights"),
-    (r"cond_stage_model\.transformer\.(text_model\.)?embeddings\.position_ids", "the numbers 0 to 76"),
-    (r"cond_stage_model\.(transformer\.)?(logit_scale|text_projection(\.weight)?)", "projection for CLIP's own training"),
-    (r"cond_stage_model\.transformer\.(vision_model|visual_projection)\..*", "CLIP's image encoder"),
-    (r"first_stage_model\.loss\..*", "loss of the autoencoder's training"),
+    (rf"{TEXT}\.transformer\.(text_model\.)?embeddings\.position_ids", "the numbers 0 to 76"),
+    (rf"{TEXT}\.(transformer\.|model\.)?logit_scale", "number of CLIP's own training"),
+    (rf"{TEXT}\.transformer\.(text_model\.)?text_projection(\.weight)?", "projection for CLIP's own training"),
+    (r"cond_stage_model\.text_projection(\.weight)?", "projection for CLIP's own training"),
+    (rf"{TEXT}\.transformer\.(vision_model|visual_projection)\..*", "CLIP's image encoder"),
+    (rf"{TEXT}\.model\.(attn_mask|visual\..*)", "CLIP's image encoder"),
+    (r"first_stage_model\.(loss\..*|model_ema\..*)", "of the autoencoder's training"),
     (r"embedding_manager\..*", "textual inversion training"),
+    ("|".join(re.escape(marker) for marker in MARKERS), "marker of how the model was trained"),
 ]
 _SPARE = re.compile("|".join(f"(?:{pattern})" for pattern, _ in SPARE))
 
@@ -47,51 +144,143 @@ def is_spare(key: str) -> bool:
 
 
 # Files that are something else: (a pattern that one of their keys matches, what it is, what to do).  The first match counts.
-NOT_YET = "minisd does not draw with this family yet"
 NOT_A_UNET = "minisd draws with models of the Stable Diffusion UNet family"
 ON_TOP = "it goes on top of a checkpoint, which is what -m names"
+RAW = "minisd opens the single file that the model was published as"
 OTHERS = [
-    (r"lora_(unet|te\d?)_.*|.*\.lora_([AB]|up|down)\b.*", "a LoRA", ON_TOP),
+    (r"lora_(unet|te\d?)_.*|.*\.lora_([AB]|up|down)\b.*|.*\.(hada_w1_a|lokr_w1)", "a LoRA", ON_TOP),
     (r"(control_model|controlnet_cond_embedding|input_hint_block)\..*", "a ControlNet", ON_TOP),
     (r"(model\.diffusion_model\.)?(double|single)_blocks\..*", "a Flux model", NOT_A_UNET),
     (r"(model\.diffusion_model\.)?joint_blocks\..*", "a Stable Diffusion 3 model", NOT_A_UNET),
-    (r"conditioner\.embedders\.1\..*", "Stable Diffusion XL", NOT_YET),
-    (r"conditioner\.embedders\.0\.model\..*", "a Stable Diffusion XL refiner", NOT_YET),
-    (r"cond_stage_model\.model\..*", "Stable Diffusion 2.x", NOT_YET),
-    (r"(down|up)_blocks\..*", "a diffusers UNet or ControlNet", "minisd opens the single file that the model was published as"),
+    (r"depth_model\..*", "a depth-to-image model of Stable Diffusion 2", "minisd does not estimate depth; use a ControlNet"),
+    (r"(embedder\.model\.visual|noise_augmentor)\..*", "an unCLIP model of Stable Diffusion 2", NOT_A_UNET),
+    (r"low_scale_model\..*", "the x4 upscaler of Stable Diffusion 2", NOT_A_UNET),
     (r"string_to_param.*|emb_params|clip_[lg]", "a textual inversion embedding", ON_TOP),
+    (r"(taesd_)?(encoder|decoder)\.(layers\.)?\d+\.|\d+\.(conv\.)?.*", "a tiny autoencoder (TAESD)", "give it as the VAE: --vae"),
+    (r"(down|up)_blocks\..*|conv_norm_out\..*", "a UNet or ControlNet in diffusers' naming, or a part of one", RAW),
+    (r"(encoder|decoder)\.(down|up)_blocks\..*", "a VAE in diffusers' naming", RAW),
+]
+PARTS = [
+    ("a UNet", (f"{UNET}.", "input_blocks.", "middle_block.", "output_blocks.")),
+    ("a VAE", (f"{VAE}.", "encoder.", "decoder.")),
+    ("a text encoder", ("cond_stage_model.", "conditioner.", "text_model.", "transformer.resblocks.")),
 ]
 
 
 def looks_like(shapes: Shapes) -> tuple[str, str]:
-    """What a set of keys that is no SD 1.x checkpoint looks like, and what to do about it."""
+    """What a set of keys that is no whole checkpoint looks like, and what to do about it."""
     for pattern, title, hint in OTHERS:
         if any(re.match(pattern, key) for key in shapes):
             return title, hint
-    channels = shapes.get(f"{UNET}.input_blocks.0.0.weight", (0, 4))[1]
-    if channels != 4:
-        kind = {8: "an InstructPix2Pix model", 9: "an inpainting model"}.get(channels, "a model")
-        return f"{kind} ({channels} input channels)", "minisd draws with 4-channel models only, so far"
-    parts = [title for name, title in ((UNET, "a UNet"), (VAE, "a VAE"), (CLIP, "a text encoder")) if below(shapes, name)]
-    if not parts and "decoder.conv_in.weight" in shapes:
-        parts = ["a VAE"]
-    if not parts and any(key.startswith(("text_model.", "transformer.resblocks.")) for key in shapes):
-        parts = ["a text encoder"]
-    if not parts and "input_blocks.0.0.weight" in shapes:
-        parts = ["a UNet"]
-    if parts:
-        return f"{' and '.join(parts)} alone", "a checkpoint holds a UNet, a VAE and a text encoder in one file"
+    family = ranking(shapes)[0]
+    if not missing(family, shapes):
+        channels = input_channels(shapes)
+        return f"{family.title} with {channels} input channels", f"minisd knows what to do with {', '.join(map(str, TASKS))}"
+    found = [title for title, names in PARTS if any(key.startswith(names) for key in shapes)]
+    if found == ["a VAE"]:
+        return "a VAE alone", "give it as the VAE of a checkpoint: --vae"
+    if found:
+        return f"{' and '.join(found)} alone", "a checkpoint holds a UNet, a VAE and its text encoders in one file"
     return "no model that minisd knows", "minisd opens single-file Stable Diffusion checkpoints"
 
 
-def recognise(shapes: Shapes) -> Family | None:
-    """The family of a whole checkpoint, or None; then `looks_like` says what else it is."""
-    whole = all(below(shapes, name) for name in (UNET, VAE, CLIP))
-    four_channels = shapes.get(f"{UNET}.input_blocks.0.0.weight", (0, 4))[1] == 4
-    return SD1 if whole and four_channels else None
+def recognise(checkpoint: Checkpoint) -> Recognition:
+    """What a checkpoint is.  Raises CheckpointError, which says what else the file looks like, if minisd cannot draw with it."""
+    shapes = checkpoint.shapes
+    family, runner_up = ranking(shapes)[:2]
+    foreign = next((title for pattern, title, _ in OTHERS if any(re.match(pattern, key) for key in shapes)), None)
+    channels = input_channels(shapes)
+    if foreign or missing(family, shapes) or channels not in TASKS:
+        what, hint = looks_like(shapes)
+        raise CheckpointError(checkpoint.path, f"this looks like {what}, not like a checkpoint{listing(shapes)}", hint)
+    reasons = [f"{family.title}: weights below {', '.join(family.clues)}"]
+    absent = ", ".join(missing(runner_up, shapes)) or f"nothing, but {family.title} explains more of the file"
+    reasons.append(f"not {runner_up.title}: missing {absent}")
+    reasons.append(f"task {TASKS[channels]}: the first convolution takes {channels} channels")
+    if family is SDXL and (name := DISTILLED.get(transformer_blocks(shapes))):
+        reasons.append(f"distilled like {name}: {transformer_blocks(shapes)} transformer blocks, SDXL has 70")
+    training, why = trained(checkpoint, family, TASKS[channels])
+    size = native_size(family, training, checkpoint.metadata)
+    return Recognition(family, TASKS[channels], training, size, (*reasons, why))
 
 
-def native_size(family: Family, metadata: Mapping[str, str]) -> tuple[int, int]:
-    """(width, height) to draw at where nobody says: what the file's ModelSpec metadata names, else the family's."""
+def ranking(shapes: Shapes) -> list[Family]:
+    """The families, best first: those of whose clues none is missing, and among them the one with most clues."""
+    return sorted(FAMILIES, key=lambda family: (len(missing(family, shapes)), -len(family.clues)))
+
+
+def missing(family: Family, shapes: Shapes) -> list[str]:
+    return [clue for clue in family.clues if clue not in shapes and not any(key.startswith(f"{clue}.") for key in shapes)]
+
+
+def input_channels(shapes: Shapes) -> int:
+    shape = shapes.get(CONV_IN, ())
+    return shape[1] if len(shape) == 4 else 4  # what has no such shape is refused when the UNet is built
+
+
+def transformer_blocks(shapes: Shapes) -> int:
+    return sum(key.startswith(UNET) and key.endswith(".attn1.to_q.weight") for key in shapes)
+
+
+def trained(checkpoint: Checkpoint, family: Family, task: str) -> tuple[Training, str]:
+    """How the network was trained, and how that is known: by a marker in the file, its metadata, or a measured rule."""
+    shapes, metadata = checkpoint.shapes, checkpoint.metadata
+    if "edm_mean" in shapes and "edm_std" in shapes:  # Playground 2.5 (Li et al. 2024, arXiv 2402.17245)
+        mean, std = (tuple(read_floats(checkpoint, key, 4)) for key in ("edm_mean", "edm_std"))
+        training = Training("edm", sigmas=(0.002, 80.0), sigma_data=0.5, latent_mean=mean, latent_std=std)
+        return training, "prediction edm: the markers edm_mean and edm_std"
+    if "edm_vpred.sigma_max" in shapes:  # CosXL; without the other marker its published range
+        low = read_floats(checkpoint, "edm_vpred.sigma_min", 1)[0] if "edm_vpred.sigma_min" in shapes else 0.002
+        high = read_floats(checkpoint, "edm_vpred.sigma_max", 1)[0]
+        if not 0 < low < high:
+            raise CheckpointError(
+                checkpoint.path, f"expected rising noise levels, found {low} to {high}", key="edm_vpred.sigma_max"
+            )
+        return Training("v", sigmas=(low, high)), "prediction v over continuous noise levels: the marker edm_vpred.sigma_max"
+    if "v_pred" in shapes:
+        zero = "ztsnr" in shapes
+        return Training("v", zero), f"prediction v: the marker v_pred{', zero terminal SNR: ztsnr' if zero else ''}"
+    stated = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key")
+    if stated in ("epsilon", "v", "v_prediction"):
+        return Training("epsilon" if stated == "epsilon" else "v", "ztsnr" in shapes), f"prediction {stated}: the metadata"
+    if family is SD2 and task == "draw":
+        return measured_prediction(checkpoint)
+    return Training(zero_terminal="ztsnr" in shapes), "prediction epsilon: no marker and no metadata say otherwise"
+
+
+def measured_prediction(checkpoint: Checkpoint) -> tuple[Training, str]:
+    """SD 2.x predicts epsilon or v with equal keys, but the v models were trained until this bias had spread further
+    (ComfyUI supported_models.py, SD20.model_type)."""
+    key = f"{UNET}.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    if key not in checkpoint.entries:
+        return Training(), f"prediction epsilon: there is no {key} to measure"
+    spread = statistics.stdev(read_floats(checkpoint, key))
+    prediction = "v" if spread > 0.09 else "epsilon"
+    sign = ">" if spread > 0.09 else "<="
+    return Training(prediction), f"prediction {prediction}: {key} has a standard deviation of {spread:.3f} {sign} 0.09"
+
+
+def native_size(family: Family, training: Training, metadata: Mapping[str, str]) -> tuple[int, int]:
+    """(width, height) to draw at where nobody says: what the file's ModelSpec metadata names, else what its kind was trained
+    at; of SD 2.x the models that predict v were trained at 768."""
     match = re.fullmatch(r"(\d{2,4})x(\d{2,4})", metadata.get("modelspec.resolution", ""))
-    return (int(match[1]), int(match[2])) if match else (family.size, family.size)
+    if match:
+        return int(match[1]), int(match[2])
+    side = 768 if family is SD2 and training.prediction == "v" else family.size
+    return side, side
+
+
+def text_skip(tower: Tower, layers: int) -> int:
+    """How many of a tower's last layers are left out.  Some merges of SD 2.x dropped the 24th, which nobody needs."""
+    return 0 if tower is SD2.towers[0] and layers == 23 else tower.skip
+
+
+def listing(keys: object) -> str:
+    names = list(keys)  # type: ignore[call-overload]
+    shown = ", ".join(names[:10])
+    return f": {shown}" + (f", … ({len(names)} in all)" if len(names) > 10 else "")
+
+
+def vae_name(shapes: Shapes) -> str | None:
+    """Below which name a file has a VAE: a checkpoint's, nothing for a VAE alone, or None."""
+    return next((name for name in (VAE, "") if "decoder.conv_in.weight" in (below(shapes, name) if name else shapes)), None)

@@ -7,38 +7,40 @@ from collections.abc import Iterable
 from typing import Any
 
 from .checkpoint import Entry, file_sha256, open_checkpoint
-from .family import CLIP, UNET, VAE, is_spare, looks_like, native_size, recognise
+from .errors import CheckpointError
+from .family import FAMILIES, UNET, VAE, is_spare, looks_like, recognise
 
-PARTS = {UNET: "UNet", VAE: "VAE", CLIP: "text encoder"}
+PARTS = {UNET: "UNet", VAE: "VAE"} | {tower.name: f"text: {tower.title}" for family in FAMILIES for tower in family.towers}
 
 
 def inspect(path: str | os.PathLike[str], with_hash: bool = False) -> dict[str, Any]:
-    """Facts about a .safetensors file, ready for JSON.
+    """Facts about a checkpoint file, ready for JSON.
 
-    family: minisd's name for it, or None; looks_like: what it is in words; parts: parameters, bytes and dtypes of each.
+    family: minisd's name for it, or None; looks_like: what it is in words; why: the reasons; task, prediction, native_size;
+    parts: parameters, bytes and dtypes of each; unused: the tensors that nothing needs.
     with_hash: also `sha256`, which reads the whole file, and `model_hash`, its first 10 digits.
-    Raises CheckpointError if the file is no .safetensors file.
+    Raises CheckpointError if the file is no checkpoint file.
     """
     checkpoint = open_checkpoint(path)
-    family = recognise(checkpoint.shapes)
     parts: dict[str, list[Entry]] = {}
     for key, entry in checkpoint.entries.items():
         parts.setdefault(part_of(key), []).append(entry)
-    what, hint = (family.title, "") if family else looks_like(checkpoint.shapes)
     facts: dict[str, Any] = {
         "path": str(checkpoint.path),
-        "family": family.name if family else None,
-        "looks_like": what,
         "bytes": checkpoint.size,
         "tensors": len(checkpoint.entries),
         "parameters": sum(entry.numel for entry in checkpoint.entries.values()),
         "parts": {name: summary(entries) for name, entries in parts.items()},
+        "unused": [key for key in checkpoint.entries if is_spare(key)],
         "metadata": dict(checkpoint.metadata),
     }
-    if family:
-        facts["native_size"] = native_size(family, checkpoint.metadata)
-    if hint:
-        facts["hint"] = hint
+    try:
+        found = recognise(checkpoint)
+        facts |= {"family": found.family.name, "looks_like": found.family.title, "why": list(found.reasons)}
+        facts |= {"task": found.task, "prediction": found.training.prediction, "native_size": found.size}
+    except CheckpointError as error:
+        what, hint = looks_like(checkpoint.shapes)
+        facts |= {"family": None, "looks_like": what, "hint": hint, "why": [error.reason]}
     if with_hash:
         facts["sha256"] = file_sha256(checkpoint.path)
         facts["model_hash"] = facts["sha256"][:10]
@@ -66,12 +68,17 @@ def summary(entries: Iterable[Entry]) -> dict[str, Any]:
 
 def as_text(facts: dict[str, Any]) -> str:
     """The facts as a person reads them.  Text from the file is shown escaped and short: it may hold anything."""
-    size = f", draws {facts['native_size'][0]}x{facts['native_size'][1]}" if "native_size" in facts else ""
-    lines = [shown(facts["path"], 500), f"  {facts['looks_like']} ({facts['family'] or facts['hint']}){size}"]
+    what = f"  {facts['looks_like']} ({facts['family'] or facts['hint']})"
+    if facts["family"]:
+        what += f", task {facts['task']}, predicts {facts['prediction']}, {'x'.join(map(str, facts['native_size']))}"
+    lines = [shown(facts["path"], 500), what]
     lines.append(f"  {facts['bytes'] / 1e6:,.1f} MB, {facts['tensors']:,} tensors, {facts['parameters']:,} parameters")
     for name, part in facts["parts"].items():
         dtypes = ", ".join(sorted(part["dtypes"]))
-        lines.append(f"  {name:<14}{part['parameters']:>16,} parameters  {part['bytes'] / 1e6:>10,.1f} MB  {dtypes}")
+        lines.append(f"  {name:<26}{part['parameters']:>16,} parameters  {part['bytes'] / 1e6:>10,.1f} MB  {dtypes}")
+    lines += [f"  because: {shown(reason, 300)}" for reason in facts["why"] if facts["family"]]
+    if facts["unused"]:
+        lines.append(f"  unused: {shown(', '.join(facts['unused']), 200)}")
     if "sha256" in facts:
         lines.append(f"  model hash    {facts['model_hash']}  (sha256 {facts['sha256']})")
     lines += [f"  {shown(key, 60)} = {shown(value, 100)}" for key, value in sorted(facts["metadata"].items())]

@@ -2,40 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .checkpoint import Checkpoint
-from .clip import text_encoder
+from .clip import TextEncoder, text_encoder
 from .errors import CheckpointError
-from .family import CLIP, UNET, VAE, is_spare, looks_like, recognise
+from .family import UNET, VAE, Family, Recognition, is_spare, listing, looks_like, recognise, vae_name
 from .shapes import Shapes, below
 from .tensors import load_tensors
 from .unet import UNet
 from .vae import AutoencoderKL
 
+Module = TypeVar("Module", bound=nn.Module)
+
 
 class StableDiffusion(nn.Module):
-    """SD 1.x: `state_dict()` has the keys of the file, apart from the spare ones listed in family.py."""
+    """`state_dict()` has the keys of the file, apart from the spare ones listed in family.py."""
 
-    def __init__(self, shapes: Shapes) -> None:
+    def __init__(self, shapes: Shapes, family: Family) -> None:
         super().__init__()
-        self.model = nn.ModuleDict({"diffusion_model": UNet(below(shapes, UNET))})
-        self.first_stage_model = AutoencoderKL(below(shapes, VAE))
-        self.cond_stage_model = nn.ModuleDict({"transformer": text_encoder(below(shapes, CLIP))})
+        self.tower_names = [tower.name for tower in family.towers]
+        place(self, UNET, UNet(below(shapes, UNET)))
+        place(self, VAE, AutoencoderKL(below(shapes, VAE)))
+        for name in self.tower_names:
+            place(self, name, text_encoder(below(shapes, name)))
 
     @property
     def unet(self) -> UNet:
-        return self.model["diffusion_model"]  # type: ignore[return-value]
+        return self.get_submodule(UNET)  # type: ignore[return-value]
 
     @property
     def vae(self) -> AutoencoderKL:
-        return self.first_stage_model
+        return self.get_submodule(VAE)  # type: ignore[return-value]
 
     @property
-    def text_encoder(self) -> nn.Module:
-        return self.cond_stage_model["transformer"]
+    def text_encoders(self) -> list[TextEncoder]:
+        return [self.get_submodule(name) for name in self.tower_names]  # type: ignore[misc]
+
+
+def place(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module at a dotted name below another, with empty modules on the way: place(root, "a.b", m) is root.a.b = m."""
+    *path, last = name.split(".")
+    for step in path:
+        if not hasattr(root, step):
+            root.add_module(step, nn.Module())
+        root = root.get_submodule(step)
+    root.add_module(last, module)
 
 
 class NoInit(TorchFunctionMode):
@@ -47,54 +64,60 @@ class NoInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def build(checkpoint: Checkpoint) -> StableDiffusion:
+def build(checkpoint: Checkpoint, family: Family) -> StableDiffusion:
     """The modules that a file describes, on the meta device: shapes, no data.
 
-    Raises CheckpointError if the file is something else, or if keys are missing, unknown or of the wrong shape.
+    Raises CheckpointError if keys are missing, unknown or of the wrong shape.
     """
     shapes = checkpoint.shapes
-    if recognise(shapes) is None:
-        what, hint = looks_like(shapes)
-        raise CheckpointError(checkpoint.path, f"this looks like {what}, not like an SD 1.x checkpoint{listing(shapes)}", hint)
-    if checkpoint.metadata.get("modelspec.prediction_type", "epsilon") != "epsilon":
-        raise CheckpointError(
-            checkpoint.path, "its metadata says that it predicts v", "minisd draws with epsilon models only, so far"
-        )
-    try:
-        with torch.device("meta"), NoInit():
-            model = StableDiffusion(shapes)
-    except KeyError as error:
-        raise CheckpointError(checkpoint.path, "this looks like SD 1.x, but a key is missing", key=str(error.args[0])) from None
-    except (ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise CheckpointError(checkpoint.path, f"this looks like SD 1.x, but its shapes fit no network: {error}") from None
-    compare(checkpoint, model)
+    model = described(checkpoint, family.title, lambda: StableDiffusion(shapes, family))
+    compare(checkpoint, family.title, model, {key: shape for key, shape in shapes.items() if not is_spare(key)})
     return model
 
 
-def compare(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Raises CheckpointError unless the module has exactly the file's keys and shapes, spare ones aside."""
+def described(checkpoint: Checkpoint, title: str, make: Callable[[], Module]) -> Module:
+    """What `make` builds of a file's shapes, on the meta device; what goes wrong on the way is the file's fault."""
+    try:
+        with torch.device("meta"), NoInit():
+            return make()
+    except KeyError as error:
+        raise CheckpointError(checkpoint.path, f"this looks like {title}, but a key is missing", key=str(error.args[0])) from None
+    except (ValueError, RuntimeError, ZeroDivisionError, IndexError) as error:
+        raise CheckpointError(checkpoint.path, f"this looks like {title}, but its shapes fit no network: {error}") from None
+
+
+def compare(checkpoint: Checkpoint, title: str, model: nn.Module, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises CheckpointError unless the module has exactly the file's keys and shapes."""
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    found = {key: shape for key, shape in checkpoint.shapes.items() if not is_spare(key)}
     missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or unknown:
         parts = [
             f"{len(keys)} keys are {name}{listing(keys)}" for name, keys in (("missing", missing), ("unknown", unknown)) if keys
         ]
-        raise CheckpointError(checkpoint.path, f"this looks like SD 1.x, but {' and '.join(parts)}")
+        raise CheckpointError(checkpoint.path, f"this looks like {title}, but {' and '.join(parts)}")
     for key, shape in wanted.items():
         if found[key] != shape:
             raise CheckpointError(checkpoint.path, f"expected shape {shape}, found {found[key]}", key=key)
 
 
-def listing(keys: object) -> str:
-    names = list(keys)  # type: ignore[call-overload]
-    shown = ", ".join(names[:10])
-    return f": {shown}" + (f", … ({len(names)} in all)" if len(names) > 10 else "")
+def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[StableDiffusion, Recognition]:
+    """The checkpoint's network, ready to run (eval mode, no gradients), and what it is.  Raises CheckpointError."""
+    recognition = recognise(checkpoint)
+    model = build(checkpoint, recognition.family)
+    model.load_state_dict(load_tensors(checkpoint, model.state_dict(), dtype), strict=True, assign=True)
+    return model.requires_grad_(False).eval().to(device), recognition
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> StableDiffusion:
-    """The checkpoint's network, ready to run: eval mode, no gradients.  Raises CheckpointError as `build` does."""
-    model = build(checkpoint)
-    wanted = model.state_dict()
-    model.load_state_dict(load_tensors(checkpoint, wanted, dtype), strict=True, assign=True)
-    return model.requires_grad_(False).eval().to(device)
+def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
+    """The VAE of a file: a VAE alone, or the one of a whole checkpoint.  Raises CheckpointError if it has none."""
+    name = vae_name(checkpoint.shapes)
+    if name is None:
+        what, hint = looks_like(checkpoint.shapes)
+        raise CheckpointError(checkpoint.path, f"expected a VAE, found {what}{listing(checkpoint.shapes)}", hint)
+    prefix = f"{name}." if name else ""
+    shapes = Shapes({key[len(prefix) :]: shape for key, shape in checkpoint.shapes.items() if key.startswith(prefix)}, prefix)
+    vae = described(checkpoint, "a VAE", lambda: AutoencoderKL(shapes))
+    compare(checkpoint, "a VAE", vae, {key: shape for key, shape in shapes.items() if not is_spare(f"{VAE}.{key}")})
+    tensors = load_tensors(checkpoint, {prefix + key: None for key in vae.state_dict()}, dtype)
+    vae.load_state_dict({key[len(prefix) :]: tensor for key, tensor in tensors.items()}, strict=True, assign=True)
+    return vae.requires_grad_(False).eval().to(device)

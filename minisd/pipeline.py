@@ -1,14 +1,13 @@
 """From a prompt to a picture.  Read this first: each station of the way has a file of its own name.
 
-prompt -- tokenizer -- clip: context --.
-                                       +-- samplers: one denoiser (unet) call a step -- latents -- vae.decode -- image
-seed ---- request: noise --------------'
+prompt -- tokenizer -- clip -- prompt: conditioning --.
+                                                      +-- samplers: one denoiser (unet) call a step -- latents -- vae -- image
+seed ---- request: noise, init image, mask -----------'
 """
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -21,41 +20,44 @@ from torch import Tensor
 
 from . import __version__
 from .checkpoint import Checkpoint, open_checkpoint
-from .denoiser import Denoiser
+from .codec import Codec
+from .denoiser import Conditioning, Denoiser, keeping
 from .device import memory_errors, name_of, to_device, to_dtype
-from .errors import NonFiniteError
-from .family import SD1, Family, native_size
+from .errors import UsageError
+from .family import Recognition, Training
+from .guidance import guided, shrunk
 from .image import save_png, to_pil
-from .model import StableDiffusion, load_model
-from .request import Plan, Request, noise_source, settle
-from .samplers import SAMPLERS, Steps
-from .schedule import noise_levels, scaled_linear, start_scale
-from .tokenizer import tokenize
+from .model import StableDiffusion, load_model, load_vae
+from .prompt import encode
+from .recipe import recipe_of
+from .request import Canvas, Model, Plan, Request, noise_source, settle
+from .samplers import SAMPLERS, Denoise, Steps
+from .schedule import TRAINING_STEPS, Continuous, Schedule, noise_levels, scaled_linear, start_scale, zero_terminal
+from .vae import AutoencoderKL
 
 
 def load(
-    path: str | os.PathLike[str] | None = None, device: str | None = None, dtype: str | torch.dtype | None = None
+    path: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    vae: str | os.PathLike[str] | None = None,
 ) -> Pipeline:
     """Opens a checkpoint and makes it ready to draw.
 
-    path: a single-file SD 1.x checkpoint (.safetensors); without one, the tiny checkpoint in the box.
+    path: a single-file checkpoint of SD 1.x, SD 2.x, SDXL or its refiner; without one, the tiny checkpoint in the box.
     device: "cpu", "cuda", …; by default a GPU if there is one.
     dtype: float32, bfloat16 or float16; by default float16 on a GPU, bfloat16 on a CPU that computes it, else float32.
-    Raises CheckpointError (the file), UsageError (the other arguments), OutOfMemoryError.
+    vae: a file whose VAE takes the place of the checkpoint's: a VAE alone, or another checkpoint.
+    Raises CheckpointError (the files), UsageError (the other arguments), OutOfMemoryError.
     """
     where = to_device(device)
     kind = to_dtype(dtype, where)
     checkpoint = open_checkpoint(path if path is not None else tiny_checkpoint())
     with memory_errors():
-        return Pipeline(load_model(checkpoint, where, kind), checkpoint, SD1, where, kind)
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the UNet is told about the picture."""
-
-    context: Tensor  # (B, L, D)
-    pooled: Tensor | None = None  # (B, P), in families that have it
+        pipe = Pipeline(*load_model(checkpoint, where, kind), checkpoint, where, kind)
+        if vae is not None:
+            pipe.replace_vae(vae)
+    return pipe
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,29 @@ class Pipeline:
     """A checkpoint that draws.  `load` makes one."""
 
     def __init__(
-        self, model: StableDiffusion, checkpoint: Checkpoint, family: Family, device: torch.device, dtype: torch.dtype
+        self, model: StableDiffusion, recognition: Recognition, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.model, self.checkpoint, self.family, self.device, self.dtype = model, checkpoint, family, device, dtype
-        self.unet, self.vae, self.text_encoder = model.unet, model.vae, model.text_encoder
-        self.native_size = native_size(family, checkpoint.metadata)
-        self.schedule = scaled_linear()
+        self.model, self.recognition, self.checkpoint, self.device, self.dtype = model, recognition, checkpoint, device, dtype
+        self.family, self.training = recognition.family, recognition.training
+        self.unet, self.text_encoders = model.unet, model.text_encoders
+        self.codec, self.vae_checkpoint = Codec(model.vae, recognition, device, dtype), checkpoint
+        self.schedule = schedule_of(self.training)
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        return self.codec.vae
+
+    @torch.no_grad()
+    def replace_vae(self, path: str | os.PathLike[str]) -> None:
+        """Decodes with the VAE of another file from now on.  Raises CheckpointError."""
+        checkpoint = open_checkpoint(path)
+        vae = load_vae(checkpoint, self.device, self.dtype)
+        if (vae.latent_channels, vae.downscale) != (self.vae.latent_channels, self.vae.downscale):
+            found = f"{vae.latent_channels} channels, {vae.downscale} times smaller"
+            expected = f"{self.vae.latent_channels} channels, {self.vae.downscale} times smaller"
+            raise UsageError(f"vae {path}: expected latents of {expected}, found {found}")
+        self.model.first_stage_model, self.vae_checkpoint = vae, checkpoint
+        self.codec = Codec(vae, self.recognition, self.device, self.dtype)
 
     def __call__(
         self,
@@ -112,98 +131,137 @@ class Pipeline:
         seed: int | None = None,
         num_images: int = 1,
         latents: Tensor | None = None,
-        eta: float = 0.0,
-        spacing: str | None = None,
+        refiner: Pipeline | None = None,
+        **more: Any,
     ) -> Result:
         """Draws num_images pictures of each prompt.
 
-        width, height: pixels, multiples of 8; by default what the checkpoint was trained at.
-        steps: 1 … 999.  guidance_scale: 1 takes the prompt as trained and half the time, more follows it harder.
-        sampler: "euler" or "ddim".  eta: 0 … 1, how much noise DDIM adds back at each step.
-        spacing: "linspace", "leading" or "trailing", the noise levels visited; by default the sampler's own.
-        seed: picture i uses seed + i and equals the single run with that seed; None or -1 draws one.
-        latents: starting noise (B, C, h, w) of unit variance instead of a seed.
+        `request.Request` explains these arguments and what `more` may hold: eta, spacing, guidance_rescale, clip_skip;
+        init_image, strength, mask, image_guidance_scale; SDXL's zero_negative, original_size, crop, target_size.
+        refiner: another pipeline (SDXL's refiner) that goes on where this one has drawn high_noise_frac of the noise schedule.
         Raises UsageError (arguments), OutOfMemoryError, NonFiniteError (no picture is made of NaN).
         """
+        unknown = more.keys() - Request.__dataclass_fields__.keys()
+        if unknown:
+            known = ", ".join(Request.__dataclass_fields__)
+            raise UsageError(f"{', '.join(sorted(unknown))}: unknown; expected some of {known}")
         sizes = (width, height, steps)
-        return finish(
-            self.stream(
-                Request(prompt, negative_prompt, *sizes, guidance_scale, sampler, seed, num_images, latents, eta, spacing)
-            )
-        )
+        request = Request(prompt, negative_prompt, *sizes, guidance_scale, sampler, seed, num_images, latents, **more)
+        return finish(self.stream(request, refiner))
 
     @torch.no_grad()
-    def stream(self, request: Request) -> Generator[Step, None, Result]:
+    def stream(self, request: Request, refiner: Pipeline | None = None) -> Generator[Step, None, Result]:
         """Draws as a generator: yields every step, for progress and previews, and returns the Result (`finish` gets it)."""
-        plan = settle(request, self.native_size, self.vae.latent_channels, self.vae.downscale)
-        sigmas = noise_levels(self.schedule, plan.spacing, plan.steps, SAMPLERS[plan.sampler].unit_variance)
+        plan = settle(request, self.facts())
+        if refiner is not None:
+            check_refiner(self, refiner, request)
+        sigmas = self.sigmas(plan)
         # One at a time on a CPU: as fast, less memory, and picture i is bit for bit that of the single run.
         size = 1 if self.device.type == "cpu" else len(plan.prompts)
         parts = [slice(first, first + size) for first in range(0, len(plan.prompts), size)]
+        index, total = 0, len(parts) * (len(sigmas) - 1)
         latents: list[Tensor] = []
         images: list[Image.Image] = []
         with memory_errors():
+            blended = plan.canvas is not None and self.recognition.task == "draw"
+            known = self.codec.encode(plan.canvas.pixels) if plan.canvas and blended else None
             for part in parts:
-                for index, (x, denoised) in enumerate(self.sample(plan, part, sigmas), plan.steps * len(latents)):
-                    yield Step(index, plan.steps * len(parts), x, denoised)
+                for x, denoised in relay(plan, part, sigmas, known, self, refiner):
+                    yield Step(index, total, x, denoised)
+                    index += 1
                 latents.append(x / (sigmas[-1] ** 2 + 1).sqrt())
-                images += self.decode(latents[-1])
-        return Result(images, plan.seeds, torch.cat(latents), [self.recipe(plan, i) for i in range(len(images))])
+                images += [paste(to_pil(pixels), plan.canvas) for pixels in self.codec.decode(latents[-1])]
+        return Result(images, plan.seeds, torch.cat(latents), [self.recipe(plan, i, refiner) for i in range(len(images))])
 
-    def sample(self, plan: Plan, part: slice, sigmas: Tensor) -> Steps:
-        """From noise down the levels `sigmas`, for some of the pictures; yields (latents, denoised), (B, C, h, w) each."""
-        prompts, noise = plan.prompts[part], plan.noise[part].to(self.device)  # (B, C, h, w)
-        negative = [plan.negative_prompt] * len(prompts) if plan.guidance_scale != 1 else []
-        context = self.encode_prompt(negative + prompts).context  # (B or 2*B, L, D)
-        denoise = Denoiser(self.unet, self.schedule, context, plan.guidance_scale)
-        sampler = SAMPLERS[plan.sampler]
-        start = noise * start_scale(sigmas[0], plan.spacing, sampler.unit_variance)
-        return sampler.run(denoise, start, sigmas, noise_source(plan.seeds[part], noise), plan.eta)
+    def facts(self) -> Model:
+        """What a request for this model is checked against."""
+        layers = min(encoder.depth for encoder in self.text_encoders)
+        return Model(self.recognition, self.vae.latent_channels, self.vae.downscale, layers)
+
+    def sigmas(self, plan: Plan) -> Tensor:
+        """The noise levels of the way, falling; a strength below 1 leaves out the first (diffusers, get_timesteps)."""
+        sampler = SAMPLERS[plan.request.sampler]
+        sigmas = noise_levels(self.schedule, plan.spacing, plan.request.steps, sampler.unit_variance)
+        return sigmas[-1 - int(plan.request.steps * plan.canvas.strength) :] if plan.canvas else sigmas
+
+    def start(self, plan: Plan, part: slice, sigmas: Tensor, known: Tensor | None) -> Tensor:
+        """The first latents (B, C, h, w): noise, and under it the init image where there is one."""
+        noise = plan.noise[part].to(self.device)
+        if known is not None and plan.canvas and (plan.canvas.strength < 1 or plan.canvas.mask is not None):
+            return known + noise * sigmas[0]
+        return noise * start_scale(self.schedule, sigmas[0], plan.spacing, SAMPLERS[plan.request.sampler].unit_variance)
+
+    def sample(self, plan: Plan, part: slice, x: Tensor, sigmas: Tensor, known: Tensor | None) -> Steps:
+        """From x down the noise levels `sigmas`, for some of the pictures; yields (latents, denoised), (B, C, h, w) each."""
+        told = guided(plan, plan.prompts[part], self.recognition, self.text_encoders, self.codec)
+        network = (self.unet, self.schedule, self.training.prediction, self.training.sigma_data)
+        denoise: Denoise = Denoiser(*network, told.conditions, told.guide)
+        if known is not None and plan.canvas and plan.canvas.mask is not None:
+            denoise = keeping(denoise, shrunk(plan.canvas.mask, x), known)
+        noise = noise_source(plan.seeds[part], x)
+        return SAMPLERS[plan.request.sampler].run(denoise, x, sigmas, noise, plan.request.eta)
 
     @torch.no_grad()
-    def encode_prompt(self, prompts: str | Sequence[str]) -> Conditioning:
-        """Texts -> what conditions the UNet: context (B, 77, D)."""
+    def encode_prompt(self, prompts: str | Sequence[str], clip_skip: int | None = None) -> Conditioning:
+        """Texts -> what conditions the UNet: context (B, 77*k, D), pooled (B, P) or None."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        return Conditioning(self.text_encoder(torch.tensor(tokenize(prompts), device=self.device)))
+        return encode(self.family, self.text_encoders, prompts, self.device, clip_skip)
 
-    def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Latents (B, C, h, w) of unit variance -> pictures; again in float32 if the VAE overflows.  Raises NonFiniteError."""
-        if not latents.isfinite().all():
-            raise NonFiniteError(f"the UNet produced NaN or infinity in {name_of(self.dtype)}; draw with dtype float32")
-        latents = latents / self.family.latent_scale
-        pixels = self.vae.decode(latents.to(self.dtype))  # (B, 3, H, W)
-        if not pixels.isfinite().all() and self.dtype != torch.float32:
-            warnings.warn(f"the VAE overflowed in {name_of(self.dtype)}; decoding again in float32", stacklevel=2)
-            pixels = self.vae.float().decode(latents)
-            self.vae.to(self.dtype)
-        if not pixels.isfinite().all():
-            raise NonFiniteError(
-                "the VAE produced NaN or infinity in float32 too: its weights or the latents are broken; try another VAE"
-            )
-        return [to_pil(image) for image in pixels]
-
-    def recipe(self, plan: Plan, i: int) -> dict[str, Any]:
+    def recipe(self, plan: Plan, i: int, refiner: Pipeline | None = None) -> dict[str, Any]:
         """What `minisd again` and other programs need to know about picture i."""
-        return {
-            "prompt": plan.prompts[i],
-            "negative_prompt": plan.negative_prompt,
-            "width": plan.width,
-            "height": plan.height,
-            "steps": plan.steps,
-            "guidance_scale": plan.guidance_scale,
-            "sampler": plan.sampler,
-            "sampler_label": SAMPLERS[plan.sampler].label,
-            "eta": plan.eta,
-            "spacing": plan.spacing,
-            "seed": plan.seeds[i],
-            "model": self.checkpoint.path.stem,
-            "model_path": None if self.checkpoint.path == tiny_checkpoint() else str(self.checkpoint.path),
-            "model_sha256": self.checkpoint.sha256(),
-            "device": self.device.type,
-            "dtype": name_of(self.dtype),
-            "torch": torch.__version__,
-            "version": __version__,
-        }
+        files = file_facts("model", self.checkpoint)
+        if self.vae_checkpoint is not self.checkpoint:
+            files |= file_facts("vae", self.vae_checkpoint)
+        if refiner:
+            files |= file_facts("refiner", refiner.checkpoint)
+        here = {"device": self.device.type, "dtype": name_of(self.dtype), "torch": torch.__version__, "version": __version__}
+        return recipe_of(plan, i) | files | here
+
+
+def file_facts(name: str, checkpoint: Checkpoint) -> dict[str, str | None]:
+    path = None if checkpoint.path == tiny_checkpoint() else str(checkpoint.path)
+    return {name: checkpoint.path.stem, f"{name}_path": path, f"{name}_sha256": checkpoint.sha256()}
+
+
+def relay(plan: Plan, part: slice, sigmas: Tensor, known: Tensor | None, base: Pipeline, refiner: Pipeline | None) -> Steps:
+    """The way of some of the pictures: all of it with the base, or the rest of it with a refiner.
+
+    The base draws the noise levels of the first timesteps, the refiner goes on from there (Podell et al. 2023, arXiv 2307.01952,
+    section 2.5); a level belongs to the base if its timestep is at least the cutoff (diffusers, denoising_end).
+    """
+    x = base.start(plan, part, sigmas, known)
+    cutoff = round(TRAINING_STEPS * (1 - plan.request.high_noise_frac))
+    turn = int((base.schedule.timestep(sigmas[:-1]) >= cutoff).sum()) if refiner else len(sigmas) - 1
+    for painter, levels in ((base, sigmas[: turn + 1]), (refiner or base, sigmas[turn:])):
+        if len(levels) > 1:
+            for step in painter.sample(plan, part, x, levels, known):
+                yield step
+                x = step[0]
+
+
+def schedule_of(training: Training) -> Schedule:
+    """The noise levels that a network was trained on."""
+    if training.sigmas:
+        return Continuous(*training.sigmas)
+    return zero_terminal(scaled_linear()) if training.zero_terminal else scaled_linear()
+
+
+def check_refiner(base: Pipeline, refiner: Pipeline, request: Request) -> None:
+    """Raises UsageError unless the two can share latents and noise levels."""
+    if base.recognition.task != "draw" or refiner.recognition.task != "draw":
+        raise UsageError("refiner: expected two models that draw from text, found one that edits or inpaints")
+    same = (base.recognition.latent_scale, base.training.sigmas) == (refiner.recognition.latent_scale, refiner.training.sigmas)
+    if not same or base.training.sigmas:
+        raise UsageError(
+            f"refiner: expected a model with the latents and noise levels of {base.family.title}, found {refiner.family.title}"
+        )
+
+
+def paste(image: Image.Image, canvas: Canvas | None) -> Image.Image:
+    """The picture, with what the mask keeps exactly as it was: the VAE alone would change it a little."""
+    if canvas is None or canvas.mask is None:
+        return image
+    return Image.composite(image, to_pil(canvas.pixels[0]), Image.fromarray((canvas.mask[0, 0] * 255).byte().numpy()))
 
 
 def finish(steps: Generator[Step, None, Result]) -> Result:

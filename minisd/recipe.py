@@ -13,9 +13,21 @@ from PIL import Image
 
 from .checkpoint import file_sha256
 from .errors import UsageError
-from .request import Request
+from .picture import fingerprint, open_picture
+from .request import Plan, Request
+from .samplers import SAMPLERS
 
-REPEATED = ("prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "seed", "eta", "spacing")
+REPEATED = tuple(name for name in Request.__dataclass_fields__ if name not in ("latents", "num_images"))
+
+
+def recipe_of(plan: Plan, i: int) -> dict[str, Any]:
+    """What was asked for and settled about picture i, ready for JSON."""
+    asked = {name: getattr(plan.request, name) for name in REPEATED}
+    settled = {"prompt": plan.prompts[i], "width": plan.width, "height": plan.height, "spacing": plan.spacing}
+    settled |= {"seed": plan.seeds[i], "sampler_label": SAMPLERS[plan.request.sampler].label}
+    given = {"strength": plan.canvas.strength, **plan.canvas.sources} if plan.canvas else {}
+    recipe = asked | settled | given
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in recipe.items()}
 
 
 def quote(value: object) -> str:
@@ -34,8 +46,13 @@ def parameters_text(recipe: Mapping[str, Any]) -> str:
         "Size": f"{recipe['width']}x{recipe['height']}",
         "Model hash": recipe["model_sha256"][:10] if recipe["model_sha256"] else None,
         "Model": recipe["model"].replace(",", "").replace(":", ""),
+        "VAE": recipe.get("vae"),
+        "Denoising strength": recipe["strength"],
+        "Clip skip": recipe["clip_skip"],
         "RNG": "CPU",
         "Eta": recipe["eta"] or None,
+        "Refiner": recipe.get("refiner"),
+        "Refiner switch at": recipe["high_noise_frac"] if recipe.get("refiner") else None,
         "Version": f"minisd {recipe['version']}",
     }
     last = ", ".join(f"{name}: {quote(value)}" for name, value in fields.items() if value is not None)
@@ -59,15 +76,21 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     return recipe
 
 
-def repeat(recipe: dict[str, Any], checkpoint: Path) -> Request:
-    """The request that a picture's recipe describes.  Warns if the checkpoint is another one; raises UsageError."""
+def repeat(recipe: Mapping[str, Any], checkpoint: Path) -> Request:
+    """The request that a picture's recipe describes.  Warns if a file is no longer the one it was; raises UsageError."""
     if recipe.get("seed") is None:
         raise UsageError(
             "the picture was drawn from noise that its caller gave, which it does not carry; it cannot be made again"
         )
     if recipe.get("model_sha256") not in (None, file_sha256(checkpoint)):
         warnings.warn(f"{checkpoint} is not the checkpoint that drew this picture ({recipe.get('model')})", stacklevel=2)
-    try:
-        return Request(**{name: recipe[name] for name in REPEATED})
-    except KeyError as error:
-        raise UsageError(f"the picture's minisd chunk says nothing of {error}") from None
+    for name, known in (("init_image", recipe.get("init_sha256")), ("mask", recipe.get("mask_sha256"))):
+        if known is None:
+            continue
+        if not recipe.get(name):
+            raise UsageError(f"{name}: the picture was made from one that had no file; it cannot be made again")
+        if fingerprint(open_picture(name, recipe[name])) != known:
+            warnings.warn(f"{name} {recipe[name]} is not the picture that this one was made from", stacklevel=2)
+    if "prompt" not in recipe:
+        raise UsageError("the picture's minisd chunk says nothing of its prompt")
+    return Request(**{name: recipe[name] for name in REPEATED if name in recipe})

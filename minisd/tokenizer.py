@@ -7,7 +7,6 @@ unescaping).  Only the merges are shipped; the 49,408 ids follow from them.
 from __future__ import annotations
 
 import lzma
-import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -18,6 +17,7 @@ MERGES = Path(__file__).with_name("clip_merges.txt.xz")
 START, END = "<|startoftext|>", "<|endoftext|>"
 START_ID, END_ID = 49_406, 49_407
 LENGTH = 77  # positions of the text encoder: start, 75 tokens, end
+TOKENS = LENGTH - 2
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -61,17 +61,18 @@ def encode(text: str) -> list[int]:
 
 
 def tokenize(texts: Sequence[str], pad: int = END_ID) -> list[list[int]]:
-    """Each text as 77 ids: start, at most 75 tokens, end, padding.
+    """Each text as k times 77 ids: start, 75 tokens, end, and again for the next 75; (B, 77*k).
 
-    pad: 49407 for the CLIP ViT-L encoder of SD 1.x.  A text of more than 75 tokens is cut, with a warning that says where.
+    k is what the longest text needs; shorter ones go on with empty chunks (A1111 sd_hijack_clip.py).
+    pad: fills the last chunk of a text; 49407 for OpenAI's encoder, 0 for open_clip's.
     """
+    encoded = [encode(text) for text in texts]
+    chunks = max(1, *(-(-len(ids) // TOKENS) for ids in encoded))
     rows = []
-    for text in texts:
-        ids = encode(text)
-        if len(ids) > LENGTH - 2:
-            lost = bpe().decode(ids[LENGTH - 2 :]).replace("</w>", " ").strip()
-            lost = lost if len(lost) <= 60 else lost[:60] + "…"
-            warnings.warn(f"the prompt has {len(ids)} tokens; the text encoder reads 75, the rest is cut: {lost!r}", stacklevel=2)
-        row = [START_ID, *ids[: LENGTH - 2], END_ID]
-        rows.append(row + [pad] * (LENGTH - len(row)))
+    for ids in encoded:
+        row: list[int] = []
+        for first in range(0, chunks * TOKENS, TOKENS):
+            row += [START_ID, *ids[first : first + TOKENS], END_ID]
+            row += [pad] * (-len(row) % LENGTH)
+        rows.append(row)
     return rows

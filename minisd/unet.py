@@ -190,7 +190,8 @@ class UNet(nn.Module):
         self.in_channels = shapes["input_blocks.0.0.weight"][1]
         self.channels = shapes["time_embed.0.weight"][1]
         self.time_embed = mlp(shapes, "time_embed")
-        self.label_emb = nn.Sequential(mlp(below(shapes, "label_emb"), "0")) if "label_emb.0.0.weight" in shapes else None
+        self.vector_channels = shapes["label_emb.0.0.weight"][1] if "label_emb.0.0.weight" in shapes else 0
+        self.label_emb = nn.Sequential(mlp(below(shapes, "label_emb"), "0")) if self.vector_channels else None
         self.input_blocks = nn.ModuleList(Block(part) for part in numbered(below(shapes, "input_blocks")))
         self.middle_block = Block(below(shapes, "middle_block"))
         self.output_blocks = nn.ModuleList(Block(part) for part in numbered(below(shapes, "output_blocks")))

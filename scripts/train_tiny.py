@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 import minisd
 from minisd import blueprint
-from minisd.clip import text_encoder
+from minisd.clip import TextEncoder, text_encoder
+from minisd.family import SD1
 from minisd.schedule import TRAINING_STEPS, scaled_linear
 from minisd.shapes import Shapes, below
 from minisd.tokenizer import tokenize
@@ -40,10 +41,11 @@ LATENT_SCALE = 0.18215  # SD 1.x multiplies latents by this to bring them to uni
 
 def tiny() -> Shapes:
     """4 x smaller latents, 16 x 16 of them; attention where they are 8 x 8; a text encoder 64 wide over the real vocabulary."""
-    return blueprint.stable_diffusion(
-        unet=blueprint.unet(64, (1, 2), blocks=2, attention=(False, True), context=64),
-        text=blueprint.clip_text(64, 4),
-        autoencoder=blueprint.vae((32, 64, 128), (64, 64, 128), blocks=(1, 1)),
+    return blueprint.assemble(
+        SD1,
+        blueprint.unet(64, (1, 2), blocks=2, depths=(0, 1), context=64),
+        blueprint.vae((32, 64, 128), (64, 64, 128), blocks=(1, 1)),
+        blueprint.clip_text(64, 4),
     )
 
 
@@ -131,7 +133,7 @@ def begin_as_identity(unet: UNet) -> None:
 
 def train_unet(
     unet: UNet,
-    text: nn.Module,
+    text: TextEncoder,
     latents: Tensor,
     captions: list[list[str]],
     steps: int,
@@ -162,7 +164,7 @@ def train_unet(
         noise = torch.randn_like(x)
         alpha = alphas[t][:, None, None, None]
         with torch.autocast(device, torch.bfloat16):
-            out = unet(alpha.sqrt() * x + (1 - alpha).sqrt() * noise, t, text(ids))
+            out = unet(alpha.sqrt() * x + (1 - alpha).sqrt() * noise, t, text.final_norm(text.hidden_states(ids)[-1]))
         weight = (1 / alpha).clamp(max=40 if i < steps / 2 else 5)  # 1 / alpha = 1 + sigma^2
         training.step((weight * (out.float() - noise).square()).mean())
         keep = min(0.999, (i - done + 1) / (i - done + 10))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import lzma
+import struct
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from minisd import blueprint
+from minisd.checkpoint import open_checkpoint
+from minisd.family import SD1, recognise
 from minisd.tokenizer import bpe, byte_letters, merges_text
 
 HERE = Path(__file__).parent
@@ -19,6 +24,30 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """||found - wanted|| / ||wanted||, in float64."""
     wanted = wanted.double()
     return float((found.double() - wanted).norm() / wanted.norm())
+
+
+def manifest(name: str) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of a published checkpoint."""
+    text = lzma.decompress((HERE / "checkpoints" / "manifests.json.xz").read_bytes())
+    return {key: tuple(shape) for key, (_, shape) in json.loads(text)[name].items()}
+
+
+def recognised(folder: Path, shapes: dict[str, tuple[int, ...]], values: dict[str, list[float]] | None = None, **metadata: str):
+    """What minisd says of a file with these shapes: a file of holes, which takes no space on the disk."""
+    path = folder / "shapes.safetensors"
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    offset, places = 0, {}
+    for key, shape in shapes.items():
+        places[key] = offset
+        header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset := offset + 4 * prod(shape)]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for key, numbers in (values or {}).items():
+            file.seek(8 + len(text) + places[key])
+            file.write(struct.pack(f"<{len(numbers)}f", *numbers))
+        file.truncate(8 + len(text) + offset)
+    return recognise(open_checkpoint(path))
 
 
 @dataclass(frozen=True)
@@ -31,10 +60,11 @@ class Width:
     vae_channels: tuple[int, ...]
 
     def shapes(self) -> blueprint.Shapes:
-        return blueprint.stable_diffusion(
-            unet=blueprint.unet(self.channels, (1, 2, 4, 4), 2, (True, True, True, False), self.context),
-            text=blueprint.clip_text(self.context, self.text_layers),
-            autoencoder=blueprint.vae(self.vae_channels, self.vae_channels, (2, 3)),
+        return blueprint.assemble(
+            SD1,
+            blueprint.unet(self.channels, (1, 2, 4, 4), 2, (1, 1, 1, 0), self.context),
+            blueprint.vae(self.vae_channels, self.vae_channels, (2, 3)),
+            blueprint.clip_text(self.context, self.text_layers),
         )
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import REDUCED, write_checkpoint
+from helpers import REDUCED, manifest, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 import minisd
 from minisd.checkpoint import file_sha256, open_checkpoint
-from minisd.family import is_spare
+from minisd.family import SD1, is_spare
 from minisd.inspection import as_text, inspect
 from minisd.model import build
 from minisd.tensors import convert, load_tensors
@@ -57,13 +57,12 @@ def test_every_float_dtype_opens(tmp_path, dtype):
 
 
 def test_spare_buffers_are_ignored(small, tmp_path):
-    manifest = json.loads((Path(__file__).parent / "checkpoints" / "sd15.json").read_text())
-    spare = {key: torch.zeros(shape) for key, (_, shape) in manifest.items() if is_spare(key)}
+    spare = {key: torch.zeros(shape) for key, shape in manifest("sd15").items() if is_spare(key)}
     spare["model_ema.diffusion_modelout0bias"] = torch.zeros(3)
     spare["first_stage_model.loss.logvar"] = torch.zeros(())
     assert len(spare) == 17
     path = variant(small, tmp_path, lambda weights: weights.update(spare))
-    model = build(open_checkpoint(path))
+    model = build(open_checkpoint(path), SD1)
     assert set(model.state_dict()) == set(load_file(small))
     assert inspect(path)["parts"]["unused"]["tensors"] == 17
 
@@ -73,7 +72,7 @@ def test_each_missing_key_is_named(small):
     for key in list(checkpoint.entries)[::3]:
         entries = {name: entry for name, entry in checkpoint.entries.items() if name != key}
         with pytest.raises(minisd.CheckpointError, match=re.escape(key.rsplit(".", 1)[0])):
-            build(replace(checkpoint, entries=entries))
+            build(replace(checkpoint, entries=entries), SD1)
 
 
 def test_each_changed_shape_is_refused(small):
@@ -82,7 +81,7 @@ def test_each_changed_shape_is_refused(small):
         if len(entry.shape) == 1:
             changed = {**checkpoint.entries, key: replace(entry, shape=(entry.shape[0] + 32,))}
             with pytest.raises(minisd.CheckpointError):
-                build(replace(checkpoint, entries=changed))
+                build(replace(checkpoint, entries=changed), SD1)
 
 
 def test_missing_and_unknown_keys_are_counted(small, tmp_path):
@@ -102,18 +101,23 @@ def test_integer_weights_are_refused(small, tmp_path):
     assert "'model.diffusion_model.out.2.bias': expected F64, F32, F16, BF16, found I32" in refused(path)
 
 
+UNET = "model.diffusion_model.input_blocks.0.0.weight"
 OTHERS = {
     "a LoRA": ["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "lora_te_text_model_x.alpha"],
     "a ControlNet": ["control_model.input_blocks.0.0.weight"],
     "a VAE alone": ["first_stage_model.decoder.conv_in.weight"],
     "a VAE": ["decoder.conv_in.weight", "encoder.conv_in.weight"],
-    "a UNet alone": ["model.diffusion_model.input_blocks.0.0.weight"],
+    "a VAE in diffusers' naming": ["decoder.up_blocks.0.resnets.0.conv1.weight"],
+    "a tiny autoencoder (TAESD)": ["1.weight", "3.conv.0.weight"],
+    "a UNet alone": [UNET],
+    "a UNet or ControlNet in diffusers' naming": ["down_blocks.0.resnets.0.conv1.weight"],
     "a text encoder alone": ["text_model.final_layer_norm.weight"],
-    "Stable Diffusion 2.x": ["cond_stage_model.model.ln_final.weight", "model.diffusion_model.out.0.bias"],
-    "Stable Diffusion XL,": ["conditioner.embedders.1.model.ln_final.weight"],
-    "a Stable Diffusion XL refiner": ["conditioner.embedders.0.model.ln_final.weight"],
+    "a UNet and a text encoder alone": ["cond_stage_model.model.ln_final.weight", UNET],
     "a Flux model": ["double_blocks.0.img_attn.qkv.weight"],
     "a Stable Diffusion 3 model": ["model.diffusion_model.joint_blocks.0.x.weight"],
+    "a depth-to-image model": ["depth_model.model.x", UNET],
+    "an unCLIP model": ["embedder.model.visual.proj"],
+    "the x4 upscaler": ["low_scale_model.betas"],
     "a textual inversion embedding": ["emb_params"],
     "no model that minisd knows": ["weight"],
 }
@@ -132,16 +136,11 @@ def test_other_files_are_named_for_what_they_are(what, tmp_path):
     assert what.rstrip(",") in as_text(facts)
 
 
-def test_inpainting_models_are_named(small, tmp_path):
+def test_other_numbers_of_input_channels_are_named(small, tmp_path):
     def change(weights):
-        weights["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(32, 9, 3, 3)
+        weights[UNET] = torch.zeros(32, 7, 3, 3)
 
-    assert "an inpainting model (9 input channels)" in refused(variant(small, tmp_path, change))
-
-
-def test_v_prediction_is_not_taken_for_epsilon(tmp_path):
-    path = write_checkpoint(tmp_path / "v.safetensors", **{"modelspec.prediction_type": "v"})
-    assert "predicts v" in refused(path)
+    assert "Stable Diffusion 1.x with 7 input channels" in refused(variant(small, tmp_path, change))
 
 
 @pytest.mark.parametrize(
@@ -230,11 +229,11 @@ def test_inspect(tiny):
     assert {name: part["parameters"] for name, part in facts["parts"].items()} == {
         "UNet": sum(p.numel() for p in tiny.unet.parameters()),
         "VAE": sum(p.numel() for p in tiny.vae.parameters()),
-        "text encoder": sum(p.numel() for p in tiny.text_encoder.parameters()),
+        "text: CLIP ViT-L": sum(p.numel() for p in tiny.text_encoders[0].parameters()),
     }
     assert facts["parts"]["UNet"]["dtypes"].keys() == {"F16"}
     assert facts["model_hash"] == facts["sha256"][:10]
-    assert "Stable Diffusion 1.x (sd1), draws 64x64" in as_text(facts)
+    assert "Stable Diffusion 1.x (sd1), task draw, predicts epsilon, 64x64" in as_text(facts)
     json.dumps(facts)
 
 

@@ -1,38 +1,77 @@
-"""The module built from a file has exactly the file's keys."""
+"""The module built from a file has exactly the file's keys: for every manifest of a published checkpoint."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
+from helpers import manifest, recognised
 
 from minisd import blueprint
-from minisd.family import is_spare
+from minisd.checkpoint import CheckpointError
+from minisd.family import FAMILIES, SD1, is_spare
 from minisd.model import StableDiffusion
 from minisd.shapes import Shapes
 
-MANIFEST = {
-    key: tuple(shape) for key, (_, shape) in json.loads((Path(__file__).parent / "checkpoints" / "sd15.json").read_text()).items()
+DRAWS = {
+    "sd15": ("sd1", "draw", 512, 15),  # 12 schedule buffers, position_ids, 2 scalars of the moving average
+    "sd15-inpainting": ("sd1", "inpaint", 512, 15),
+    "instruct-pix2pix": ("sd1", "edit", 512, 12 + 688 + 1),
+    "sd21-base": ("sd2", "draw", 512, 15),
+    "sd21-768": ("sd2", "draw", 512, 15),  # its keys are those of sd21-base: the prediction is measured, test_family.py
+    "sd2-inpainting": ("sd2", "inpaint", 512, 15),
+    "sdxl-base": ("sdxl", "draw", 1024, 2),
+    "sdxl-refiner": ("sdxl-refiner", "draw", 1024, 1),
 }
-NEEDED = {key: shape for key, shape in MANIFEST.items() if not is_spare(key)}
+REFUSED = {
+    "sd2-depth": "a depth-to-image model",
+    "sd21-unclip-h": "an unCLIP model",
+    "vae-ft-mse": "a VAE alone",
+    "taesd": "a tiny autoencoder (TAESD)",
+}
+NEEDED = {key: shape for key, shape in manifest("sd15").items() if not is_spare(key)}
 
 
-def built(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def built(shapes: dict[str, tuple[int, ...]], family=SD1) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        model = StableDiffusion(Shapes(shapes))
+        model = StableDiffusion(Shapes(shapes), family)
     return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
-def test_module_has_the_keys_of_stable_diffusion_15():
-    assert len(MANIFEST) == 1145
-    assert len(MANIFEST) - len(NEEDED) == 15  # 12 schedule buffers, position_ids, 2 scalars of the moving average
-    assert built(NEEDED) == NEEDED
+@pytest.mark.parametrize("name", DRAWS)
+def test_every_published_checkpoint_is_recognised_and_has_its_keys(name, tmp_path):
+    family, task, size, spare = DRAWS[name]
+    shapes = manifest(name)
+    found = recognised(tmp_path, shapes)
+    assert (found.family.name, found.task, found.size) == (family, task, (size, size))
+    needed = {key: shape for key, shape in shapes.items() if not is_spare(key)}
+    assert len(shapes) - len(needed) == spare
+    assert built(needed, found.family) == needed
 
 
-def test_blueprint_equals_the_published_file():
-    assert blueprint.sd15() == NEEDED
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_published_and_no_checkpoint_for_drawing_is_named(name, tmp_path):
+    with pytest.raises(CheckpointError) as caught:
+        recognised(tmp_path, {key.removeprefix("decoder:"): shape for key, shape in manifest(name).items()})
+    assert f"looks like {REFUSED[name]}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("made", "name"),
+    [
+        (blueprint.sd15, "sd15"),
+        (blueprint.sd21, "sd21-base"),
+        (blueprint.sdxl, "sdxl-base"),
+        (blueprint.refiner, "sdxl-refiner"),
+    ],
+)
+def test_blueprint_equals_the_published_file(made, name):
+    assert made() == {key: shape for key, shape in manifest(name).items() if not is_spare(key)}
+
+
+def test_families_are_told_apart_by_their_clues():
+    for family in FAMILIES:
+        others = [other for other in FAMILIES if other is not family]
+        assert all(set(family.clues) - set(other.clues) for other in others)
 
 
 def test_text_encoder_without_text_model_in_its_names():
@@ -56,9 +95,10 @@ def test_vae_attention_stored_as_linear_layers():
     ],
 )
 def test_any_width_and_depth(channels, multipliers, blocks, attention, context):
-    shapes = blueprint.stable_diffusion(
+    shapes = blueprint.assemble(
+        SD1,
         blueprint.unet(channels, multipliers, blocks, attention, context),
-        blueprint.clip_text(64, 1, vocabulary=10),
         blueprint.vae((32, 64), (64, 32), (1, 3)),
+        blueprint.clip_text(64, 1, vocabulary=10),
     )
     assert built(shapes) == shapes

@@ -13,9 +13,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = [
     ["errors", "shapes", "ops"],
-    ["layers", "tokenizer", "schedule", "samplers", "blueprint", "family", "checkpoint", "device"],
-    ["clip", "unet", "vae", "denoiser", "request", "inspection", "tensors"],
-    ["model", "recipe"],
+    ["layers", "tokenizer", "schedule", "samplers", "checkpoint", "device", "picture"],
+    ["clip", "unet", "vae", "denoiser", "tensors", "family"],
+    ["inspection", "request", "model", "codec", "prompt", "blueprint"],
+    ["recipe", "guidance"],
     ["image"],
     ["pipeline"],
     ["cli"],

@@ -13,7 +13,6 @@ from PIL import Image
 import minisd
 from minisd.recipe import parameters_text, read_recipe
 from minisd.request import Request, settle
-from minisd.schedule import noise_levels
 
 FAST = {"steps": 2, "width": 64, "height": 64}
 
@@ -45,10 +44,10 @@ def test_picture_i_of_a_batch_equals_the_single_run(tiny, options):
 
 def test_batch_in_one_go_equals_the_single_run_within_rounding(reduced):
     """What a GPU does, done here: the network runs on all pictures at once."""
-    plan = settle(Request("a star", seed=3, num_images=2, **FAST), (64, 64), channels=4, downscale=8)
-    sigmas = noise_levels(reduced.schedule, "linspace", 2, unit_variance=False)
+    plan = settle(Request("a star", seed=3, num_images=2, **FAST), reduced.facts())
+    sigmas, part = reduced.sigmas(plan), slice(0, 2)
     with torch.no_grad():
-        *_, (both, _) = reduced.sample(plan, slice(0, 2), sigmas)
+        *_, (both, _) = reduced.sample(plan, part, reduced.start(plan, part, sigmas, None), sigmas, None)
     alone = reduced("a star", seed=4, **FAST).latents
     assert torch.allclose(both[1:], alone, atol=1e-4 * float(alone.abs().max()))
 
@@ -81,7 +80,7 @@ def test_negative_prompt_matters(tiny):
 
 def test_default_size_is_that_of_the_checkpoint(tiny, reduced):
     assert tiny("", seed=0, steps=1).images[0].size == (64, 64)
-    assert reduced.native_size == (512, 512)
+    assert reduced.recognition.size == (512, 512)
     assert tiny("", seed=0, steps=1, width=96, height=72).images[0].size == (96, 72)
 
 
@@ -108,7 +107,7 @@ def test_latents_instead_of_a_seed(tiny):
         ({"width": 70}, "width: expected a multiple of 8, found 70; the nearest are 64 and 72"),
         ({"height": 8000}, "height: .* found 8000"),
         ({"sampler": "dpm"}, "sampler: expected one of euler, ddim, found 'dpm'"),
-        ({"spacing": "karras"}, "spacing: expected one of leading, linspace, trailing, found 'karras'"),
+        ({"spacing": "cosine"}, "spacing: expected one of leading, linspace, trailing, karras, exponential, found 'cosine'"),
         ({"guidance_scale": float("nan")}, "guidance_scale: .* found nan"),
         ({"eta": 0.5}, "eta: expected 0 with sampler 'euler'"),
         ({"eta": 2.0, "sampler": "ddim"}, "eta: expected a number from 0 to 1"),

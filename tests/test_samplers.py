@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minisd.samplers import SAMPLERS, ddim, euler
-from minisd.schedule import SPACINGS, leading, linspace, noise_levels, scaled_linear, start_scale, trailing
+from minisd.schedule import BY_TIMESTEP, SPACINGS, leading, linspace, noise_levels, scaled_linear, start_scale, trailing
 
 SCHEDULE = scaled_linear()
 
@@ -32,7 +32,7 @@ def test_spacings():
     assert leading(50).tolist() == list(range(981, 0, -20))
     assert linspace(4).tolist() == [999, 666, 333, 0]
     assert trailing(50).tolist() == list(range(999, 0, -20))
-    for spacing in SPACINGS.values():
+    for spacing in BY_TIMESTEP.values():
         for steps in (1, 2, 7, 20, 30, 100):
             t = spacing(steps)
             assert len(t) == steps
@@ -48,9 +48,9 @@ def test_a_spacing_that_starts_low_is_told():
 
 def test_start_scale():
     sigma = torch.tensor(3.0)
-    assert start_scale(sigma, "linspace", False) == 3
-    assert start_scale(sigma, "leading", False) == pytest.approx(math.sqrt(10))
-    assert start_scale(sigma, "trailing", True) == pytest.approx(math.sqrt(10))
+    assert start_scale(SCHEDULE, sigma, "linspace", False) == 3
+    assert start_scale(SCHEDULE, sigma, "leading", False) == pytest.approx(math.sqrt(10))
+    assert start_scale(SCHEDULE, sigma, "trailing", True) == pytest.approx(math.sqrt(10))
 
 
 @pytest.mark.parametrize("sampler", [euler, ddim])

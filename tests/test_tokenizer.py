@@ -4,7 +4,6 @@ import hashlib
 import json
 from pathlib import Path
 
-import pytest
 from helpers import clip_tokenizer
 
 from minisd.tokenizer import END_ID, START_ID, encode, merges_text, tokenize
@@ -45,8 +44,8 @@ def test_77_ids_with_padding():
     assert tokenize(["a"], pad=0)[0] == [START_ID, 320, END_ID, *[0] * 74]
 
 
-def test_75_tokens_fit_and_76_are_cut_with_a_warning(recwarn):
+def test_longer_texts_are_cut_into_chunks_of_75():
     assert tokenize(["cat " * 75])[0] == [START_ID, *[2368] * 75, END_ID]
-    assert not recwarn
-    with pytest.warns(UserWarning, match=r"has 77 tokens.*'dog dog'"):
-        assert tokenize(["cat " * 75 + "dog dog"])[0] == [START_ID, *[2368] * 75, END_ID]
+    long, short = tokenize(["cat " * 75 + "dog dog", "a"], pad=0)
+    assert long == [START_ID, *[2368] * 75, END_ID, START_ID, 1929, 1929, END_ID, *[0] * 73]
+    assert short == [START_ID, 320, END_ID, *[0] * 74, START_ID, END_ID, *[0] * 75]

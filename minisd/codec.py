@@ -1,0 +1,58 @@
+"""Between pictures and latents of unit variance: the VAE with its scale, and what to do when it overflows."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from .device import name_of
+from .errors import NonFiniteError
+from .family import Recognition
+from .vae import AutoencoderKL
+
+
+class Codec:
+    """A VAE together with the statistics of its latents: times `scale`, or by mean and deviation, they have unit variance."""
+
+    def __init__(self, vae: AutoencoderKL, recognition: Recognition, device: torch.device, dtype: torch.dtype) -> None:
+        self.vae, self.device, self.dtype = vae, device, dtype
+        self.scale, training = recognition.latent_scale, recognition.training
+        self.mean, self.std = (
+            torch.tensor(values or [default] * vae.latent_channels, device=device).view(1, -1, 1, 1)  # (1, C, 1, 1)
+            for values, default in ((training.latent_mean, 0.0), (training.latent_std, 1.0))
+        )
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """A picture (B, 3, H, W) in [-1, 1] -> the mean of its latents (B, C, h, w), float32.  Raises NonFiniteError.
+
+        The mean, without the little noise that the VAE was trained with: the same picture always gives the same latents.
+        """
+        pixels = pixels.to(self.device)
+        latents = self.vae.encode(pixels.to(self.dtype))[0].float()
+        if not latents.isfinite().all() and self.dtype != torch.float32:
+            latents = self.vae.float().encode(pixels)[0]
+            self.vae.to(self.dtype)
+        if not latents.isfinite().all():
+            raise NonFiniteError("the VAE made NaN or infinity of the init image: its weights are broken; try another VAE")
+        return (latents - self.mean) / self.std * self.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1]; again in float32 if the VAE overflows.
+
+        Raises NonFiniteError: no picture is made of NaN.
+        """
+        if not latents.isfinite().all():
+            raise NonFiniteError(f"the UNet produced NaN or infinity in {name_of(self.dtype)}; draw with dtype float32")
+        latents = latents / self.scale * self.std + self.mean
+        pixels = self.vae.decode(latents.to(self.dtype))
+        if not pixels.isfinite().all() and self.dtype != torch.float32:
+            warnings.warn(f"the VAE overflowed in {name_of(self.dtype)}; decoding again in float32", stacklevel=2)
+            pixels = self.vae.float().decode(latents)
+            self.vae.to(self.dtype)
+        if not pixels.isfinite().all():
+            raise NonFiniteError(
+                "the VAE produced NaN or infinity in float32 too: its weights or the latents are broken; try another VAE"
+            )
+        return pixels

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from .image import save_png, to_pil
 from .model import StableDiffusion, load_model, load_vae
 from .prompt import encode
 from .recipe import recipe_of
-from .request import Canvas, Model, Plan, Request, noise_source, settle
+from .request import Canvas, Model, Plan, Request, noise_source, one_of, settle
 from .samplers import SAMPLERS, Denoise, Steps
 from .schedule import TRAINING_STEPS, Continuous, Schedule, noise_levels, scaled_linear, start_scale, zero_terminal
 from .vae import AutoencoderKL
@@ -41,6 +41,7 @@ def load(
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
     vae: str | os.PathLike[str] | None = None,
+    prediction: str | None = None,
 ) -> Pipeline:
     """Opens a checkpoint and makes it ready to draw.
 
@@ -48,13 +49,18 @@ def load(
     device: "cpu", "cuda", …; by default a GPU if there is one.
     dtype: float32, bfloat16 or float16; by default float16 on a GPU, bfloat16 on a CPU that computes it, else float32.
     vae: a file whose VAE takes the place of the checkpoint's: a VAE alone, or another checkpoint.
+    prediction: "epsilon" or "v", what the network predicts, where the file says nothing of it or the wrong thing.
     Raises CheckpointError (the files), UsageError (the other arguments), OutOfMemoryError.
     """
     where = to_device(device)
     kind = to_dtype(dtype, where)
+    one_of("prediction", prediction, (None, "epsilon", "v"))
     checkpoint = open_checkpoint(path if path is not None else tiny_checkpoint())
     with memory_errors():
-        pipe = Pipeline(*load_model(checkpoint, where, kind), checkpoint, where, kind)
+        model, recognition = load_model(checkpoint, where, kind)
+        if prediction is not None:
+            recognition = replace(recognition, training=replace(recognition.training, prediction=prediction))
+        pipe = Pipeline(model, recognition, checkpoint, where, kind)
         if vae is not None:
             pipe.replace_vae(vae)
     return pipe

@@ -251,9 +251,9 @@ def number(name: str, value: object, low: float, high: float) -> None:
         raise UsageError(f"{name}: expected a number from {low} to {high}, found {value!r}")
 
 
-def one_of(name: str, value: object, choices: Collection[str]) -> None:
+def one_of(name: str, value: object, choices: Collection[str | None]) -> None:
     if value not in choices:
-        raise UsageError(f"{name}: expected one of {', '.join(choices)}, found {value!r}")
+        raise UsageError(f"{name}: expected one of {', '.join(map(str, choices))}, found {value!r}")
 
 
 def check_text(text: object) -> None:

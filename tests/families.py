@@ -110,6 +110,7 @@ class Parts:
         depths = tuple(max(depth, 1) for depth in small.depths)
         with torch.device("meta"):
             unet = UNet2DConditionModel(
+                sample_size=8,
                 in_channels=4 + small.extra_channels,
                 block_out_channels=[64 * multiplier for multiplier in small.multipliers],
                 down_block_types=[f"{cross}DownBlock2D" for cross in crossed],
@@ -194,3 +195,30 @@ def tokenizers(small: Small, folder: Path) -> list[Any]:
             tokenizer.pad_token = "!"
         made.append(tokenizer)
     return made
+
+
+EULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "timestep_spacing": "linspace",
+    "steps_offset": 1,
+}
+
+
+def pipeline(kind: str, parts: Parts, small: Small, folder: Path, scheduler: Any, **more: Any):
+    """A diffusers pipeline of the class `kind` over the parts."""
+    import diffusers
+
+    tokens = tokenizers(small, folder)
+    if kind.startswith("StableDiffusionXL"):
+        refines = len(parts.texts) == 1
+        texts = {"text_encoder": None, "tokenizer": None} if refines else {"text_encoder": parts.texts[0], "tokenizer": tokens[0]}
+        texts |= {"text_encoder_2": parts.texts[-1], "tokenizer_2": tokens[-1]}
+        texts |= {"force_zeros_for_empty_prompt": not refines, "add_watermarker": False}
+    else:
+        texts = {"text_encoder": parts.texts[0], "tokenizer": tokens[0]}
+        texts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipe = getattr(diffusers, kind)(unet=parts.unet, vae=parts.vae, scheduler=scheduler, **texts, **more)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import SMALL, Parts, tokenizers
+from families import EULER, SMALL, Parts, pipeline, tokenizers
 from helpers import relative_error
 
 import minisd
@@ -64,3 +64,191 @@ def test_text(opened, name, tmp_path):
     assert (found.pooled is None) == (name == "sd2")
     if found.pooled is not None:
         assert relative_error(found.pooled, pooled) <= 1e-5
+
+
+def draw(pipe: minisd.Pipeline, reference, steps: int = 10, prompt: str = PROMPT, side: int = 8, theirs=None, **common):
+    """Our latents and diffusers', from the same noise."""
+    x = noise(1, 4, side, side, seed=5)
+    common = {"guidance_scale": 5.0, "negative_prompt": NEGATIVE} | common
+    ours = common.pop("ours", {})
+    found = pipe(prompt, steps=steps, latents=x, width=8 * side, height=8 * side, **common, **ours).latents
+    start = reference(
+        prompt,
+        num_inference_steps=steps,
+        latents=x,
+        width=8 * side,
+        height=8 * side,
+        output_type="latent",
+        **common,
+        **(theirs or {}),
+    )
+    return found, start.images
+
+
+def euler(**more):
+    from diffusers import EulerDiscreteScheduler
+
+    return EulerDiscreteScheduler(**(EULER | more))
+
+
+def edm(**more):
+    from diffusers import EDMEulerScheduler
+
+    return EDMEulerScheduler(sigma_min=0.002, **more)
+
+
+DRAWING = {
+    "sd2": ("StableDiffusionPipeline", lambda: euler(), {}),
+    "sdxl": ("StableDiffusionXLPipeline", lambda: euler(), {}),
+    "sdxl-v": (
+        "StableDiffusionXLPipeline",
+        lambda: euler(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"),
+        {"guidance_rescale": 0.7},
+    ),
+    "playground": ("StableDiffusionXLPipeline", lambda: edm(sigma_max=80.0, sigma_data=0.5), {}),
+    "cosxl": (
+        "StableDiffusionXLPipeline",
+        lambda: edm(sigma_max=120.0, sigma_data=1.0, prediction_type="v_prediction", sigma_schedule="exponential"),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_text_to_image(opened, name, tmp_path):
+    pipe, parts = opened(name)
+    kind, scheduler, common = DRAWING[name]
+    found, wanted = draw(pipe, pipeline(kind, parts, SMALL[name], tmp_path, scheduler()), **common)
+    assert relative_error(found, wanted) <= 1e-3
+
+
+def test_v_prediction_of_sd2_with_ddim(tmp_path):
+    from diffusers import DDIMScheduler
+
+    path = SMALL["sd2"].write(tmp_path / "sd2.safetensors")
+    pipe = minisd.load(path, device="cpu", dtype="float32", prediction="v")
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1, prediction_type="v_prediction",
+    )  # fmt: skip
+    reference = pipeline("StableDiffusionPipeline", Parts(path, SMALL["sd2"]), SMALL["sd2"], tmp_path, scheduler)
+    found, wanted = draw(pipe, reference, ours={"sampler": "ddim"})
+    assert relative_error(found, wanted) <= 1e-3
+
+
+def test_karras_levels_equal_those_of_diffusers(opened, tmp_path):
+    pipe, parts = opened("sd1")
+    reference = pipeline("StableDiffusionPipeline", parts, SMALL["sd1"], tmp_path, euler(use_karras_sigmas=True))
+    found, wanted = draw(pipe, reference, ours={"spacing": "karras"})
+    assert relative_error(found, wanted) <= 1e-3
+
+
+@pytest.mark.parametrize(("name", "skip"), [("sd1", 1), ("sd1", 2), ("sd2", 2), ("sdxl", 1), ("sdxl", 3)])
+@torch.no_grad()
+def test_clip_skip(opened, name, skip, tmp_path):
+    """The output of an earlier layer, normed where the family norms it (diffusers counts from 0, and only positive prompts)."""
+    pipe, parts = opened(name)
+    contexts = []
+    for tokenizer, text in zip(tokenizers(SMALL[name], tmp_path), parts.texts, strict=True):
+        ids = tokenizer([PROMPT], padding="max_length", max_length=77, return_tensors="pt").input_ids
+        dropped = 1 if name == "sd2" else 0  # the reference of SD 2.x lacks the last layer
+        state = text(ids, output_hidden_states=True).hidden_states[-skip + dropped]
+        contexts.append(getattr(text, "text_model", text).final_layer_norm(state) if name != "sdxl" else state)
+    found = pipe.encode_prompt([PROMPT], clip_skip=skip).context
+    assert relative_error(found, torch.cat(contexts, dim=-1)) <= 1e-5
+
+
+def test_sdxl_without_a_negative_prompt_and_with_other_sizes(opened, tmp_path):
+    """diffusers zeroes the negative conditioning if no negative prompt is given; an empty one it encodes."""
+    pipe, parts = opened("sdxl")
+    reference = pipeline("StableDiffusionXLPipeline", parts, SMALL["sdxl"], tmp_path, euler())
+    x = noise(1, 4, 8, 8, seed=5)
+    common = {"latents": x, "width": 64, "height": 64, "guidance_scale": 5.0}
+    sizes = {"original_size": (640, 480), "target_size": (768, 512), "crop": (8, 24)}
+    told = {"original_size": (480, 640), "target_size": (512, 768), "crops_coords_top_left": (24, 8)}
+    found = pipe(PROMPT, steps=3, **common, **sizes).latents
+    wanted = reference(PROMPT, num_inference_steps=3, output_type="latent", **common, **told).images
+    assert relative_error(found, wanted) <= 1e-4
+    found = pipe(PROMPT, steps=3, zero_negative=False, **common, **sizes).latents
+    wanted = reference(PROMPT, num_inference_steps=3, output_type="latent", negative_prompt="", **common, **told).images
+    assert relative_error(found, wanted) <= 1e-4
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """An init image and a mask; diffusers is made to take the mean of the VAE's latents, as we do."""
+    import numpy as np
+    from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img as image
+    from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpaint as inpaint
+    from PIL import Image
+
+    for module in (image, inpaint):
+        monkeypatch.setattr(module, "retrieve_latents", lambda output, *_, **__: output.latent_dist.mode())
+    smooth = torch.nn.functional.interpolate(noise(1, 3, 6, 6, seed=9), (64, 64), mode="bicubic")[0].clamp(-1, 1)
+    init = Image.fromarray(((smooth + 1) * 127.5).byte().permute(1, 2, 0).numpy())
+    spot = np.zeros((64, 64), dtype=np.uint8)
+    spot[16:48, 8:40] = 255
+    return init, Image.fromarray(spot)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "ddim"])
+def test_image_to_image(opened, sampler, pictures, tmp_path):
+    from diffusers import DDIMScheduler
+
+    pipe, parts = opened("sd1")
+    ddim = {"beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+    scheduler = euler() if sampler == "euler" else DDIMScheduler(beta_start=0.00085, beta_end=0.012, **ddim)
+    reference = pipeline("StableDiffusionImg2ImgPipeline", parts, SMALL["sd1"], tmp_path, scheduler)
+    common = {"negative_prompt": NEGATIVE, "guidance_scale": 5.0, "strength": 0.6}
+    found = pipe(PROMPT, steps=10, seed=5, init_image=pictures[0], sampler=sampler, **common)
+    generator = torch.Generator().manual_seed(5)
+    wanted = reference(
+        PROMPT, image=pictures[0], num_inference_steps=10, generator=generator, output_type="latent", **common
+    ).images
+    assert relative_error(found.latents, wanted) <= 1e-3
+    assert found.metadata[0]["strength"] == 0.6
+
+
+@pytest.mark.parametrize(("name", "strength"), [("sd1", 0.7), ("sd1-inpaint", 1.0)])
+def test_inpainting(opened, name, strength, pictures, tmp_path):
+    """With an ordinary model by keeping what is known, with an inpainting model by its five extra channels."""
+    import numpy as np
+
+    pipe, parts = opened(name)
+    reference = pipeline("StableDiffusionInpaintPipeline", parts, SMALL[name], tmp_path, euler())
+    init, mask = pictures
+    common = {"negative_prompt": NEGATIVE, "guidance_scale": 5.0, "strength": strength}
+    found = pipe(PROMPT, steps=10, seed=5, init_image=init, mask=mask, **common)
+    generator = torch.Generator().manual_seed(5)
+    wanted = reference(
+        PROMPT, image=init, mask_image=mask, num_inference_steps=10, generator=generator, output_type="latent",
+        width=64, height=64, **common,
+    ).images  # fmt: skip
+    assert relative_error(found.latents, wanted) <= 1e-3
+    kept = np.asarray(mask) == 0
+    assert np.array_equal(np.asarray(found.images[0])[kept], np.asarray(init)[kept])
+
+
+def test_instruct_pix2pix(opened, pictures, tmp_path):
+    pipe, parts = opened("sd1-edit")
+    reference = pipeline("StableDiffusionInstructPix2PixPipeline", parts, SMALL["sd1-edit"], tmp_path, euler())
+    found, wanted = draw(
+        pipe, reference, image_guidance_scale=1.7, ours={"init_image": pictures[0]}, theirs={"image": pictures[0]}
+    )  # fmt: skip
+    assert relative_error(found, wanted) <= 1e-3
+
+
+def test_base_and_refiner_share_one_noise_schedule(opened, tmp_path):
+    (base, parts), (refiner, refining) = opened("sdxl"), opened("sdxl-refiner")
+    first = pipeline("StableDiffusionXLPipeline", parts, SMALL["sdxl"], tmp_path, euler())
+    second = pipeline(
+        "StableDiffusionXLImg2ImgPipeline", refining, SMALL["sdxl-refiner"], tmp_path, euler(), requires_aesthetics_score=True
+    )
+    x = noise(1, 4, 8, 8, seed=5)
+    common = {"negative_prompt": NEGATIVE, "guidance_scale": 5.0}
+    found = base(PROMPT, steps=10, latents=x, width=64, height=64, refiner=refiner, high_noise_frac=0.7, **common)
+    shared = {"num_inference_steps": 10, "output_type": "latent", **common}
+    half = first(PROMPT, latents=x, width=64, height=64, denoising_end=0.7, **shared).images
+    wanted = second(PROMPT, image=half, denoising_start=0.7, **shared).images
+    assert relative_error(found.latents, wanted) <= 1e-3
+    assert found.metadata[0]["refiner"] == "sdxl-refiner"

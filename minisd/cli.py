@@ -31,6 +31,7 @@ commands:
 examples:
   minisd "a red circle on a blue background"
   minisd "a photograph of an astronaut riding a horse" -m v1-5-pruned-emaonly.safetensors --steps 30 --seed 7
+  minisd "the same in winter" -m sd_xl_base_1.0.safetensors --refiner sd_xl_refiner_1.0.safetensors --init photo.jpg
 """
 
 
@@ -42,9 +43,6 @@ def draw_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("prompt", metavar="PROMPT", help="what the picture should show")
-    parser.add_argument(
-        "-m", "--model", metavar="FILE", help="a single-file SD 1.x checkpoint (default: the tiny one in the box)"
-    )
     parser.add_argument("-n", "--negative", default="", metavar="TEXT", help="what it should not show")
     parser.add_argument(
         "-o", "--output", type=Path, metavar="PNG", help="where to (default: out.png, or the next free out-2.png, …)"
@@ -53,21 +51,58 @@ def draw_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cfg", type=float, default=7.5, metavar="W", help="guidance scale; 1 turns guidance off (default: 7.5)")
     parser.add_argument("--sampler", default="euler", metavar="NAME", help="euler or ddim (default: euler)")
     parser.add_argument(
-        "--eta", type=float, default=0.0, metavar="E", help="0 to 1: noise that ddim adds back at each step (default: 0)"
-    )
-    parser.add_argument(
-        "--spacing", metavar="NAME", help="noise levels: linspace, leading or trailing (default: the sampler's own)"
-    )
-    parser.add_argument(
         "--seed", type=int, metavar="N", help="makes the picture repeatable; picture i has seed N + i (default: random)"
     )
     parser.add_argument(
         "--size", type=size, default=(None, None), metavar="WxH", help="pixels, multiples of 8 (default: the checkpoint's)"
     )
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures to draw (default: 1)")
-    add_device(parser)
+    parser.add_argument("--grid", type=Path, metavar="PNG", help="also all of them in one picture")
     parser.add_argument("--version", action="version", version=f"minisd {__version__}")
+    add_files(parser)
+    add_init(parser)
+    add_finer(parser)
+    add_device(parser)
     return parser
+
+
+def add_files(parser: argparse.ArgumentParser) -> None:
+    files = parser.add_argument_group("model files")
+    files.add_argument("-m", "--model", metavar="FILE", help="a single-file checkpoint (default: the tiny one in the box)")
+    files.add_argument("--vae", metavar="FILE", help="decode with the VAE of this file")
+    files.add_argument("--refiner", metavar="FILE", help="a second checkpoint that finishes what the first began")
+    files.add_argument(
+        "--high-noise-frac", type=float, default=0.8, metavar="F", help="the part that the first draws (default: 0.8)"
+    )
+    files.add_argument("--prediction", metavar="NAME", help="epsilon or v, where the file does not say which")
+
+
+def add_init(parser: argparse.ArgumentParser) -> None:
+    init = parser.add_argument_group("starting from a picture")
+    init.add_argument("--init", metavar="PICTURE", help="draw over this picture, edit it, or paint into it")
+    init.add_argument(
+        "--strength", type=float, metavar="S", help="0 to 1: how much of it may change (default: 0.8; 1 under a mask)"
+    )
+    init.add_argument("--mask", metavar="PICTURE", help="white where to paint, black where to keep")
+    init.add_argument(
+        "--image-cfg", type=float, default=1.5, metavar="W", help="how closely an editing model keeps to it (default: 1.5)"
+    )
+
+
+def add_finer(parser: argparse.ArgumentParser) -> None:
+    finer = parser.add_argument_group("finer control")
+    finer.add_argument(
+        "--eta", type=float, default=0.0, metavar="E", help="0 to 1: noise that ddim adds back at each step (default: 0)"
+    )
+    finer.add_argument(
+        "--spacing",
+        metavar="NAME",
+        help="noise levels: linspace, leading, trailing, karras or exponential (default: the checkpoint's or sampler's own)",
+    )
+    finer.add_argument("--clip-skip", type=int, metavar="N", help="1: the text encoder's last layer, 2: the one before it, …")
+    finer.add_argument(
+        "--rescale", type=float, default=0.0, metavar="R", help="0 to 1: against the glare of strong guidance (default: 0)"
+    )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -93,11 +128,14 @@ def size(text: str) -> tuple[int, int]:
 def draw(argv: Sequence[str]) -> int:
     args = draw_parser().parse_args(argv)
     output = args.output or free_path(Path("out.png"))
-    check_output(output)
+    for path in (output, *([args.grid] if args.grid else [])):
+        check_output(path)
+    from .image import grid, save_png
     from .pipeline import load
     from .request import Request
 
-    pipe = load(args.model, args.device, args.dtype)
+    pipe = load(args.model, args.device, args.dtype, args.vae, args.prediction)
+    refiner = load(args.refiner, args.device, args.dtype) if args.refiner else None
     request = Request(
         prompt=args.prompt,
         negative_prompt=args.negative,
@@ -110,8 +148,19 @@ def draw(argv: Sequence[str]) -> int:
         num_images=args.num_images,
         eta=args.eta,
         spacing=args.spacing,
+        guidance_rescale=args.rescale,
+        clip_skip=args.clip_skip,
+        init_image=args.init,
+        strength=args.strength,
+        mask=args.mask,
+        image_guidance_scale=args.image_cfg,
+        high_noise_frac=args.high_noise_frac,
     )
-    return report(with_progress(pipe, request), output, args.json)
+    result = with_progress(pipe, request, refiner)
+    status = report(result, output, args.json)
+    if args.grid:
+        save_png(grid(result.images), args.grid, result.metadata[0])
+    return status
 
 
 def again(argv: Sequence[str]) -> int:
@@ -128,8 +177,10 @@ def again(argv: Sequence[str]) -> int:
     check_output(output)
     from .pipeline import load
 
-    pipe = load(args.model or recipe.get("model_path"), args.device or recipe.get("device"), args.dtype or recipe.get("dtype"))
-    return report(with_progress(pipe, repeat(recipe, pipe.checkpoint.path)), output, args.json)
+    where = args.device or recipe.get("device"), args.dtype or recipe.get("dtype")
+    pipe = load(args.model or recipe.get("model_path"), *where, recipe.get("vae_path"), recipe.get("prediction"))
+    refiner = load(recipe["refiner_path"], *where) if recipe.get("refiner_path") else None
+    return report(with_progress(pipe, repeat(recipe, pipe.checkpoint.path), refiner), output, args.json)
 
 
 def inspect(argv: Sequence[str]) -> int:
@@ -163,11 +214,11 @@ def free_path(path: Path) -> Path:
     return free
 
 
-def with_progress(pipe: Pipeline, request: Request) -> Result:
+def with_progress(pipe: Pipeline, request: Request, refiner: Pipeline | None = None) -> Result:
     """Runs a request with a bar on stderr that shows the time per step; no bar where stderr is no terminal."""
     from tqdm import tqdm
 
-    steps = pipe.stream(request)
+    steps = pipe.stream(request, refiner)
     look = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
     with tqdm(desc="drawing", unit="step", bar_format=look, disable=None) as bar:
         while True:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,16 @@ def to_pil(pixels: Any) -> Image.Image:
     """A tensor (3, H, W) in [-1, 1] as a picture; values outside are clamped."""
     array = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).byte()
     return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())  # (H, W, 3)
+
+
+def grid(images: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size side by side, in rows about as many as columns."""
+    columns = math.ceil(math.sqrt(len(images)))
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str], recipe: Mapping[str, Any]) -> Path:

@@ -220,8 +220,9 @@ class Pipeline:
             files |= file_facts("vae", self.vae_checkpoint)
         if refiner:
             files |= file_facts("refiner", refiner.checkpoint)
+        how = {"prediction": self.training.prediction if self.training.prediction in ("epsilon", "v") else None}
         here = {"device": self.device.type, "dtype": name_of(self.dtype), "torch": torch.__version__, "version": __version__}
-        return recipe_of(plan, i) | files | here
+        return recipe_of(plan, i) | files | how | here
 
 
 def file_facts(name: str, checkpoint: Checkpoint) -> dict[str, str | None]:

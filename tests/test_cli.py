@@ -72,12 +72,33 @@ def test_inspect(capsys, reduced_file):
     facts = json.loads(capsys.readouterr().out)
     assert (facts["family"], len(facts["model_hash"])) == ("sd1", 10)
     assert main(["inspect", str(reduced_file)]) == 0
-    assert "Stable Diffusion 1.x (sd1), draws 512x512" in capsys.readouterr().out
+    assert "Stable Diffusion 1.x (sd1), task draw, predicts epsilon, 512x512" in capsys.readouterr().out
 
 
-def test_a_long_prompt_is_cut_with_a_warning(capsys):
-    assert main(["a red circle " * 40, *FAST]) == 0
-    assert "minisd: warning: the prompt has 120 tokens; the text encoder reads 75, the rest is cut:" in capsys.readouterr().err
+def test_a_long_prompt_is_read_to_its_end(capsys):
+    assert main(["a red circle " * 40, "--seed", "1", "-o", "long.png", *FAST]) == 0
+    assert main(["a red circle " * 40 + "on blue", "--seed", "1", "-o", "longer.png", *FAST]) == 0
+    assert capsys.readouterr().err == ""
+    assert Path("long.png").read_bytes()[-3000:] != Path("longer.png").read_bytes()[-3000:]
+
+
+def test_over_a_picture_and_again(capsys):
+    assert main(["a red circle", "--seed", "1", "-o", "first.png", *FAST]) == 0
+    assert main(["a blue star", "--init", "first.png", "--strength", "0.5", "--seed", "2", "-o", "x.png", "--steps", "4"]) == 0
+    assert main(["again", "x.png"]) == 0
+    with Image.open("x.png") as image, Image.open("x-again.png") as again, Image.open("first.png") as first:
+        assert image.tobytes() == again.tobytes() != first.tobytes()
+        assert "Denoising strength: 0.5" in image.info["parameters"]
+    Image.open("first.png").rotate(90).save("first.png")
+    assert main(["again", "x.png", "-o", "y.png"]) == 0
+    assert "first.png is not the picture that this one was made from" in capsys.readouterr().err
+
+
+def test_grid_of_several(capsys):
+    assert main(["a star", "--num-images", "3", "--grid", "sheet.png", *FAST]) == 0
+    with Image.open("sheet.png") as sheet, Image.open("out-2.png") as second:
+        assert sheet.size == (128, 128)
+        assert sheet.crop((64, 0, 128, 64)).tobytes() == second.tobytes()
 
 
 def exit_code(arguments: list[str]) -> int:

@@ -110,6 +110,9 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the fastest that the device computes well)"
     )
+    parser.add_argument(
+        "--offload", action="store_true", help="keep the parts in main memory until they work: slower, for a small GPU"
+    )
     add_output_options(parser)
 
 
@@ -134,8 +137,8 @@ def draw(argv: Sequence[str]) -> int:
     from .pipeline import load
     from .request import Request
 
-    pipe = load(args.model, args.device, args.dtype, args.vae, args.prediction)
-    refiner = load(args.refiner, args.device, args.dtype) if args.refiner else None
+    pipe = load(args.model, args.device, args.dtype, args.vae, args.prediction, args.offload)
+    refiner = load(args.refiner, args.device, args.dtype, offload=args.offload) if args.refiner else None
     request = Request(
         prompt=args.prompt,
         negative_prompt=args.negative,
@@ -178,8 +181,8 @@ def again(argv: Sequence[str]) -> int:
     from .pipeline import load
 
     where = args.device or recipe.get("device"), args.dtype or recipe.get("dtype")
-    pipe = load(args.model or recipe.get("model_path"), *where, recipe.get("vae_path"), recipe.get("prediction"))
-    refiner = load(recipe["refiner_path"], *where) if recipe.get("refiner_path") else None
+    pipe = load(args.model or recipe.get("model_path"), *where, recipe.get("vae_path"), recipe.get("prediction"), args.offload)
+    refiner = load(recipe["refiner_path"], *where, offload=args.offload) if recipe.get("refiner_path") else None
     return report(with_progress(pipe, repeat(recipe, pipe.checkpoint.path), refiner), output, args.json)
 
 

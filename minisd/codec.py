@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .device import name_of
+from .device import name_of, visiting
 from .errors import NonFiniteError
 from .family import Recognition
 from .vae import AutoencoderKL
@@ -29,30 +30,29 @@ class Codec:
 
         The mean, without the little noise that the VAE was trained with: the same picture always gives the same latents.
         """
-        pixels = pixels.to(self.device)
-        latents = self.vae.encode(pixels.to(self.dtype))[0].float()
-        if not latents.isfinite().all() and self.dtype != torch.float32:
-            latents = self.vae.float().encode(pixels)[0]
-            self.vae.to(self.dtype)
+        latents = self.run(lambda x: self.vae.encode(x)[0], pixels.to(self.device))
         if not latents.isfinite().all():
             raise NonFiniteError("the VAE made NaN or infinity of the init image: its weights are broken; try another VAE")
         return (latents - self.mean) / self.std * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1]; again in float32 if the VAE overflows.
-
-        Raises NonFiniteError: no picture is made of NaN.
-        """
+        """Latents (B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1].  Raises NonFiniteError: no picture is made of NaN."""
         if not latents.isfinite().all():
             raise NonFiniteError(f"the UNet produced NaN or infinity in {name_of(self.dtype)}; draw with dtype float32")
-        latents = latents / self.scale * self.std + self.mean
-        pixels = self.vae.decode(latents.to(self.dtype))
-        if not pixels.isfinite().all() and self.dtype != torch.float32:
-            warnings.warn(f"the VAE overflowed in {name_of(self.dtype)}; decoding again in float32", stacklevel=2)
-            pixels = self.vae.float().decode(latents)
-            self.vae.to(self.dtype)
+        pixels = self.run(self.vae.decode, latents / self.scale * self.std + self.mean)
         if not pixels.isfinite().all():
             raise NonFiniteError(
                 "the VAE produced NaN or infinity in float32 too: its weights or the latents are broken; try another VAE"
             )
         return pixels
+
+    def run(self, half: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """One half of the VAE on x, float32; where it overflows in a smaller dtype, again in float32."""
+        with visiting(self.vae, self.device):
+            out = half(x.to(self.dtype)).float()
+            if not out.isfinite().all() and self.dtype != torch.float32:
+                warnings.warn(f"the VAE overflowed in {name_of(self.dtype)}; running it again in float32", stacklevel=4)
+                self.vae.float()
+                out = half(x)
+                self.vae.to(self.dtype)
+        return out

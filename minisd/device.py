@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from .errors import OutOfMemoryError, UsageError
 
@@ -46,6 +47,17 @@ def cpu_computes_bfloat16() -> bool:
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Has a module on `device` while it works; one whose home is elsewhere goes back there, to make room for the next."""
+    home = next(module.parameters()).device
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from . import __version__
 from .checkpoint import Checkpoint, open_checkpoint
 from .codec import Codec
 from .denoiser import Conditioning, Denoiser, keeping
-from .device import memory_errors, name_of, to_device, to_dtype
+from .device import memory_errors, name_of, to_device, to_dtype, visiting
 from .errors import UsageError
 from .family import Recognition, Training
 from .guidance import guided, shrunk
@@ -42,6 +42,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     vae: str | os.PathLike[str] | None = None,
     prediction: str | None = None,
+    offload: bool = False,
 ) -> Pipeline:
     """Opens a checkpoint and makes it ready to draw.
 
@@ -50,6 +51,7 @@ def load(
     dtype: float32, bfloat16 or float16; by default float16 on a GPU, bfloat16 on a CPU that computes it, else float32.
     vae: a file whose VAE takes the place of the checkpoint's: a VAE alone, or another checkpoint.
     prediction: "epsilon" or "v", what the network predicts, where the file says nothing of it or the wrong thing.
+    offload: keep the parts in main memory and bring each to the device while it works: slower, for a small GPU.
     Raises CheckpointError (the files), UsageError (the other arguments), OutOfMemoryError.
     """
     where = to_device(device)
@@ -57,7 +59,7 @@ def load(
     one_of("prediction", prediction, (None, "epsilon", "v"))
     checkpoint = open_checkpoint(path if path is not None else tiny_checkpoint())
     with memory_errors():
-        model, recognition = load_model(checkpoint, where, kind)
+        model, recognition = load_model(checkpoint, torch.device("cpu") if offload else where, kind)
         if prediction is not None:
             recognition = replace(recognition, training=replace(recognition.training, prediction=prediction))
         pipe = Pipeline(model, recognition, checkpoint, where, kind)
@@ -117,7 +119,8 @@ class Pipeline:
     def replace_vae(self, path: str | os.PathLike[str]) -> None:
         """Decodes with the VAE of another file from now on.  Raises CheckpointError."""
         checkpoint = open_checkpoint(path)
-        vae = load_vae(checkpoint, self.device, self.dtype)
+        home = next(self.vae.parameters()).device
+        vae = load_vae(checkpoint, home, self.dtype)
         if (vae.latent_channels, vae.downscale) != (self.vae.latent_channels, self.vae.downscale):
             found = f"{vae.latent_channels} channels, {vae.downscale} times smaller"
             expected = f"{self.vae.latent_channels} channels, {self.vae.downscale} times smaller"
@@ -241,9 +244,11 @@ def relay(plan: Plan, part: slice, sigmas: Tensor, known: Tensor | None, base: P
     turn = int((base.schedule.timestep(sigmas[:-1]) >= cutoff).sum()) if refiner else len(sigmas) - 1
     for painter, levels in ((base, sigmas[: turn + 1]), (refiner or base, sigmas[turn:])):
         if len(levels) > 1:
-            for step in painter.sample(plan, part, x, levels, known):
-                yield step
-                x = step[0]
+            steps = painter.sample(plan, part, x, levels, known)
+            with visiting(painter.unet, painter.device):
+                for step in steps:
+                    yield step
+                    x = step[0]
 
 
 def schedule_of(training: Training) -> Schedule:

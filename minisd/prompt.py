@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .clip import OpenTextTransformer, TextEncoder
 from .denoiser import Conditioning
+from .device import visiting
 from .family import Family, Tower, text_skip
 from .tokenizer import LENGTH, tokenize
 from .unet import timestep_embedding
@@ -31,7 +32,8 @@ def encode(
     contexts, pooled = [], None
     for tower, encoder in zip(family.towers, encoders, strict=True):
         ids = torch.tensor(tokenize(prompts, tower.pad), device=device)  # (B, 77*k)
-        context, vector = encode_ids(tower, encoder, ids, clip_skip)
+        with visiting(encoder, device):
+            context, vector = encode_ids(tower, encoder, ids, clip_skip)
         contexts.append(context)
         pooled = vector if tower.pooled else pooled
     return Conditioning(torch.cat(contexts, dim=-1), pooled)

@@ -154,7 +154,7 @@ def test_vae_that_overflows_is_run_again_in_float32(reduced_file):
         return image if latents.dtype == torch.float32 else image.fill_(float("inf"))
 
     pipe.vae.decode = overflow
-    with pytest.warns(UserWarning, match="decoding again in float32"):
+    with pytest.warns(UserWarning, match="running it again in float32"):
         again = pipe("a star", seed=0, **FAST)
     difference = np.asarray(plain.images[0], dtype=int) - np.asarray(again.images[0], dtype=int)
     assert np.abs(difference).mean() < 5

@@ -15,7 +15,7 @@ LEVELS = [
     ["errors", "shapes", "ops"],
     ["layers", "tokenizer", "schedule", "samplers", "blueprint", "family", "checkpoint", "device"],
     ["clip", "unet", "vae", "denoiser", "request", "inspection", "tensors"],
-    ["model", "recipe"],
+    ["model", "recipe", "taesd", "tiling", "preview"],
     ["image"],
     ["pipeline"],
     ["cli"],

@@ -22,7 +22,7 @@ from .errors import OutOfMemoryError
 from .layers import GroupNorm
 from .vae import AutoencoderKL, Downsample, Level, ResnetBlock, Upsample
 
-ROWS = 64  # pixel rows in a band: with fewer, the halos cost more time; with more, the bands cost more memory
+ROWS = 48  # of pixels in a band, a multiple of 8: with 64, 3 % less work at 1024x1024 pixels, but 0.22 of the memory, not 0.21
 HALO = 2  # rows: a ResnetBlock reads two up and down, an Upsample before it half a row more, a Downsample one down
 STEPS = 2  # of resolution, from the picture on, that are taken in bands; the maps beyond are small and stay whole
 
@@ -146,7 +146,8 @@ def resnet(bands: Bands, block: ResnetBlock, before: Step | None = None) -> None
 
     def forward(x: Tensor) -> Tensor:
         x = first(x)
-        return block.nin_shortcut(x) + block.conv2(norm2(block.conv1(norm1(x))))
+        h = block.conv2(norm2(block.conv1(norm1(x))))
+        return h.add_(block.nin_shortcut(x))  # only now, and in place: at full size, every map counts
 
     replace(bands, forward)
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ def draw_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures to draw (default: 1)")
     parser.add_argument("--grid", type=Path, metavar="PNG", help="also all of them in one picture")
+    parser.add_argument("--preview", type=Path, metavar="PNG", help="show the picture in the making in this file, step by step")
     parser.add_argument("--version", action="version", version=f"minisd {__version__}")
     add_files(parser)
     add_init(parser)
@@ -69,7 +71,9 @@ def draw_parser() -> argparse.ArgumentParser:
 def add_files(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("model files")
     files.add_argument("-m", "--model", metavar="FILE", help="a single-file checkpoint (default: the tiny one in the box)")
-    files.add_argument("--vae", metavar="FILE", help="decode with the VAE of this file")
+    files.add_argument(
+        "--vae", metavar="FILE", action="append", help="the VAE of another file; TAESD's two halves: --vae A --vae B"
+    )
     files.add_argument("--refiner", metavar="FILE", help="a second checkpoint that finishes what the first began")
     files.add_argument(
         "--high-noise-frac", type=float, default=0.8, metavar="F", help="the part that the first draws (default: 0.8)"
@@ -131,8 +135,9 @@ def size(text: str) -> tuple[int, int]:
 def draw(argv: Sequence[str]) -> int:
     args = draw_parser().parse_args(argv)
     output = args.output or free_path(Path("out.png"))
-    for path in (output, *([args.grid] if args.grid else [])):
-        check_output(path)
+    for path in (output, args.grid, args.preview):
+        if path:
+            check_output(path)
     from .image import grid, save_png
     from .pipeline import load
     from .request import Request
@@ -159,7 +164,7 @@ def draw(argv: Sequence[str]) -> int:
         image_guidance_scale=args.image_cfg,
         high_noise_frac=args.high_noise_frac,
     )
-    result = with_progress(pipe, request, refiner)
+    result = with_progress(pipe, request, refiner, args.preview)
     status = report(result, output, args.json)
     if args.grid:
         save_png(grid(result.images), args.grid, result.metadata[0])
@@ -217,17 +222,24 @@ def free_path(path: Path) -> Path:
     return free
 
 
-def with_progress(pipe: Pipeline, request: Request, refiner: Pipeline | None = None) -> Result:
+def with_progress(pipe: Pipeline, request: Request, refiner: Pipeline | None = None, preview: Path | None = None) -> Result:
     """Runs a request with a bar on stderr that shows the time per step; no bar where stderr is no terminal."""
     from tqdm import tqdm
 
+    from .image import save_png
+
     steps = pipe.stream(request, refiner)
     look = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
+    drawn = time.monotonic()
     with tqdm(desc="drawing", unit="step", bar_format=look, disable=None) as bar:
         while True:
             try:
-                bar.total = next(steps).total
+                step = next(steps)
+                bar.total = step.total
                 bar.update()
+                if preview and time.monotonic() - drawn >= 0.5:  # seconds; no more often than the eye wants
+                    save_png(pipe.preview(step.denoised)[0], preview, None)
+                    drawn = time.monotonic()
             except StopIteration as stop:
                 return stop.value  # type: ignore[no-any-return]
 

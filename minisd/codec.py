@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from . import tiling
 from .device import name_of, visiting
 from .errors import NonFiniteError
-from .family import Recognition
+from .family import Recognition, Training
+from .taesd import TinyAutoencoder
 from .vae import AutoencoderKL
+
+Autoencoder = AutoencoderKL | TinyAutoencoder
 
 
 class Codec:
-    """A VAE together with the statistics of its latents: times `scale`, or by mean and deviation, they have unit variance."""
+    """A VAE together with the statistics of its latents: times `scale`, or by mean and deviation, they have unit variance.
 
-    def __init__(self, vae: AutoencoderKL, recognition: Recognition, device: torch.device, dtype: torch.dtype) -> None:
+    Those of a tiny autoencoder have it by themselves.
+    """
+
+    def __init__(self, vae: Autoencoder, recognition: Recognition, device: torch.device, dtype: torch.dtype) -> None:
         self.vae, self.device, self.dtype = vae, device, dtype
-        self.scale, training = recognition.latent_scale, recognition.training
+        training = Training() if isinstance(vae, TinyAutoencoder) else recognition.training
+        self.scale = 1.0 if isinstance(vae, TinyAutoencoder) else recognition.latent_scale
         self.mean, self.std = (
             torch.tensor(values or [default] * vae.latent_channels, device=device).view(1, -1, 1, 1)  # (1, C, 1, 1)
             for values, default in ((training.latent_mean, 0.0), (training.latent_std, 1.0))
@@ -39,7 +48,8 @@ class Codec:
         """Latents (B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1].  Raises NonFiniteError: no picture is made of NaN."""
         if not latents.isfinite().all():
             raise NonFiniteError(f"the UNet produced NaN or infinity in {name_of(self.dtype)}; draw with dtype float32")
-        pixels = self.run(self.vae.decode, latents / self.scale * self.std + self.mean)
+        whole_or_bands = partial(tiling.decode, self.vae) if isinstance(self.vae, AutoencoderKL) else self.vae.decode
+        pixels = self.run(whole_or_bands, latents / self.scale * self.std + self.mean)
         if not pixels.isfinite().all():
             raise NonFiniteError(
                 "the VAE produced NaN or infinity in float32 too: its weights or the latents are broken; try another VAE"

@@ -32,14 +32,18 @@ def grid(images: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def save_png(image: Image.Image, path: str | os.PathLike[str], recipe: Mapping[str, Any]) -> Path:
-    """Writes a PNG with the `parameters` and `minisd` chunks.  Raises OutputError; what stood there before is then whole."""
+def save_png(image: Image.Image, path: str | os.PathLike[str], recipe: Mapping[str, Any] | None) -> Path:
+    """Writes a PNG, with the `parameters` and `minisd` chunks of its recipe.
+
+    Raises OutputError; what stood there before is then whole.
+    """
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise UsageError(f"output {str(path)!r}: expected a name that ends in .png, which is the format that carries the recipe")
     chunks = PngImagePlugin.PngInfo()
-    add_text(chunks, "parameters", parameters_text(recipe))
-    add_text(chunks, "minisd", json.dumps(recipe, ensure_ascii=True))
+    if recipe is not None:
+        add_text(chunks, "parameters", parameters_text(recipe))
+        add_text(chunks, "minisd", json.dumps(recipe, ensure_ascii=True))
     target = path.resolve()  # a link stays a link
     draft = target.with_name(f".{target.name}.minisd-tmp-{os.getpid()}")
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from .clip import TextEncoder, text_encoder
 from .errors import CheckpointError
 from .family import UNET, VAE, Family, Recognition, is_spare, listing, looks_like, recognise, vae_name
 from .shapes import Shapes, below
+from .taesd import TinyAutoencoder, load_tiny, prefix_of
 from .tensors import load_tensors
 from .unet import UNet
 from .vae import AutoencoderKL
@@ -108,8 +109,16 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
     return model.requires_grad_(False).eval().to(device), recognition
 
 
-def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
-    """The VAE of a file: a VAE alone, or the one of a whole checkpoint.  Raises CheckpointError if it has none."""
+def load_vae(
+    files: Sequence[Checkpoint], latent_channels: int, device: torch.device, dtype: torch.dtype
+) -> AutoencoderKL | TinyAutoencoder:
+    """The VAE of a file: a VAE alone, the one of a whole checkpoint, or a tiny one in one file or two.
+
+    latent_channels: what the UNet has.  Raises CheckpointError if there is none, or it does not fit.
+    """
+    if len(files) > 1 or prefix_of(files[0].shapes) is not None:
+        return load_tiny(files, latent_channels, device, dtype)
+    (checkpoint,) = files
     name = vae_name(checkpoint.shapes)
     if name is None:
         what, hint = looks_like(checkpoint.shapes)
@@ -118,6 +127,9 @@ def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -
     shapes = Shapes({key[len(prefix) :]: shape for key, shape in checkpoint.shapes.items() if key.startswith(prefix)}, prefix)
     vae = described(checkpoint, "a VAE", lambda: AutoencoderKL(shapes))
     compare(checkpoint, "a VAE", vae, {key: shape for key, shape in shapes.items() if not is_spare(f"{VAE}.{key}")})
+    if vae.latent_channels != latent_channels:
+        reason = f"is a VAE for latents of {vae.latent_channels} channels, the checkpoint has {latent_channels}"
+        raise CheckpointError(checkpoint.path, reason)
     tensors = load_tensors(checkpoint, {prefix + key: None for key in vae.state_dict()}, dtype)
     vae.load_state_dict({key[len(prefix) :]: tensor for key, tensor in tensors.items()}, strict=True, assign=True)
     return vae.requires_grad_(False).eval().to(device)

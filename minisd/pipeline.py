@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,27 +21,28 @@ from torch import Tensor
 
 from . import __version__
 from .checkpoint import Checkpoint, open_checkpoint
-from .codec import Codec
+from .codec import Autoencoder, Codec
 from .denoiser import Conditioning, Denoiser, keeping
 from .device import memory_errors, name_of, to_device, to_dtype, visiting
-from .errors import UsageError
+from .errors import CheckpointError, UsageError
 from .family import Recognition, Training
 from .guidance import guided, shrunk
 from .image import save_png, to_pil
 from .model import StableDiffusion, load_model, load_vae
+from .preview import LinearDecoder, fit_decoder
 from .prompt import encode
 from .recipe import recipe_of
 from .request import Canvas, Model, Plan, Request, noise_source, one_of, settle
 from .samplers import SAMPLERS, Denoise, Steps
 from .schedule import TRAINING_STEPS, Continuous, Schedule, noise_levels, scaled_linear, start_scale, zero_terminal
-from .vae import AutoencoderKL
+from .taesd import TinyAutoencoder
 
 
 def load(
     path: str | os.PathLike[str] | None = None,
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
-    vae: str | os.PathLike[str] | None = None,
+    vae: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     prediction: str | None = None,
     offload: bool = False,
 ) -> Pipeline:
@@ -49,7 +51,8 @@ def load(
     path: a single-file checkpoint of SD 1.x, SD 2.x, SDXL or its refiner; without one, the tiny checkpoint in the box.
     device: "cpu", "cuda", …; by default a GPU if there is one.
     dtype: float32, bfloat16 or float16; by default float16 on a GPU, bfloat16 on a CPU that computes it, else float32.
-    vae: a file whose VAE takes the place of the checkpoint's: a VAE alone, or another checkpoint.
+    vae: a file whose VAE takes the place of the checkpoint's: a VAE alone, another checkpoint, or the tiny TAESD (whose two
+        halves may be two files).
     prediction: "epsilon" or "v", what the network predicts, where the file says nothing of it or the wrong thing.
     offload: keep the parts in main memory and bring each to the device while it works: slower, for a small GPU.
     Raises CheckpointError (the files), UsageError (the other arguments), OutOfMemoryError.
@@ -64,7 +67,7 @@ def load(
             recognition = replace(recognition, training=replace(recognition.training, prediction=prediction))
         pipe = Pipeline(model, recognition, checkpoint, where, kind)
         if vae is not None:
-            pipe.replace_vae(vae)
+            pipe.replace_vae(*([vae] if isinstance(vae, str | os.PathLike) else vae))
     return pipe
 
 
@@ -112,21 +115,31 @@ class Pipeline:
         self.schedule = schedule_of(self.training)
 
     @property
-    def vae(self) -> AutoencoderKL:
+    def vae(self) -> Autoencoder:
         return self.codec.vae
 
-    @torch.no_grad()
-    def replace_vae(self, path: str | os.PathLike[str]) -> None:
-        """Decodes with the VAE of another file from now on.  Raises CheckpointError."""
-        checkpoint = open_checkpoint(path)
+    def replace_vae(self, *paths: str | os.PathLike[str]) -> None:
+        """Encodes and decodes with the VAE of another file from now on (TAESD may be in two).  Raises CheckpointError."""
+        files = [open_checkpoint(path) for path in paths]
         home = next(self.vae.parameters()).device
-        vae = load_vae(checkpoint, home, self.dtype)
-        if (vae.latent_channels, vae.downscale) != (self.vae.latent_channels, self.vae.downscale):
-            found = f"{vae.latent_channels} channels, {vae.downscale} times smaller"
-            expected = f"{self.vae.latent_channels} channels, {self.vae.downscale} times smaller"
-            raise UsageError(f"vae {path}: expected latents of {expected}, found {found}")
-        self.model.first_stage_model, self.vae_checkpoint = vae, checkpoint
+        vae = load_vae(files, self.vae.latent_channels, home, self.dtype)
+        if vae.downscale != self.vae.downscale:
+            expected = f"expected a VAE whose latents are {self.vae.downscale} times smaller than the picture"
+            raise CheckpointError(files[0].path, f"{expected}, found {vae.downscale} times")
+        self.model.first_stage_model, self.vae_checkpoint = vae, files[0]
         self.codec = Codec(vae, self.recognition, self.device, self.dtype)
+        self.__dict__.pop("painter", None)
+
+    @cached_property
+    def painter(self) -> Codec | LinearDecoder:
+        """What draws previews: a tiny autoencoder if that is the VAE, else a linear map that is fitted to the VAE."""
+        tiny = isinstance(self.vae, TinyAutoencoder)
+        return self.codec if tiny else fit_decoder(self.codec.encode, self.vae.downscale)
+
+    @torch.no_grad()
+    def preview(self, denoised: Tensor) -> list[Image.Image]:
+        """What the finished pictures will look like, from `Step.denoised` (B, C, h, w): rough, at almost no cost."""
+        return [to_pil(pixels) for pixels in self.painter.decode(denoised)]
 
     def __call__(
         self,

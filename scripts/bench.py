@@ -2,6 +2,7 @@
 
     python scripts/bench.py load      opening an fp16 SD 1.5 file (2.1 GB, random weights) against diffusers' from_single_file
     python scripts/bench.py unet      one SD 1.5 UNet step (batch 2, 64x64 latents) against diffusers; bfloat16 against float32
+    python scripts/bench.py tiles     decoding 1024x1024 pixels in bands of rows against whole: difference, memory, time
     python scripts/bench.py cli       the command line on the tiny checkpoint; --help and inspect
 
 No download: the weights are random, diffusers' configuration files are written on the spot.  Needs the extra `bench`.
@@ -190,6 +191,45 @@ def bench_unet(repeats: int) -> None:
     print(f"  bfloat16  minisd {bf16:.2f} s: {fp32['minisd'] / bf16:.2f} times our float32")
 
 
+def bench_tiles(repeats: int) -> None:
+    """The published VAE with random weights, on latents with large and small features."""
+    import torch
+    import torch.nn.functional as F
+    from live_bytes import peak_bytes
+
+    from minisd.blueprint import random_weights, vae
+    from minisd.tiling import decode_tiled
+    from minisd.vae import AutoencoderKL
+
+    shapes = vae((128, 256, 512, 512), (128, 256, 512, 512), (2, 3))
+    with torch.device("meta"):
+        model = AutoencoderKL(shapes).requires_grad_(False).eval()
+    model.load_state_dict(random_weights(shapes), assign=True)
+    noise = torch.Generator().manual_seed(0)
+    features = [F.interpolate(torch.randn(1, 4, n, n, generator=noise), 128, mode="bicubic") for n in (4, 16, 128)]
+    latents = torch.stack(features).sum(0) * 3**-0.5
+    print(f"decoding 1024x1024 pixels, {torch.get_num_threads()} threads, {repeats} runs each")
+    for dtype in (torch.float32, torch.bfloat16):
+        model, z = model.to(dtype), latents.to(dtype)
+        calls: dict[str, Callable[[], torch.Tensor]] = {
+            "whole": partial(model.decode, z),
+            "bands": partial(decode_tiled, model, z),
+        }
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        pixels = {}
+        with torch.no_grad():
+            peak = {name: peak_bytes(call) for name, call in calls.items()}
+            for _ in range(repeats):
+                for name, call in calls.items():
+                    start = time.perf_counter()
+                    pixels[name] = call().float().clamp(-1, 1)
+                    times[name].append(time.perf_counter() - start)
+        psnr = 10 * torch.log10(4 / (pixels["whole"] - pixels["bands"]).square().mean())
+        seconds = {name: statistics.median(values) for name, values in times.items()}
+        print(f"  {dtype}: PSNR {psnr:.1f} dB, {seconds['bands']:.1f} s against {seconds['whole']:.1f} s,")
+        print(f"    activations {peak['bands'] / 1e9:.2f} GB against {peak['whole'] / 1e9:.2f} GB at their peak")
+
+
 def bench_cli(repeats: int) -> None:
     """Whole processes, from the shell's point of view."""
     command = [sys.executable, "-m", "minisd.cli"]
@@ -210,10 +250,10 @@ def bench_cli(repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["load", "unet", "cli"])
+    parser.add_argument("what", choices=["load", "unet", "tiles", "cli"])
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    {"load": bench_load, "unet": bench_unet, "cli": bench_cli}[args.what](args.repeats)
+    {"load": bench_load, "unet": bench_unet, "tiles": bench_tiles, "cli": bench_cli}[args.what](args.repeats)
 
 
 if __name__ == "__main__":

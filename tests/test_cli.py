@@ -94,6 +94,14 @@ def test_over_a_picture_and_again(capsys):
     assert "first.png is not the picture that this one was made from" in capsys.readouterr().err
 
 
+def test_a_preview_is_written_while_drawing(monkeypatch):
+    seen = []
+    monkeypatch.setattr("minisd.image.save_png", lambda image, path, recipe: seen.append((image.size, str(path))) or Path(path))
+    monkeypatch.setattr("time.monotonic", iter(range(1000)).__next__)
+    assert main(["a star", "--preview", "now.png", "--steps", "3", "--device", "cpu"]) == 0
+    assert seen == [((64, 64), "now.png")] * 3
+
+
 def test_grid_of_several(capsys):
     assert main(["a star", "--num-images", "3", "--grid", "sheet.png", *FAST]) == 0
     with Image.open("sheet.png") as sheet, Image.open("out-2.png") as second:

@@ -238,6 +238,52 @@ def test_instruct_pix2pix(opened, pictures, tmp_path):
     assert relative_error(found, wanted) <= 1e-3
 
 
+def test_vae_of_another_file(opened, tmp_path):
+    """A VAE alone, or that of another checkpoint; with other latents it is refused."""
+    from safetensors.torch import load_file, save_file
+
+    pipe, _ = opened("sd2")
+    weights = load_file(SMALL["sd1"].write(tmp_path / "other.safetensors"))
+    weights = {key: value * 1.01 for key, value in weights.items()}
+    alone = {key.removeprefix("first_stage_model."): value for key, value in weights.items() if "first_stage" in key}
+    save_file(weights, tmp_path / "other.safetensors")
+    save_file(alone | {"loss.logvar": torch.zeros(1), "model_ema.decay": torch.zeros(1)}, tmp_path / "vae.safetensors")
+    drawn = []
+    for vae in (None, "other", "vae"):
+        path = tmp_path / f"{vae}.safetensors" if vae else None
+        result = minisd.load(pipe.checkpoint.path, device="cpu", dtype="float32", vae=path)(
+            "a star", seed=1, steps=1, width=64, height=64
+        )
+        drawn.append(result.images[0].tobytes())
+        assert result.metadata[0].get("vae") == vae
+    assert drawn[0] != drawn[1] == drawn[2]
+    save_file({key: value for key, value in weights.items() if "model.diffusion" in key}, tmp_path / "unet.safetensors")
+    with pytest.raises(minisd.CheckpointError, match="expected a VAE, found a UNet alone"):
+        minisd.load(pipe.checkpoint.path, device="cpu", vae=tmp_path / "unet.safetensors")
+
+
+def test_tiny_autoencoder_in_place_of_the_vae(opened, tmp_path):
+    from helpers import manifest
+    from safetensors.torch import save_file
+
+    from minisd.blueprint import random_weights
+
+    pipe, _ = opened("sd2")
+    halves = random_weights(manifest("taesd"))
+    files = []
+    for half in ("encoder", "decoder"):
+        files.append(tmp_path / f"taesd_{half}.safetensors")
+        save_file({key.removeprefix(f"{half}:"): value for key, value in halves.items() if key.startswith(half)}, files[-1])
+    tiny = minisd.load(pipe.checkpoint.path, device="cpu", dtype="float32", vae=files)
+    result = tiny("a star", seed=1, steps=2, width=64, height=64)
+    assert result.images[0].size == (64, 64)
+    assert tiny.preview(result.latents)[0].tobytes() == result.images[0].tobytes()
+    decoder = minisd.load(pipe.checkpoint.path, device="cpu", dtype="float32", vae=files[1])
+    assert decoder("a star", seed=1, steps=2, width=64, height=64).images[0].tobytes() == result.images[0].tobytes()
+    with pytest.raises(minisd.UsageError, match="expected an encoder, found the decoder half"):
+        decoder("a star", seed=1, steps=2, init_image=result.images[0])
+
+
 def test_base_and_refiner_share_one_noise_schedule(opened, tmp_path):
     (base, parts), (refiner, refining) = opened("sdxl"), opened("sdxl-refiner")
     first = pipeline("StableDiffusionXLPipeline", parts, SMALL["sdxl"], tmp_path, euler())

@@ -13,10 +13,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = [
     ["errors", "shapes", "ops"],
-    ["layers", "tokenizer", "schedule", "samplers", "checkpoint", "device", "picture"],
+    ["layers", "tokenizer", "schedule", "samplers", "checkpoint", "device", "picture", "preview"],
     ["clip", "unet", "vae", "denoiser", "tensors", "family"],
-    ["inspection", "request", "model", "codec", "prompt", "blueprint"],
-    ["recipe", "guidance"],
+    ["inspection", "request", "prompt", "blueprint", "taesd", "tiling"],
+    ["recipe", "model", "codec"],
+    ["guidance"],
     ["image"],
     ["pipeline"],
     ["cli"],

@@ -1,4 +1,2 @@
-"""minisd's Triton kernels, imported as `minisd.kernels`: one kernel a file, nothing in here knows minisd.
-
-There are none yet: every operation of minisd/ops.py runs on PyTorch.
-"""
+from . import group_norm
+KERNELS = {m.__name__.rsplit(".",1)[-1]: m for m in (group_norm,)}

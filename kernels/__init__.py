@@ -1,2 +1,3 @@
-from . import group_norm
-KERNELS = {m.__name__.rsplit(".",1)[-1]: m for m in (group_norm,)}
+from . import attention, geglu, group_norm, layer_norm, linear_geglu
+
+KERNELS = {m.__name__.rsplit(".", 1)[-1]: m for m in (group_norm, layer_norm, geglu, linear_geglu, attention)}

@@ -11,6 +11,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # Triton is for Linux: elsewhere the kernels can be imported, and refuse to run
     triton = tl = None
 
@@ -25,7 +26,7 @@ class Missing:
         raise ImportError("this kernel needs Triton (`pip install triton`, for Linux); without it use the PyTorch reference")
 
 
-__all__ = ["FLOATS", "HALVES", "check", "expect", "jit", "pixels_of", "rows_of", "tl"]
+__all__ = ["FLOATS", "HALVES", "check", "descriptor", "expect", "jit", "pixels_of", "rows_of", "tl"]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
@@ -86,3 +87,8 @@ def pixels_of(name: str, x: Tensor) -> tuple[int, int]:
     b, c, height, width = x.shape
     pixels = view(name, x.permute(0, 2, 3, 1), (b, height * width, c), "channels-last memory (torch.channels_last)")
     return pixels.stride(1), pixels.stride(0)
+
+
+def descriptor(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]) -> Any:
+    """What the copy engine of a Hopper GPU needs to know: the layout of x, and the block to load at once."""
+    return TensorDescriptor(x, list(shape), list(strides), list(block))

@@ -26,10 +26,9 @@ class Missing:
         raise ImportError("this kernel needs Triton (`pip install triton`, for Linux); without it use the PyTorch reference")
 
 
-__all__ = ["FLOATS", "HALVES", "check", "descriptor", "expect", "jit", "pixels_of", "rows_of", "tl"]
+__all__ = ["FLOATS", "check", "descriptor", "expect", "jit", "pixels_of", "rows_of", "tl", "view"]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-HALVES = (torch.float16, torch.bfloat16)
 
 # Triton's interpreter runs kernels on the CPU, for tests.  The variable must be set before Triton is first imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
@@ -64,13 +63,13 @@ def check(
             expect(x.device == current, name, f"the current device {current} (torch.cuda.set_device)", x.device)
 
 
-def view(name: str, x: Tensor, shape: tuple[int, ...], wanted: str) -> Tensor:
-    """x.view(shape) whose last dimension has stride 1, without a copy."""
+def view(name: str, x: Tensor, shape: tuple[int, ...], wanted: str, dense: bool = True) -> Tensor:
+    """x.view(shape), never a copy; dense: the last dimension has stride 1."""
     try:
         x_view = x.view(shape)
     except RuntimeError:
         x_view = None
-    fits = x_view is not None and (x_view.stride(-1) == 1 or x_view.shape[-1] == 1)
+    fits = x_view is not None and (not dense or x_view.stride(-1) == 1 or x_view.shape[-1] == 1)
     expect(fits, name, wanted, f"shape {tuple(x.shape)} with strides {x.stride()}")
     assert x_view is not None
     return x_view

@@ -24,6 +24,7 @@ A group may straddle x and skip: a tile is loaded from both under complementary 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -299,5 +300,5 @@ def flops(shape: Shape) -> int:
     return 12 * elements(shape)
 
 
-def library() -> dict[str, Any]:
-    return {"PyTorch": reference}
+def library(**arguments: Any) -> dict[str, Callable[[], Any]]:
+    return {"PyTorch": lambda: reference(**arguments)}

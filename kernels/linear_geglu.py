@@ -2,8 +2,8 @@
 
     y = (x Wv^T + bv) * gelu(x Wg^T + bg),     x (M, K), weight [Wv; Wg] (2N, K), bias [bv; bg] (2N,) -> y (M, N)
 
-Memory traffic.  Compute-bound: 4 M N K operations; the floor is that over the matrix rate.  (2048, 1280) -> 5120, as 60 times in
-a step of SDXL: 53.7 GFLOP, 73 us at 740 TFLOP/s.  What fusing saves is the 4 M N elements of the intermediate's way to memory
+Memory traffic.  Compute-bound: 4 M N K operations; the floor is that over the matrix rate.  (2048, 1280) -> 5120, as 60 times
+in a step of SDXL: 53.7 GFLOP, 73 us at 740 TFLOP/s.  What fusing saves is the 4 M N elements of the intermediate's way to memory
 and back (42 MB each way in that case: 20 us at 4.2 TB/s), so it pays as long as the GEMM keeps 80 % of cuBLAS's speed.
 
 Work split.  A program makes a BLOCK_M x BLOCK_N tile of y and holds two accumulators for it, value and gate, whose operands are
@@ -14,6 +14,7 @@ down GROUP_M tiles of x before they move on to the next weights, so that both st
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check, descriptor, expect, jit, rows_of, tl
-from .geglu import gelu
+from .geglu import geglu, gelu
 from .geglu import reference as geglu_reference
 
 GROUP_M = 8
@@ -78,8 +79,8 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         expect(aligned, name, "rows that start at multiples of 16 bytes", f"{row} elements apart, at {tensor.data_ptr() % 16}")
 
     half = x.element_size() == 2
-    # 640 to 1280 tiles of 128x128 fill 132 SMs in the large layers; with fewer rows, half as tall ones waste less of the last wave.
-    block_m, block_n, block_k = (64 if m <= 2048 and k < 1280 or m <= 512 else 128, 128, 64) if half else (64, 64, 32)
+    # The large layers make 640 or 1280 tiles of 128x128 for 132 SMs; where there are fewer, half as tall ones fill the last wave.
+    block_m, block_n, block_k = (64 if m * n < 640 * 128 * 128 else 128, 128, 64) if half else (64, 64, 32)
     y = torch.empty(*x.shape[:-1], n, device=x.device, dtype=x.dtype)
     rows_x = descriptor(x, (m, k), (x_row, 1), (block_m, block_k))
     rows_w = descriptor(weight, (2 * n, k), (k, 1), (block_n, block_k))
@@ -125,5 +126,6 @@ def flops(shape: Shape) -> int:
     return 4 * shape.m * shape.n * shape.k
 
 
-def library() -> dict[str, Any]:
-    return {"PyTorch": reference}
+def library(**arguments: Any) -> dict[str, Callable[[], Any]]:
+    x, weight, bias = arguments["x"], arguments["weight"], arguments["bias"]
+    return {"PyTorch": lambda: reference(x, weight, bias), "linear, then geglu.py": lambda: geglu(F.linear(x, weight, bias))}

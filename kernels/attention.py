@@ -12,11 +12,11 @@ What bounds it.  4 B H L S D operations on the matrix units and B H L S exponent
 heads of 40 channels, L = S = 4096, batch 2: 54 us of matrix work at 790 TFLOP/s, 64 us of exponentials, overlapping at best.
 For 64 channels and 10 heads: 109 and 80 us.  Memory is no bound: q, k, v and out once is 21 MB, 5 us.
 
-Work split.  A program holds BLOCK_M queries of one head and walks over the keys.  The wider BLOCK_M, the less often k and v cross
-from L2 to the SMs: 128 rows of 40 channels are 335 MB of it.  Neighbouring programs share a head, hence its keys in L2.
+Work split.  A program holds BLOCK_M queries of one head and walks over the keys.  The wider BLOCK_M, the less often k and v
+cross from L2 to the SMs: 335 MB at 128 rows of 40 channels.  Neighbouring programs share a head, hence its keys in L2.
 
-Exact-fit head dimensions.  Tiles have sizes that are powers of two, and padding 40 to 64 or 160 to 256 wastes 37 % of the matrix
-work.  A head is split instead, D = D1 + D2, into two products: 40 = 32 + 16 (8 of them zero), 80 = 64 + 16, 160 = 128 + 32.
+Exact-fit head dimensions.  Tiles have sizes that are powers of two, and padding 40 to 64 or 160 to 256 wastes 37 % of the
+matrix work.  A head is split instead, D = D1 + D2, into two products: 40 = 32 + 16 (8 are zero), 80 = 64 + 16, 160 = 128 + 32.
 Hopper's copy engine fetches the tiles by a description of the whole tensor (B, H, L, D) and its strides, and reads zeros beyond
 an end: no masks and no address registers, no copy of q, k and v out of a fused projection, and the ninth of 16 channels is a
 zero and not the next head.  Only the last block of keys needs a mask, for its scores must be -inf and not 0.
@@ -43,9 +43,9 @@ class Block(NamedTuple):
     stages: int  # blocks of keys and values on their way at once
 
 
-# By head dimension, half precision, for an H100 or H200.  64 and 128 follow what PyTorch's FlexAttention found best there, 40 is
-# alike.  The others are the largest that the assembler fits into registers without spills: a program holds BLOCK_M x (D1 + D2)
-# sums and BLOCK_M x BLOCK_N scores, in fp32.  At 512 the sums alone are half of an SM's registers: 64 queries, one program an SM.
+# By head dimension, half precision, for an H100 or H200.  64 and 128 follow PyTorch's FlexAttention there, 40 is alike.
+# The others are the largest that the assembler fits into registers without spills (compiled, not yet timed): a program holds
+# BLOCK_M x (D1 + D2) sums and BLOCK_M x BLOCK_N scores, in fp32.  At 512 the sums alone are half of an SM's registers.
 BLOCKS = {
     40: Block(128, 128, 4, 3),
     64: Block(128, 128, 4, 3),
@@ -102,12 +102,14 @@ def attention_kernel(
     full = keys // BLOCK_N * BLOCK_N
     for start in range(0, full, BLOCK_N):
         m, l, acc1, acc2 = attend(  # noqa: E741
-            tile1, tile2, k1, k2, v1, v2, batch, head, start, keys, scale, m, l, acc1, acc2, D, D1, D2, BLOCK_N, False, PRECISION
-        )
+            tile1, tile2, k1, k2, v1, v2, batch, head, start, keys, scale, m, l, acc1, acc2,
+            D, D1, D2, BLOCK_N, False, PRECISION,
+        )  # fmt: skip
     if full < keys:
         m, l, acc1, acc2 = attend(  # noqa: E741
-            tile1, tile2, k1, k2, v1, v2, batch, head, full, keys, scale, m, l, acc1, acc2, D, D1, D2, BLOCK_N, True, PRECISION
-        )
+            tile1, tile2, k1, k2, v1, v2, batch, head, full, keys, scale, m, l, acc1, acc2,
+            D, D1, D2, BLOCK_N, True, PRECISION,
+        )  # fmt: skip
 
     query = first + tl.arange(0, BLOCK_M)[:, None]
     column1, column2 = tl.arange(0, D1)[None, :], D1 + tl.arange(0, D2)[None, :]
@@ -135,9 +137,9 @@ def strides_of(name: str, x: Tensor) -> tuple[int, ...]:
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """softmax(q k^T scale) v for each head; scale is D**-0.5 unless given.
 
-    q (B, H, L, D), k and v (B, H, S, D), D at most 512.  The last dimension has stride 1, the others multiples of 16 bytes: they may
-    be views of one fused projection (B, L, 3*H*D).  -> (B, H, L, D), the view of a contiguous (B, L, H, D), in q's dtype.
-    Scores and sums are in float32.  ValueError for other shapes, dtypes, strides or devices.
+    q (B, H, L, D), k and v (B, H, S, D), D at most 512; the last dimension has stride 1, the others multiples of 16 bytes, so
+    they may be views of one fused projection (B, L, 3*H*D).  -> (B, H, L, D), the view of a contiguous (B, L, H, D), in q's
+    dtype.  Scores and sums are in float32.  ValueError for other shapes, dtypes, strides or devices.
     """
     check("q", q, (None, None, None, None))
     b, heads, length, d = q.shape

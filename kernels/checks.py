@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,17 +13,12 @@ try:
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # Triton is for Linux: elsewhere the kernels can be imported, and refuse to run
-    triton = tl = None
+    triton = tl = TensorDescriptor = None
 
 
 def jit(*functions: Any, **options: Any) -> Any:
-    """triton.jit, or a stand-in that says what is missing when it is launched."""
-    return triton.jit(*functions, **options) if triton else Missing() if functions else lambda function: Missing()
-
-
-class Missing:
-    def __getitem__(self, grid: Any) -> NoReturn:
-        raise ImportError("this kernel needs Triton (`pip install triton`, for Linux); without it use the PyTorch reference")
+    """triton.jit, or nothing where there is no Triton: `check` then refuses before any launch."""
+    return triton.jit(*functions, **options) if triton else functions[0] if functions else lambda function: function
 
 
 __all__ = ["FLOATS", "check", "descriptor", "expect", "jit", "pixels_of", "rows_of", "tl", "view"]
@@ -48,6 +43,8 @@ def check(
 
     The kernels have no backward pass, so a tensor that wants a gradient is refused as well: it would silently get none.
     """
+    if triton is None:
+        raise ImportError("minisd.kernels needs Triton: `pip install triton` (Linux), or use each file's PyTorch reference")
     expect(isinstance(x, Tensor), name, "a tensor", type(x).__name__)
     fits = x.dim() == len(shape) and all(size in (None, found) for size, found in zip(shape, x.shape, strict=True))
     expect(fits, name, f"shape ({', '.join('any' if size is None else str(size) for size in shape)})", tuple(x.shape))

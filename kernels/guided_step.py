@@ -122,7 +122,7 @@ def guided_step(
     strides = [
         stride
         for name, tensor in (("x", x), ("prediction", prediction), ("model_input", model_input))
-        for stride in view(name, tensor, (len(tensor), c, height * width), "pixels evenly spaced in memory", dense=False).stride()
+        for stride in view(name, tensor, (len(tensor), c, height * width), "evenly spaced pixels", dense=False).stride()
     ]
     grid = (-(-c * height * width // 256), b)
     guided_step_kernel[grid](

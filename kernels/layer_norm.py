@@ -54,6 +54,8 @@ def layer_norm_kernel(
         tl.store(total + row * channels + channel[None, :], values.to(total.dtype.element_ty), mask=mask)
     mean = tl.sum(values, axis=1) / channels
     values = tl.where(mask, values - mean[:, None], 0.0)
+    if x.dtype.element_ty == tl.float32:  # what rounding left of the mean, which matters only here
+        values = tl.where(mask, values - tl.sum(values, axis=1)[:, None] / channels, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(values * values, axis=1) / channels + eps)
     scale = tl.load(weight + channel, mask=valid, other=0.0).to(tl.float32)
     offset = tl.load(bias + channel, mask=valid, other=0.0).to(tl.float32)

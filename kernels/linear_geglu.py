@@ -3,8 +3,8 @@
     y = (x Wv^T + bv) * gelu(x Wg^T + bg),     x (M, K), weight [Wv; Wg] (2N, K), bias [bv; bg] (2N,) -> y (M, N)
 
 Memory traffic.  Compute-bound: 4 M N K operations; the floor is that over the matrix rate.  (2048, 1280) -> 5120, as 60 times
-in a step of SDXL: 53.7 GFLOP, 73 us at 740 TFLOP/s.  What fusing saves is the 4 M N elements of the intermediate's way to memory
-and back (42 MB each way in that case: 20 us at 4.2 TB/s), so it pays as long as the GEMM keeps 80 % of cuBLAS's speed.
+in a step of SDXL: 53.7 GFLOP, 73 us at 740 TFLOP/s.  Fusing saves the way of the intermediate's 2 M N elements to memory and
+back (42 MB each way in that case: 20 us at 4.2 TB/s), so it pays as long as the GEMM keeps 80 % of cuBLAS's speed.
 
 Work split.  A program makes a BLOCK_M x BLOCK_N tile of y and holds two accumulators for it, value and gate, whose operands are
 rows n and N + n of the weight; the tile of x is used for both, so 128 x 128 costs the shared-memory reads of a 128 x 256 GEMM.
@@ -79,7 +79,7 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         expect(aligned, name, "rows that start at multiples of 16 bytes", f"{row} elements apart, at {tensor.data_ptr() % 16}")
 
     half = x.element_size() == 2
-    # The large layers make 640 or 1280 tiles of 128x128 for 132 SMs; where there are fewer, half as tall ones fill the last wave.
+    # The large layers make 640 or 1280 tiles of 128x128 for 132 SMs; where there are fewer, half as tall ones fit better.
     block_m, block_n, block_k = (64 if m * n < 640 * 128 * 128 else 128, 128, 64) if half else (64, 64, 32)
     y = torch.empty(*x.shape[:-1], n, device=x.device, dtype=x.dtype)
     rows_x = descriptor(x, (m, k), (x_row, 1), (block_m, block_k))

@@ -1,7 +1,7 @@
-"""Compile every kernel for an H100 or H200 (sm_90) without having one: python compile_kernels.py [NAME ...]
+"""Compile every kernel for an H100 or H200 (sm_90) without having one: python compile_kernels.py DTYPE [NAME ...]
 
-The wrappers run on meta tensors of the real shapes, with Triton told to compile and not to launch.  Prints one JSON list: for each
-compiled variant its kernel, dtype, first shape, and what the assembler says: registers, stack bytes (spills), shared memory.
+The wrappers run on meta tensors of the real shapes, with Triton told to compile and not to launch.  Prints a JSON list, one
+entry for each compiled variant: its kernel, the first shape that asked for it, and what the compiler made of it.
 """
 
 from __future__ import annotations
@@ -40,43 +40,47 @@ class AbsentGPU:
         return 0
 
 
-def resources(cubin: bytes) -> dict[str, int]:
+def resources(kernel: Any) -> dict[str, int]:
+    """What bounds a program's speed: registers a thread, bytes of stack (spills), shared memory, and the wide instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(kernel.asm["cubin"])
         file.flush()
         command = [CUOBJDUMP, "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
-    return {"registers": int(found["REG"]), "stack": int(found["STACK"]) + int(found["LOCAL"])}
+    found = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    ptx = kernel.asm["ptx"]
+    return {
+        "registers": found["REG"],
+        "stack": found["STACK"] + found["LOCAL"],
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\.|cp\.async\.bulk\.tensor", ptx)),
+        "wgmma": ptx.count("wgmma.mma_async"),
+    }
 
 
-def main(names: list[str]) -> None:
+def main(dtype: torch.dtype, names: list[str]) -> None:
     driver.set_active(AbsentGPU())
     checks.DEVICES = ("meta",)
-    compiled: dict[str, tuple[Any, str, float]] = {}
+    variants: dict[str, dict[str, Any]] = {}
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, **options: Any) -> Any:
         start = time.perf_counter()
         kernel = run(self, *args, **{**options, "warmup": True})
-        compiled.setdefault(kernel.hash, (kernel, where, time.perf_counter() - start))
+        seconds = round(time.perf_counter() - start, 2)
+        if kernel.hash not in variants:
+            variants[kernel.hash] = {"kernel": kernel.name, "for": label, **resources(kernel), "seconds": seconds}
         return kernel
 
     JITFunction.run = compile_only
     for name in names or kernels.KERNELS:
         module = kernels.KERNELS[name]
-        for dtype in (torch.float16, torch.bfloat16):
-            for shape in module.SHAPES:
-                where = f"{name}, {str(dtype).removeprefix('torch.')}, {shape.label}"
-                getattr(module, name)(**module.make(shape, "meta", dtype))
-    rows = [
-        {"kernel": kernel.name, "for": where, **resources(kernel.asm["cubin"]), "shared": kernel.metadata.shared,
-         "warps": kernel.metadata.num_warps, "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.cg|cp\.async\.bulk", kernel.asm["ptx"])),
-         "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"), "seconds": round(seconds, 2)}
-        for kernel, where, seconds in compiled.values()
-    ]  # fmt: skip
-    print(json.dumps(rows, indent=1))
+        for shape in module.SHAPES:
+            label = f"{name} {shape.label}"
+            getattr(kernels, name)(**module.make(shape, "meta", dtype))
+    print(json.dumps(list(variants.values()), indent=1))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(getattr(torch, sys.argv[1]), sys.argv[2:])

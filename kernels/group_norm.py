@@ -17,7 +17,7 @@ of 16 bytes.  Both launches use the same grid of about three programs per SM:
  1. partial_kernel: mean and M2 = sum (x' - mean)^2 of each group over the chunk, in fp32.  What is summed is x' minus the
     channel's first pixel in the chunk, so a mean far above the deviation costs no digits; channels are merged by Chan's formula
     (Chan, Golub and LeVeque 1983).  No atomics: the same input gives the same bits.
- 2. apply_kernel: merges the at most 256 chunks of its groups, then normalises its own chunk.
+ 2. apply_kernel: merges the chunks of its groups (a few kB out of L2), then normalises its own chunk.
 
 A group may straddle x and skip: a tile is loaded from both under complementary masks, and a masked-off lane costs no traffic.
 """
@@ -37,7 +37,6 @@ from .checks import check, expect, jit, pixels_of, tl
 
 PROGRAMS = 3 * 132  # three for each SM of an H200; another GPU changes the speed, not the result
 ROWS = 32  # pixels loaded at once: with 128 channels and 256 threads, two 16-byte loads a thread and two more on their way
-MAX_CHUNKS = 256
 
 
 def reference(
@@ -67,7 +66,7 @@ def load_tile(x, skip, rows, row_mask, channels, mask, c1, x_row, skip_row):
     return tile
 
 
-@jit(do_not_specialize=["pixels", "chunk", "groups", "width", "span", "shift_batch"])
+@jit(do_not_specialize=["pixels", "chunk", "groups", "width", "span"])
 def partial_kernel(
     x, skip, shift, means, m2s, pixels, chunk, groups, c1, c2, width, span,
     x_row, x_batch, skip_row, skip_batch, shift_batch,
@@ -121,7 +120,7 @@ def partial_kernel(
     tl.store(m2s + at, m2_g, mask=group_mask)
 
 
-@jit(do_not_specialize=["pixels", "chunk", "groups", "width", "span", "shift_batch", "eps"])
+@jit(do_not_specialize=["pixels", "chunk", "groups", "width", "span", "eps"])
 def apply_kernel(
     x, skip, shift, means, m2s, weight, bias, y, pixels, chunk, groups, c1, c2, width, span, eps,
     x_row, x_batch, skip_row, skip_batch, shift_batch,
@@ -230,7 +229,7 @@ def group_norm(
     span = channel_span(width, groups)
     unit = 8 if span % 8 == 0 else 1
     blocks = ceil(channels / span)
-    chunk = ROWS * ceil(pixels / min(MAX_CHUNKS, ceil(PROGRAMS / (b * blocks))) / ROWS)
+    chunk = ROWS * ceil(pixels / ceil(PROGRAMS / (b * blocks)) / ROWS)
     chunks = ceil(pixels / chunk)
     grid = (chunks, blocks, b)
     means, m2s = torch.empty(2, b, chunks, groups, device=x.device, dtype=torch.float32)

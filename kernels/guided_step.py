@@ -56,7 +56,11 @@ def reference(
     return (new, scaled) if denoised is None else (new, scaled, p * wide + q * e)
 
 
-@jit(do_not_specialize=["steps"])
+SIZES = ["steps", "batch_size", "channels", "pixels"]
+STRIDES = [f"{name}_{dim}" for name in ("x", "e", "in") for dim in ("batch", "channel", "pixel")]
+
+
+@jit(do_not_specialize=SIZES + STRIDES)  # too little work for alignment to matter: one compilation for all
 def guided_step_kernel(
     x, prediction, table, step, model_input, denoised, steps, batch_size, channels, pixels,
     x_batch, x_channel, x_pixel, e_batch, e_channel, e_pixel, in_batch, in_channel, in_pixel,

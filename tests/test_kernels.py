@@ -34,7 +34,8 @@ DEVICE = "cpu" if checks.INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLOOR = {dtype: torch.finfo(dtype).eps * (2 if dtype == torch.float32 else 0.25) for dtype in DTYPES}
 
-pytestmark = [] if checks.INTERPRETED else [pytest.mark.gpu]
+# NumPy warns where a GPU does not: of inf and NaN, which some tests make on purpose.
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning")] if checks.INTERPRETED else [pytest.mark.gpu]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 

@@ -1,4 +1,45 @@
 """minisd's Triton kernels, imported as `minisd.kernels`: one kernel a file, nothing in here knows minisd.
 
-There are none yet: every operation of minisd/ops.py runs on PyTorch.
+Each file is read from top to bottom: the mathematics and the memory traffic, the plain PyTorch `reference`, the kernel, the
+wrapper (which checks its arguments and raises ValueError), and the shapes that Stable Diffusion really uses.  Importing works
+without Triton and without a GPU; running does not.  Tests run them on the CPU, with TRITON_INTERPRET=1 set before Triton is
+imported.
+
+For tests and benchmarks every file of KERNELS keeps the same protocol, `name` being the file's and the wrapper's name:
+
+    SHAPES                              real shapes, frozen dataclasses with a `label`
+    make(shape, device, dtype)          keyword arguments with random values (torch.manual_seed)
+    name(**arguments)                   runs the kernel; guided_step alone changes its arguments, and returns those it changed
+    reference(**arguments)              the same in plain PyTorch, in the dtype of the arguments (float64 for a true value)
+    library(**arguments)                name -> callable without arguments: the alternatives that PyTorch offers
+    traffic(shape, element_size)        bytes that must move to and from memory
+    flops(shape)                        floating-point operations
 """
+
+from . import attention as _attention
+from . import geglu as _geglu
+from . import group_norm as _group_norm
+from . import guided_step as _guided_step
+from . import layer_norm as _layer_norm
+from . import linear_geglu as _linear_geglu
+from . import upsample_conv as _upsample_conv
+
+KERNELS = {
+    "group_norm": _group_norm,
+    "layer_norm": _layer_norm,
+    "attention": _attention,
+    "geglu": _geglu,
+    "linear_geglu": _linear_geglu,
+    "upsample_conv": _upsample_conv,
+    "guided_step": _guided_step,
+}
+
+attention = _attention.attention
+coefficients = _guided_step.coefficients
+geglu = _geglu.geglu
+group_norm = _group_norm.group_norm
+guided_step = _guided_step.guided_step
+layer_norm = _layer_norm.layer_norm
+linear_geglu = _linear_geglu.linear_geglu
+phase_weights = _upsample_conv.phase_weights
+upsample_conv = _upsample_conv.upsample_conv

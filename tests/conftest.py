@@ -4,11 +4,16 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Where there is no GPU, kernels run in Triton's interpreter.  Triton reads this when it is first imported: by what follows.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from helpers import REDUCED, Oracle, write_checkpoint
 
 import minisd
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="session")

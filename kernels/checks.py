@@ -1,0 +1,90 @@
+"""What every kernel file shares: Triton, if it is there, and the questions that a wrapper asks of its arguments."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton is for Linux: elsewhere the kernels can be imported, and refuse to run
+    triton = tl = TensorDescriptor = None
+
+
+def jit(*functions: Any, **options: Any) -> Any:
+    """triton.jit, or nothing where there is no Triton: `check` then refuses before any launch."""
+    return triton.jit(*functions, **options) if triton else functions[0] if functions else lambda function: function
+
+
+__all__ = ["FLOATS", "check", "descriptor", "expect", "jit", "pixels_of", "rows_of", "tl", "view"]
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+# Triton's interpreter runs kernels on the CPU, for tests.  The variable must be set before Triton is first imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+
+
+def expect(holds: bool, name: str, expected: Any, found: Any) -> None:
+    """ValueError that names the argument, what it should be and what it is."""
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, found {found}")
+
+
+def check(
+    name: str, x: Tensor, shape: tuple[int | None, ...], like: Tensor | None = None, dtypes: tuple[torch.dtype, ...] = FLOATS
+) -> None:
+    """x is a tensor of this shape (None: any size), of one of these dtypes, on a device that kernels run on (that of `like`).
+
+    The kernels have no backward pass, so a tensor that wants a gradient is refused as well: it would silently get none.
+    """
+    if triton is None:
+        raise ImportError("minisd.kernels needs Triton: `pip install triton` (Linux), or use each file's PyTorch reference")
+    expect(isinstance(x, Tensor), name, "a tensor", type(x).__name__)
+    fits = x.dim() == len(shape) and all(size in (None, found) for size, found in zip(shape, x.shape, strict=True))
+    expect(fits, name, f"shape ({', '.join('any' if size is None else str(size) for size in shape)})", tuple(x.shape))
+    expect(x.numel() > 0, name, "at least one element", tuple(x.shape))
+    expect(x.dtype in dtypes, name, " or ".join(str(dtype) for dtype in dtypes), x.dtype)
+    expect(not (x.requires_grad and torch.is_grad_enabled()), name, "no gradient wanted (torch.no_grad())", "requires_grad")
+    if like is not None:
+        expect(x.device == like.device, name, f"device {like.device}", x.device)
+    else:
+        expect(x.device.type in DEVICES, name, "a CUDA device (or TRITON_INTERPRET=1 before Triton is imported)", x.device)
+        if x.device.type == "cuda":  # Triton launches on the current device, whatever the tensors say
+            current = torch.device("cuda", torch.cuda.current_device())
+            expect(x.device == current, name, f"the current device {current} (torch.cuda.set_device)", x.device)
+
+
+def view(name: str, x: Tensor, shape: tuple[int, ...], wanted: str, dense: bool = True) -> Tensor:
+    """x.view(shape), never a copy; dense: the last dimension has stride 1."""
+    try:
+        x_view = x.view(shape)
+    except RuntimeError:
+        x_view = None
+    fits = x_view is not None and (not dense or x_view.stride(-1) == 1 or x_view.shape[-1] == 1)
+    expect(fits, name, wanted, f"shape {tuple(x.shape)} with strides {x.stride()}")
+    assert x_view is not None
+    return x_view
+
+
+def rows_of(name: str, x: Tensor) -> tuple[int, int]:
+    """(..., C) -> the number of rows of C neighbours in memory, and the distance between two of them."""
+    rows = view(name, x, (-1, x.shape[-1]), "rows evenly spaced in memory, their elements next to each other")
+    return rows.shape[0], rows.stride(0)
+
+
+def pixels_of(name: str, x: Tensor) -> tuple[int, int]:
+    """(B, C, H, W) -> the distance between two pixels and between two samples, where x is channels-last."""
+    b, c, height, width = x.shape
+    pixels = view(name, x.permute(0, 2, 3, 1), (b, height * width, c), "channels-last memory (torch.channels_last)")
+    return pixels.stride(1), pixels.stride(0)
+
+
+def descriptor(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]) -> Any:
+    """What the copy engine of a Hopper GPU needs to know: the layout of x, and the block to load at once."""
+    return TensorDescriptor(x, list(shape), list(strides), list(block))

@@ -1,0 +1,546 @@
+"""Every kernel against its reference in float64: over the channels, groups and heads of the real models, and hostile shapes.
+
+Without a GPU they run in Triton's interpreter, at reduced height, width and length.  With one the same tests are marked `gpu`
+and run natively (`pytest -m gpu`); so do those at full size and in CUDA graphs.
+
+The measure: relative L2 error against float64 on the same inputs, at most 1.1 times that of PyTorch's own operation in the same
+dtype.  Where PyTorch is exact or nearly so the bound is FLOOR: rounding a result to half precision alone costs about eps / 5;
+in float32 the arithmetic is no more precise than the result, and its dozen roundings come to one or two eps.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import relative_error
+from torch import Tensor
+
+from minisd import kernels, samplers
+from minisd.kernels import checks
+from minisd.kernels.attention import BLOCKS
+from minisd.kernels.guided_step import coefficients
+from minisd.kernels.guided_step import reference as guided_reference
+from minisd.kernels.upsample_conv import phase_weights, plain, whole_weights
+
+DEVICE = "cpu" if checks.INTERPRETED else "cuda"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FLOOR = {dtype: torch.finfo(dtype).eps * (2 if dtype == torch.float32 else 0.25) for dtype in DTYPES}
+
+# NumPy warns where a GPU does not: of inf and NaN, which some tests make on purpose.
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning")] if checks.INTERPRETED else [pytest.mark.gpu]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same random numbers for every test; memory that is not written shows as NaN; a truthful interpreter."""
+    torch.manual_seed(0)
+    empty = torch.empty
+
+    def poisoned(*size: Any, **options: Any) -> Tensor:
+        x = empty(*size, **options)
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    if checks.INTERPRETED:
+        from interpreter import repair
+
+        repair(monkeypatch)
+
+
+def outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def double(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {key: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for key, x in arguments.items()}
+
+
+def compare(name: str, arguments: dict[str, Any], factor: float = 1.1) -> tuple[Tensor, ...]:
+    """The kernel's outputs, after holding them against float64 and against PyTorch in their own dtype."""
+    module = kernels.KERNELS[name]
+    wanted = outputs(module.reference(**double(arguments)))
+    theirs = outputs(module.library(**arguments)["PyTorch"]())
+    ours = outputs(getattr(kernels, name)(**arguments))
+    for found, other, true in zip(ours, theirs, wanted, strict=True):
+        assert found.shape == true.shape
+        assert found.dtype == other.dtype
+        bound = max(factor * relative_error(other, true), FLOOR[found.dtype]) if true.any() else 0.0
+        error = relative_error(found, true) if true.any() else float(found.double().norm())
+        assert error <= bound, f"error {error:.2e}, bound {bound:.2e}"
+    return ours
+
+
+def rand(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*size, device=DEVICE).to(dtype)
+
+
+def image(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return rand(*size, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+# --- group_norm -----------------------------------------------------------------------------------------------------------
+
+
+def group_norm_arguments(x: Tensor, groups: int = 32, skip: Tensor | None = None, **options: Any) -> dict[str, Any]:
+    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+    weight, bias = 1 + rand(channels, dtype=x.dtype) / 4, rand(channels, dtype=x.dtype) / 4
+    return {"x": x, "groups": groups, "weight": weight, "bias": bias, "eps": 1e-5, "skip": skip} | options
+
+
+@each_dtype
+@pytest.mark.parametrize("channels", [128, 256, 320, 512, 640, 960, 1280])
+def test_group_norm_real_widths(channels, dtype):
+    y = compare("group_norm", group_norm_arguments(image(2, channels, 5, 3, dtype=dtype), silu=channels != 512))[0]
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@each_dtype
+@pytest.mark.parametrize(("channels", "skip"), [(320, 320), (640, 320), (1280, 640), (1280, 1280)])
+def test_group_norm_over_a_skip_connection(channels, skip, dtype):
+    """Of 1280 + 640 channels a group is 60 wide, and the twenty-second holds 20 of the first and 40 of the second."""
+    skip = image(2, skip, 3, 4, dtype=dtype) * 3 + 1
+    compare("group_norm", group_norm_arguments(image(2, channels, 3, 4, dtype=dtype), skip=skip, silu=True))
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("batch", "channels", "height", "width", "groups"),
+    [
+        (1, 32, 1, 1, 32),
+        (16, 32, 1, 3, 8),
+        (1, 64, 9, 7, 32),
+        (2, 6, 5, 3, 2),
+        (1, 7, 11, 1, 7),
+        (1, 7, 3, 3, 1),
+        (1, 480, 2, 3, 3),
+    ],
+)
+def test_group_norm_odd_shapes(batch, channels, height, width, groups, dtype):
+    if channels // groups * height * width == 1:
+        # PyTorch refuses a group of one value; what remains of it is the bias.
+        arguments = group_norm_arguments(image(batch, channels, height, width, dtype=dtype), groups)
+        y = kernels.group_norm(**arguments)
+        assert torch.equal(y.flatten(), arguments["bias"])
+        return
+    compare("group_norm", group_norm_arguments(image(batch, channels, height, width, dtype=dtype), groups, silu=True))
+
+
+@each_dtype
+def test_group_norm_of_many_chunks(dtype):
+    """2100 pixels of 64 channels: 66 chunks, the last of them short; the apply kernel merges 64 at a time."""
+    compare("group_norm", group_norm_arguments(image(1, 64, 70, 30, dtype=dtype) + 2, silu=True))
+
+
+@each_dtype
+def test_group_norm_with_shift(dtype):
+    x, shift = image(2, 320, 4, 5, dtype=dtype), rand(2, 320, dtype=dtype) * 2
+    compare("group_norm", group_norm_arguments(x, shift=shift, silu=True))
+    compare("group_norm", group_norm_arguments(x, shift=shift[:1].expand(2, -1)))
+    compare(
+        "group_norm", group_norm_arguments(x, shift=rand(2, 900, dtype=dtype)[:, 16:336], skip=image(2, 64, 4, 5, dtype=dtype))
+    )
+
+
+@each_dtype
+@pytest.mark.parametrize(("mean", "deviation"), [(1000, 1), (1, 1e-3), (-30, 1e-2), (0, 1e4), (0, 1e-4)])
+def test_group_norm_hostile_values(mean, deviation, dtype):
+    x = (torch.randn(2, 64, 12, 9, device=DEVICE) * deviation + mean).to(dtype).to(memory_format=torch.channels_last)
+    compare("group_norm", group_norm_arguments(x, silu=True))
+
+
+def test_group_norm_with_a_first_pixel_far_off():
+    x = image(1, 64, 16, 16)
+    x[:, :, 0, 0] = 1e4
+    compare("group_norm", group_norm_arguments(x))
+
+
+def test_group_norm_of_a_constant_is_the_bias():
+    x = torch.full((1, 64, 6, 6), 7.25, device=DEVICE).to(memory_format=torch.channels_last)
+    arguments = group_norm_arguments(x)
+    assert torch.equal(kernels.group_norm(**arguments)[0, :, 3, 3], arguments["bias"])
+
+
+@each_dtype
+def test_group_norm_of_slices(dtype):
+    whole = image(5, 160, 6, 4, dtype=dtype)
+    compare("group_norm", group_norm_arguments(whole[1::2, 32:96], silu=True))
+    compare("group_norm", group_norm_arguments(whole[1:3, :64], skip=whole[2:4, 64:160]))
+
+
+# --- layer_norm -----------------------------------------------------------------------------------------------------------
+
+
+@each_dtype
+@pytest.mark.parametrize("channels", [320, 640, 768, 1024, 1280, 1536, 1, 33, 5000])
+@pytest.mark.parametrize("rows", [(1,), (2, 7)])
+def test_layer_norm(rows, channels, dtype):
+    x, residual, bias = rand(*rows, channels, dtype=dtype), rand(*rows, channels, dtype=dtype), rand(channels, dtype=dtype)
+    norm = {"weight": 1 + rand(channels, dtype=dtype) / 4, "bias": rand(channels, dtype=dtype), "eps": 1e-5}
+    compare("layer_norm", {"x": x, **norm})
+    compare("layer_norm", {"x": x, "residual": residual, **norm})
+    compare("layer_norm", {"x": x, "residual": residual, "residual_bias": bias, **norm})
+
+
+@each_dtype
+@pytest.mark.parametrize(("mean", "deviation"), [(1000, 1), (1, 1e-3), (0, 1e4)])
+def test_layer_norm_hostile_values(mean, deviation, dtype):
+    x = (torch.randn(5, 320, device=DEVICE) * deviation + mean).to(dtype)
+    compare("layer_norm", {"x": x, "weight": rand(320, dtype=dtype), "bias": rand(320, dtype=dtype), "eps": 1e-5})
+
+
+def test_layer_norm_of_slices():
+    x = rand(16, 4, 96)
+    norm = {"weight": rand(64), "bias": rand(64), "eps": 1e-5}
+    compare("layer_norm", {"x": x[:, 1, 16:80], **norm})
+    compare("layer_norm", {"x": x[:, 1, :64], "residual": x[:, 2, 32:], **norm})
+
+
+# --- geglu and linear_geglu -----------------------------------------------------------------------------------------------
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", [(1, 2), (3, 5, 74), (2, 9, 2560), (33, 600)])
+def test_geglu(shape, dtype):
+    compare("geglu", {"x": rand(*shape, dtype=dtype)})
+    compare("geglu", {"x": rand(*shape, dtype=dtype) * 100})
+    compare("geglu", {"x": rand(shape[0], shape[-1] + 8, dtype=dtype)[:, : shape[-1]]})
+
+
+@each_dtype
+@pytest.mark.parametrize(("rows", "k", "n"), [((1,), 8, 4), ((2, 35), 72, 136), ((130,), 320, 64), ((9,), 640, 40)])
+def test_linear_geglu(rows, k, n, dtype):
+    arguments = {"x": rand(*rows, k, dtype=dtype), "weight": rand(2 * n, k, dtype=dtype) * k**-0.5}
+    compare("linear_geglu", arguments | {"bias": rand(2 * n, dtype=dtype)})
+    compare("linear_geglu", arguments | {"bias": None, "x": rand(rows[0], 2 * k, dtype=dtype)[:, k:]})
+
+
+# --- attention ------------------------------------------------------------------------------------------------------------
+
+
+@each_dtype
+@pytest.mark.parametrize("dim", [16, 40, 64, 80, 96, 128, 160, 512])
+@pytest.mark.parametrize("keys", [1, 77, 130])
+def test_attention(dim, keys, dtype):
+    q, (k, v) = rand(1, 2, 35, dim, dtype=dtype), rand(2, 1, 2, keys, dim, dtype=dtype)
+    out = compare("attention", {"q": q, "k": k, "v": v})[0]
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@each_dtype
+@pytest.mark.parametrize("dim", [40, 80])
+def test_attention_over_a_fused_projection(dim, dtype):
+    """Views of (B, L, 3*H*D): what lies beyond a head is the next head, and beyond the last key the next sample."""
+    q, k, v = rand(2, 67, 3, 3, dim, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
+    v[1] *= 1000
+    compare("attention", {"q": q[:1], "k": k[:1], "v": v[:1]})
+    compare("attention", {"q": q, "k": k, "v": v})
+
+
+@each_dtype
+def test_attention_hostile_values(dtype):
+    q, k, v = rand(3, 1, 2, 20, 40, dtype=dtype)
+    k, v = (torch.cat([x] * 15, dim=2) for x in (k, v))  # 300 keys: three blocks
+    compare("attention", {"q": q * 30, "k": k, "v": v})  # all but one-hot
+    ramp = torch.linspace(0, 3, 300, device=DEVICE).to(dtype)[:, None]
+    compare("attention", {"q": q.abs(), "k": k.abs() * ramp, "v": v})  # the maximum grows from block to block
+    compare("attention", {"q": q, "k": k, "v": v * 1000})
+    compare("attention", {"q": q * 0, "k": k, "v": v})
+
+
+def test_attention_of_one_query_and_sixteen_samples():
+    compare("attention", {"q": rand(16, 1, 1, 64), "k": rand(16, 1, 5, 64), "v": rand(16, 1, 5, 64)})
+
+
+def test_attention_scale():
+    q, k, v = rand(3, 1, 2, 9, 40)
+    wanted = F.scaled_dot_product_attention(q, k, v, scale=0.5)
+    assert relative_error(kernels.attention(q, k, v, scale=0.5), wanted) < 1e-6
+
+
+def test_attention_keeps_samples_apart():
+    """A NaN in one sample, past the end of the other's keys, stays there."""
+    q, k, v = rand(3, 2, 1, 21, 40)
+    v[1], k[1] = float("nan"), float("nan")
+    out = kernels.attention(q, k, v)
+    assert out[0].isfinite().all()
+    assert out[1].isnan().all()
+
+
+def test_attention_has_a_block_size_for_every_head_dimension():
+    assert max(BLOCKS) == 512
+    assert list(BLOCKS) == sorted(BLOCKS)
+
+
+# --- upsample_conv --------------------------------------------------------------------------------------------------------
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", [(1, 4, 3, 1, 1), (2, 32, 24, 5, 3), (1, 160, 136, 4, 6)])  # B, C, C', H, W
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_upsample_conv(shape, with_bias, dtype):
+    """Against the plain upsampling and convolution.  Summed weights are rounded once more: hence 1.5, see the kernel's page."""
+    batch, c_in, c_out, height, width = shape
+    x, weight = image(batch, c_in, height, width, dtype=dtype), rand(c_out, c_in, 3, 3, dtype=dtype)
+    bias = rand(c_out, dtype=dtype) if with_bias else None
+    phases = phase_weights(weight)
+    found = compare("upsample_conv", {"x": x, "phases": phases, "bias": bias}, factor=1.5)[0]
+    true = plain(x.double(), weight.double(), None if bias is None else bias.double())
+    bound = max(1.5 * relative_error(plain(x, weight, bias), true), 2 * FLOOR[dtype])
+    assert relative_error(found, true) <= bound
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_phase_weights_are_exact_but_for_rounding():
+    weight = torch.randn(5, 4, 3, 3, dtype=torch.float64)
+    assert relative_error(whole_weights(phase_weights(weight)), weight) < 1e-15
+    x = torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    reference = kernels.KERNELS["upsample_conv"].reference(x, phase_weights(weight))
+    assert relative_error(reference, plain(x, weight)) < 1e-15
+
+
+# --- guided_step ----------------------------------------------------------------------------------------------------------
+
+
+def step_arguments(batch: int, copies: int, dtype: torch.dtype, step: int = 2) -> dict[str, Any]:
+    table = coefficients(torch.tensor([14.0, 5.0, 2.0, 0.5, 0.0]), 7.5).to(DEVICE)
+    e, model_input = image(copies * batch, 4, 5, 7, dtype=dtype), image(copies * batch, 4, 5, 7, dtype=dtype)
+    counter = torch.tensor([step], device=DEVICE)
+    return {"x": rand(batch, 4, 5, 7), "prediction": e, "table": table, "step": counter, "model_input": model_input}
+
+
+@each_dtype
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_guided_step(batch, copies, dtype):
+    arguments = step_arguments(batch, copies, dtype)
+    theirs = guided_reference(**arguments)
+    wanted = guided_reference(**double(arguments))
+    ours = kernels.guided_step(**arguments)
+    for found, other, true in zip(ours, theirs, wanted, strict=True):
+        assert relative_error(found, true) <= max(1.1 * relative_error(other, true), FLOOR[found.dtype])
+    assert ours[0] is arguments["x"]
+    assert torch.equal(ours[1][:batch], ours[1][-batch:])
+
+
+def test_guided_step_writes_into_a_wider_input_and_the_estimate():
+    arguments = step_arguments(2, 2, torch.bfloat16)
+    wide = torch.zeros(4, 9, 5, 7, device=DEVICE, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    arguments |= {"model_input": wide[:, :4], "denoised": torch.zeros_like(arguments["x"])}
+    _, scaled, estimate = guided_reference(**arguments)
+    kernels.guided_step(**arguments)
+    assert relative_error(wide[:, :4], scaled) < 1e-2
+    assert not wide[:, 4:].any()
+    assert relative_error(arguments["denoised"], estimate) < 1e-6
+
+
+def test_guided_step_beyond_the_table_is_not_a_number():
+    for step in (-1, 4):
+        x, _ = kernels.guided_step(**step_arguments(1, 2, torch.float32, step=step))
+        assert x.isnan().all()
+
+
+@pytest.mark.parametrize("predicts_v", [False, True])
+@pytest.mark.parametrize("sampler", ["euler", "ddim"])
+def test_guided_step_walks_as_the_samplers_do(sampler, predicts_v):
+    sigmas = torch.tensor([14.6, 8.0, 3.0, 1.0, 0.3, 0.0], dtype=torch.float64)
+
+    def network(x: Tensor) -> Tensor:
+        return torch.tanh(x * 3)
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        answer = network(x / (sigma**2 + 1).sqrt())
+        guided = answer.flip(1) + 7.5 * (answer - answer.flip(1))  # channels the other way round: a "negative prompt"
+        return x / (sigma**2 + 1) - guided * sigma / (sigma**2 + 1).sqrt() if predicts_v else x - sigma * guided
+
+    start = torch.randn(2, 4, 6, 6, dtype=torch.float64) * 14.6
+    steps = getattr(samplers, sampler)(denoise, start, sigmas, lambda: torch.zeros_like(start))
+    table, step = coefficients(sigmas, 7.5, predicts_v).to(DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    x, model_input = start.float().to(DEVICE), (start / (sigmas[0] ** 2 + 1).sqrt()).float().to(DEVICE).repeat(2, 1, 1, 1)
+    estimate = torch.zeros_like(x)
+    for wanted, denoised in steps:
+        negative, positive = network(model_input).chunk(2)
+        kernels.guided_step(x, torch.cat([negative.flip(1), positive]), table, step, model_input, estimate)
+        step += 1
+        assert relative_error(x.cpu(), wanted) < 1e-5
+        assert relative_error(estimate.cpu(), denoised) < 1e-5
+
+
+# --- all of them ----------------------------------------------------------------------------------------------------------
+
+
+def reduced(name: str, shape: Any) -> Any:
+    """One of the real shapes with its channels, groups and heads, and few rows, pixels or tokens."""
+    small = {
+        "group_norm": {"size": 3, "batch": 1},
+        "layer_norm": {"rows": 3},
+        "attention": {"queries": 30, "keys": 77 if "cross" in shape.label else 30, "heads": 2},
+        "geglu": {"rows": 3},
+        "linear_geglu": {"m": 5, "n": 40},
+        "upsample_conv": {"size": 2, "channels": 40},
+        "guided_step": {"size": 8},
+    }
+    return replace(shape, **small[name])
+
+
+REAL = [(name, shape) for name, module in kernels.KERNELS.items() for shape in module.SHAPES]
+real = pytest.mark.parametrize(("name", "shape"), REAL, ids=[f"{name} {shape.label}" for name, shape in REAL])
+
+
+@real
+def test_protocol(name, shape):
+    """What the benchmark relies on: make, the wrapper, reference, library, traffic and flops fit together."""
+    module = kernels.KERNELS[name]
+    arguments = module.make(reduced(name, shape), DEVICE, torch.bfloat16)
+    wanted = outputs(module.reference(**double(arguments)))
+    library = module.library(**arguments)
+    ours, theirs = outputs(getattr(kernels, name)(**arguments)), outputs(library["PyTorch"]())
+    assert all(relative_error(found, true) < 2e-2 for found, true in zip(ours, wanted, strict=True))
+    assert [x.shape for x in theirs] == [x.shape for x in wanted]
+    assert 0 < module.traffic(shape, 2) < module.traffic(shape, 4)
+    assert module.flops(shape) > 0
+
+
+@pytest.mark.parametrize("name", kernels.KERNELS)
+def test_same_input_same_bits(name):
+    arguments = kernels.KERNELS[name].make(reduced(name, kernels.KERNELS[name].SHAPES[0]), DEVICE, torch.float16)
+    first, second = (
+        outputs(getattr(kernels, name)(**{key: x.clone() if isinstance(x, Tensor) else x for key, x in arguments.items()}))
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.skipif(checks.INTERPRETED, reason="at full size only on a GPU")
+@pytest.mark.gpu
+@each_dtype
+@real
+def test_real_shapes_at_full_size(name, shape, dtype):
+    factor = 1.5 if name == "upsample_conv" else 1.1
+    if name == "guided_step":
+        test_guided_step(shape.batch, 2, dtype)
+    elif name != "attention" or dtype != torch.float32:
+        compare(name, kernels.KERNELS[name].make(shape, DEVICE, dtype), factor)
+
+
+@pytest.mark.skipif(checks.INTERPRETED, reason="CUDA graphs need a GPU")
+@pytest.mark.gpu
+@real
+def test_replay_of_a_cuda_graph(name, shape):
+    """Captured and replayed it gives what it gives when called, without a synchronisation."""
+    arguments = kernels.KERNELS[name].make(shape, DEVICE, torch.float16)
+    kept = {key: x.clone() if isinstance(x, Tensor) else x for key, x in arguments.items()}
+    wanted = [x.clone() for x in outputs(getattr(kernels, name)(**kept))]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = outputs(getattr(kernels, name)(**arguments))
+    torch.cuda.set_sync_debug_mode("error")
+    graph.replay()
+    torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------------
+
+
+def vector(size: int) -> Tensor:
+    return torch.zeros(size, device=DEVICE)
+
+
+BASE: dict[str, Callable[[], dict[str, Any]]] = {
+    "group_norm": lambda: group_norm_arguments(image(2, 64, 4, 4), shift=rand(2, 64)),
+    "layer_norm": lambda: {"x": rand(3, 64), "weight": rand(64), "bias": rand(64), "eps": 1e-5, "residual": rand(3, 64)},
+    "attention": lambda: {"q": rand(1, 2, 9, 40), "k": rand(1, 2, 7, 40), "v": rand(1, 2, 7, 40)},
+    "geglu": lambda: {"x": rand(3, 64)},
+    "linear_geglu": lambda: {"x": rand(3, 32), "weight": rand(64, 32), "bias": rand(64)},
+    "upsample_conv": lambda: {"x": image(1, 8, 3, 3), "phases": phase_weights(rand(6, 8, 3, 3)), "bias": rand(6)},
+    "guided_step": lambda: step_arguments(1, 2, torch.float32),
+}
+REFUSED: list[tuple[str, dict[str, Callable[[], Any]], str]] = [
+    ("group_norm", {"x": lambda: rand(2, 64, 4, 4)}, r"x: expected channels-last memory .*, found shape .* with strides"),
+    ("group_norm", {"x": lambda: rand(2, 64, 4)}, r"x: expected shape \(any, any, any, any\), found \(2, 64, 4\)"),
+    ("group_norm", {"x": lambda: image(2, 64, 4, 4).double()}, r"x: expected torch.float32 or .*, found torch.float64"),
+    ("group_norm", {"x": lambda: image(2, 64, 4, 4).requires_grad_()}, r"x: expected no gradient wanted"),
+    ("group_norm", {"x": lambda: image(0, 64, 4, 4)}, r"x: expected at least one element, found \(0, 64, 4, 4\)"),
+    ("group_norm", {"x": lambda: [1.0]}, r"x: expected a tensor, found list"),
+    ("group_norm", {"groups": lambda: 7}, r"groups: expected a divisor of the 64 channels, found 7"),
+    ("group_norm", {"weight": lambda: vector(63)}, r"weight: expected shape \(64\), found \(63,\)"),
+    ("group_norm", {"bias": lambda: vector(128)[::2]}, r"weight and bias: expected contiguous, found"),
+    ("group_norm", {"bias": lambda: vector(64).to("meta")}, r"bias: expected device (cpu|cuda:0), found meta"),
+    ("group_norm", {"shift": lambda: rand(2, 63)}, r"shift: expected shape \(2, 64\), found \(2, 63\)"),
+    ("group_norm", {"skip": lambda: image(2, 64, 4, 5), "weight": lambda: vector(128), "bias": lambda: vector(128)},
+     r"skip: expected shape \(2, any, 4, 4\), found \(2, 64, 4, 5\)"),
+    ("group_norm", {"skip": lambda: image(2, 64, 4, 4).half(), "weight": lambda: vector(128), "bias": lambda: vector(128)},
+     r"skip: expected torch.float32, found torch.float16"),
+    ("layer_norm", {"x": lambda: rand(64, 3).T}, r"x: expected rows evenly spaced .*, found shape \(3, 64\) with strides"),
+    ("layer_norm", {"residual": lambda: rand(4, 64)}, r"residual: expected shape \(3, 64\), found \(4, 64\)"),
+    ("layer_norm", {"residual": lambda: None, "residual_bias": lambda: vector(64)}, r"residual_bias: expected a residual"),
+    ("layer_norm", {"weight": lambda: vector(65)}, r"weight: expected shape \(64\), found \(65,\)"),
+    ("attention", {"k": lambda: rand(1, 3, 7, 40)}, r"k: expected shape \(1, 2, any, 40\), found \(1, 3, 7, 40\)"),
+    ("attention", {"v": lambda: rand(1, 2, 8, 40)}, r"v: expected shape \(1, 2, 7, 40\), found \(1, 2, 8, 40\)"),
+    ("attention", {"k": lambda: rand(1, 2, 7, 40).half()}, r"k: expected torch.float32, found torch.float16"),
+    ("attention", {"q": lambda: rand(1, 2, 40, 9).mT}, r"q: expected strides that are multiples of 4, then 1, .*, found"),
+    ("attention", {"q": lambda: rand(1, 2, 9, 42)[..., 1:41]}, r"q: expected strides that are multiples of 4"),
+    ("attention", {"v": lambda: rand(1, 1, 7, 40).expand(1, 2, 7, 40)}, r"v: expected strides"),
+    ("attention", {"scale": lambda: -1.0}, r"scale: expected a positive number, found -1.0"),
+    ("attention", {name: lambda: rand(1, 2, 7, 520) for name in "qkv"}, r"q: expected a head dimension of at most 512, found"),
+    ("geglu", {"x": lambda: rand(3, 63)}, r"x: expected an even last dimension, found \(3, 63\)"),
+    ("geglu", {"x": lambda: rand(3, 64).long()}, r"x: expected torch.float32 or .*, found torch.int64"),
+    ("linear_geglu", {"weight": lambda: rand(64, 33)}, r"weight: expected shape \(any, 32\), found \(64, 33\)"),
+    ("linear_geglu", {"weight": lambda: rand(63, 32)}, r"weight: expected an even number of rows, found \(63, 32\)"),
+    ("linear_geglu", {"weight": lambda: rand(32, 64).T}, r"weight: expected contiguous, found strides \(1, 64\)"),
+    ("linear_geglu", {"x": lambda: rand(3, 30), "weight": lambda: rand(64, 30)}, r"x: expected rows that start at"),
+    ("upsample_conv", {"phases": lambda: rand(6, 8, 3, 3)}, r"phases: expected shape \(any, 8, 2, 2\), found \(6, 8, 3, 3\)"),
+    ("upsample_conv", {"phases": lambda: rand(6, 8, 2, 2)}, r"phases: expected 4\*C' outputs"),
+    ("upsample_conv", {"x": lambda: rand(1, 8, 3, 3)}, r"x: expected channels-last memory"),
+    ("guided_step", {"x": lambda: rand(1, 4, 5, 7).half()}, r"x: expected torch.float32, found torch.float16"),
+    ("guided_step", {"prediction": lambda: rand(3, 4, 5, 7)}, r"prediction: expected a batch of 1 or 2, found 3"),
+    ("guided_step", {"table": lambda: rand(3, 5)}, r"table: expected shape \(any, 6\), found \(3, 5\)"),
+    ("guided_step", {"step": lambda: vector(2).long()}, r"step: expected one element, found \(2,\)"),
+    ("guided_step", {"step": lambda: vector(1)}, r"step: expected torch.int32 or torch.int64, found torch.float32"),
+    ("guided_step", {"model_input": lambda: rand(2, 4, 7, 5).mT}, r"model_input: expected evenly spaced pixels"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), REFUSED, ids=[message[:60] for _, _, message in REFUSED])
+def test_refuses(name, changes, message):
+    arguments = BASE[name]()
+    with pytest.raises(ValueError, match=f"^{message}"):
+        getattr(kernels, name)(**arguments | {key: value() for key, value in changes.items()})
+
+
+@pytest.mark.parametrize("name", BASE)
+def test_refuses_none_of_the_arguments_that_the_refusals_start_from(name):
+    getattr(kernels, name)(**BASE[name]())
+
+
+WITHOUT = """
+import sys
+if sys.argv[1] == "triton":
+    sys.modules["triton"] = None
+import torch
+from minisd import kernels
+try:
+    kernels.geglu(torch.zeros(2, 4))
+except (ImportError, ValueError) as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("triton", "ImportError minisd.kernels needs Triton"), ("cuda", "ValueError x: expected a CUDA device")],
+)
+def test_imports_without_triton_or_gpu_and_says_so_when_used(what, message):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", WITHOUT, what], capture_output=True, text=True, env=environment, check=True)
+    assert run.stdout.startswith(message)

@@ -65,6 +65,7 @@ def draw_parser() -> argparse.ArgumentParser:
         "--size", type=size, default=(None, None), metavar="WxH", help="pixels, multiples of 8 (default: the checkpoint's)"
     )
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures to draw (default: 1)")
+    parser.add_argument("--ema", action="store_true", help="draw with the moving average of the weights, where the file has it")
     add_device(parser)
     parser.add_argument("--version", action="version", version=f"minisd {__version__}")
     return parser
@@ -97,7 +98,7 @@ def draw(argv: Sequence[str]) -> int:
     from .pipeline import load
     from .request import Request
 
-    pipe = load(args.model, args.device, args.dtype)
+    pipe = load(args.model, args.device, args.dtype, args.ema)
     request = Request(
         prompt=args.prompt,
         negative_prompt=args.negative,
@@ -128,7 +129,8 @@ def again(argv: Sequence[str]) -> int:
     check_output(output)
     from .pipeline import load
 
-    pipe = load(args.model or recipe.get("model_path"), args.device or recipe.get("device"), args.dtype or recipe.get("dtype"))
+    device, dtype = args.device or recipe.get("device"), args.dtype or recipe.get("dtype")
+    pipe = load(args.model or recipe.get("model_path"), device, dtype, recipe.get("ema") is True)
     return report(with_progress(pipe, repeat(recipe, pipe.checkpoint.path)), output, args.json)
 
 

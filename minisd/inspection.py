@@ -6,18 +6,19 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from .checkpoint import Entry, file_sha256, open_checkpoint
+from .checkpoint import file_sha256, open_checkpoint
 from .family import CLIP, UNET, VAE, is_spare, looks_like, native_size, recognise
+from .shapes import Entry
 
 PARTS = {UNET: "UNet", VAE: "VAE", CLIP: "text encoder"}
 
 
 def inspect(path: str | os.PathLike[str], with_hash: bool = False) -> dict[str, Any]:
-    """Facts about a .safetensors file, ready for JSON.
+    """Facts about a .safetensors or .ckpt file, ready for JSON.
 
     family: minisd's name for it, or None; looks_like: what it is in words; parts: parameters, bytes and dtypes of each.
     with_hash: also `sha256`, which reads the whole file, and `model_hash`, its first 10 digits.
-    Raises CheckpointError if the file is no .safetensors file.
+    Raises CheckpointError if the file is neither.
     """
     checkpoint = open_checkpoint(path)
     family = recognise(checkpoint.shapes)

@@ -26,7 +26,7 @@ from .device import memory_errors, name_of, to_device, to_dtype
 from .errors import NonFiniteError
 from .family import SD1, Family, native_size
 from .image import save_png, to_pil
-from .model import StableDiffusion, load_model
+from .model import StableDiffusion, averaged, load_model
 from .request import Plan, Request, noise_source, settle
 from .samplers import SAMPLERS, Steps
 from .schedule import noise_levels, scaled_linear, start_scale
@@ -34,18 +34,24 @@ from .tokenizer import tokenize
 
 
 def load(
-    path: str | os.PathLike[str] | None = None, device: str | None = None, dtype: str | torch.dtype | None = None
+    path: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    ema: bool = False,
 ) -> Pipeline:
     """Opens a checkpoint and makes it ready to draw.
 
-    path: a single-file SD 1.x checkpoint (.safetensors); without one, the tiny checkpoint in the box.
+    path: a single-file SD 1.x checkpoint (.safetensors or .ckpt); without one, the tiny checkpoint in the box.
     device: "cpu", "cuda", …; by default a GPU if there is one.
     dtype: float32, bfloat16 or float16; by default float16 on a GPU, bfloat16 on a CPU that computes it, else float32.
+    ema: draw with the moving average of the UNet's weights that some files carry beside them.
     Raises CheckpointError (the file), UsageError (the other arguments), OutOfMemoryError.
     """
     where = to_device(device)
     kind = to_dtype(dtype, where)
     checkpoint = open_checkpoint(path if path is not None else tiny_checkpoint())
+    if ema:
+        checkpoint = averaged(checkpoint)
     with memory_errors():
         return Pipeline(load_model(checkpoint, where, kind), checkpoint, SD1, where, kind)
 
@@ -199,6 +205,7 @@ class Pipeline:
             "model": self.checkpoint.path.stem,
             "model_path": None if self.checkpoint.path == tiny_checkpoint() else str(self.checkpoint.path),
             "model_sha256": self.checkpoint.sha256(),
+            "ema": self.checkpoint.ema,
             "device": self.device.type,
             "dtype": name_of(self.dtype),
             "torch": torch.__version__,

@@ -79,7 +79,7 @@ def test_each_changed_shape_is_refused(small):
     checkpoint = open_checkpoint(small)
     for key, entry in list(checkpoint.entries.items())[::7]:
         if len(entry.shape) == 1:
-            changed = {**checkpoint.entries, key: type(entry)(entry.dtype, (entry.shape[0] + 32,))}
+            changed = {**checkpoint.entries, key: replace(entry, shape=(entry.shape[0] + 32,))}
             with pytest.raises(minisd.CheckpointError):
                 build(replace(checkpoint, entries=changed))
 
@@ -150,15 +150,17 @@ def test_v_prediction_is_not_taken_for_epsilon(tmp_path):
         (b"hello, I am a text\n", "is a text"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
         (b"<!DOCTYPE html><html></html>", "HTML"),
-        (b"PK\x03\x04" + bytes(100), "zip archive"),
-        (b"\x80\x02}q\x00." + bytes(50), "pickle"),
+        (b"PK\x03\x04" + bytes(100), "is not a whole torch.save file"),
+        (b"\x80\x02}q\x00." + bytes(50), "is a Python pickle, but not one of torch.save"),
+        (b"PK\x05\x06" + bytes(18), "zip archive"),
+        (b"7z\xbc\xaf\x27\x1c" + bytes(30), "7z archive"),
         (b"GGUF" + bytes(50), "GGUF"),
         (b'{"a": 1}', "JSON"),
         (b"\x89PNG\r\n\x1a\n" + bytes(50), "PNG picture"),
-        (bytes(range(200, 256)), "is not a .safetensors file"),
+        (bytes(range(200, 256)), "is not a .safetensors or .ckpt file"),
         (struct.pack("<Q", 1000) + b"{" + b" " * 20, "inside its header"),
         (struct.pack("<Q", 20) + b'{"a":1}             ', "is not a whole"),
-        (struct.pack("<Q", 2**63) + b"{}" + bytes(20), "is not a .safetensors file"),
+        (struct.pack("<Q", 2**63) + b"{}" + bytes(20), "is not a .safetensors or .ckpt file"),
         (struct.pack("<Q", 9 << 20) + b"{" + bytes(9 << 20), "header of 9,437,184 bytes"),
     ],
 )

@@ -12,8 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    ["errors", "shapes", "ops"],
-    ["layers", "tokenizer", "schedule", "samplers", "blueprint", "family", "checkpoint", "device"],
+    ["errors", "shapes", "ops", "pickled"],
+    ["layers", "tokenizer", "schedule", "samplers", "blueprint", "family", "torch_file", "device"],
+    ["checkpoint"],
     ["clip", "unet", "vae", "denoiser", "request", "inspection"],
     ["model", "recipe"],
     ["image"],

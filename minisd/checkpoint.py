@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 MAX_NAME = 500  # characters of a tensor's name; the longest in SDXL has 92
 MAX_HEADER = 8 << 20  # bytes; SDXL's 2,500 tensors take a few hundred KB
 
-TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+TORCH_NAMES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"},
+    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E5M2": "float8_e5m2"},
+}
 TORCH_SAVE = (b"PK\x03\x04", b"\x80")  # how a .ckpt begins: a zip archive or, before PyTorch 1.6, a pickle
 
 # How other files begin, and what they are.

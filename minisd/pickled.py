@@ -14,6 +14,7 @@ from typing import Any
 
 MAX_STEPS = 600_000  # instructions; 10,000 tensors take 450,000
 
+NONSENSE = (ValueError, LookupError, TypeError, Warning)  # how a pickle ends that is broken; pickletools may warn
 DAMAGED = "copy or download it again"
 CONVERT = "get this model as .safetensors, or convert it where you trust it"
 
@@ -97,13 +98,13 @@ class Machine:
         self.unknown: dict[Global, None] = {}  # a set in the order of finding
 
     def run(self, source: io.BytesIO) -> Any:
-        """What the pickle at `source` leaves behind.  Raises UnreadableError, ValueError, LookupError or TypeError."""
+        """What the pickle at `source` leaves behind.  Raises one of NONSENSE, of which UnreadableError is one."""
         try:
             for count, (opcode, argument, _) in enumerate(pickletools.genops(source)):
                 if count == MAX_STEPS:
                     raise UnreadableError(f"has a pickle of more than {MAX_STEPS:,} instructions", CONVERT)
                 self.step(opcode.name, argument)
-        except (ValueError, LookupError, TypeError):
+        except NONSENSE:
             if not self.unknown:  # else that is what the user must hear of
                 raise
         if self.unknown:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
-from .pickled import CONVERT, DAMAGED, Machine, Storage, UnreadableError, View
+from .pickled import CONVERT, DAMAGED, NONSENSE, Machine, Storage, UnreadableError, View
 from .shapes import MAX_TENSORS, PLAIN, Entry
 
 MAX_READ = 4 << 20  # bytes of a pickle or of an archive's directory; 10,000 tensors take 2.5 MB
@@ -45,7 +45,7 @@ def read_torch_file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         raise CheckpointError(path, str(error), error.hint, error.key) from None
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
-    except (ValueError, LookupError, TypeError, OverflowError, struct.error, zipfile.BadZipFile, NotImplementedError) as error:
+    except (*NONSENSE, OverflowError, struct.error, zipfile.BadZipFile, NotImplementedError) as error:
         raise CheckpointError(path, f"is not a whole torch.save file: {ascii(str(error))[1:-1][:200]}", DAMAGED) from error
 
 

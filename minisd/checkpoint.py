@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,41 +181,45 @@ def file_sha256(path: Path) -> str:
     return str(known[name])
 
 
-def load_tensors(checkpoint: Checkpoint, keys: Mapping[str, object], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def load_tensors(checkpoint: Checkpoint, keys: Collection[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The named tensors in `dtype`, one at a time, so that no more than one is in memory twice.
 
     Reads instead of mapping the file: a file that shrinks while it is read is an error, not a dead process, and the
     pages of a file that is converted on the way do not count as this process's memory.
     """
+    import torch
+
+    space = torch.empty(max((checkpoint.entries[key].nbytes for key in keys), default=0), dtype=torch.uint8)
     try:
         with checkpoint.path.open("rb", buffering=0) as file:
-            return {key: cast(read_tensor(file, checkpoint.entries[key]), dtype) for key in keys}
+            return {key: cast(read_tensor(file, checkpoint.entries[key], space), dtype) for key in keys}
     except (EOFError, OSError) as error:
         raise CheckpointError(checkpoint.path, f"could not be read to its end: {error}", "copy or download it again") from error
 
 
-def read_tensor(file: io.FileIO, entry: Entry) -> torch.Tensor:
-    """A tensor as the file holds it, contiguous.  Raises EOFError if the file has become too short."""
+def read_tensor(file: io.FileIO, entry: Entry, space: torch.Tensor) -> torch.Tensor:
+    """A tensor as the file holds it, contiguous, in `space` where that can be.  Raises EOFError if the file is too short now."""
     import torch
 
-    numbers = torch.empty(entry.numel, dtype=getattr(torch, TORCH_NAMES[entry.dtype]))
-    space = memoryview(numbers.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    numbers = space[: entry.nbytes]
+    rest = memoryview(numbers.numpy())  # type: ignore[arg-type]
     file.seek(entry.offset)
-    while space:
-        count = file.readinto(space)  # at most 2 GB a call
+    while rest:
+        count = file.readinto(rest)  # at most 2 GB a call
         if not count:
             raise EOFError(f"it ends before byte {entry.offset + entry.nbytes:,}")
-        space = space[count:]
+        rest = rest[count:]
+    numbers = numbers.view(getattr(torch, TORCH_NAMES[entry.dtype]))
     return numbers.view(entry.shape) if entry.stride is None else numbers.as_strided(entry.shape, entry.stride).contiguous()
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """tensor.to(dtype).  From float16 to bfloat16 it goes through float32 in pieces that stay in the cache, with the same
+    """A copy in another dtype.  From float16 to bfloat16 it goes through float32 in pieces that stay in the cache, with the same
     result: torch's own conversion is a scalar loop, 9 times slower."""
     import torch
 
     if (tensor.dtype, dtype) != (torch.float16, torch.bfloat16):
-        return tensor.to(dtype)
+        return tensor.to(dtype, copy=True)
     result = torch.empty_like(tensor, dtype=dtype)
     for source, target in zip(tensor.view(-1).split(1 << 20), result.view(-1).split(1 << 20), strict=True):
         target.copy_(source.float())

@@ -1,7 +1,8 @@
 """Opening checkpoint files: header first, lazily, and never believing what the file says about itself.
 
-The format is read by the safetensors library; this file adds what it leaves to its callers (caps, dtypes, names) and says
-what a file is that is none.  Nothing here imports torch.
+A .safetensors header is checked by the safetensors library; this file adds what it leaves to its callers (caps, dtypes,
+names) and says what a file is that is none.  torch_file.py does the same for .ckpt.  From there on the two are one: a tensor is
+a type, a shape and a place in the file, which tensors.py reads.  Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -19,43 +20,25 @@ from typing import Any
 import safetensors
 
 from .errors import CheckpointError
-from .shapes import Shapes
+from .shapes import MAX_TENSORS, Entry, Shapes
+from .torch_file import read_torch_file
 
+MAX_NAME = 500  # characters of a tensor's name; the longest in SDXL has 92
 MAX_HEADER = 8 << 20  # bytes; SDXL's 2,500 tensors take a few hundred KB
-MAX_TENSORS = 10_000  # SDXL has 2,500; a million empty ones would take 5 s and 0.9 GB to list
-BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8, "C64": 8}  # of a number
-BYTES |= {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
+
+TORCH_SAVE = (b"PK\x03\x04", b"\x80")  # how a .ckpt begins: a zip archive or, before PyTorch 1.6, a pickle
 
 # How other files begin, and what they are.
 MAGIC = [
-    (b"PK\x03\x04", "a zip archive, as torch writes .ckpt and .pt files", "minisd opens .safetensors only, so far"),
-    (b"\x80", "a Python pickle (an old .ckpt or .pt file)", "minisd opens .safetensors only, so far"),
+    (b"PK", "a zip archive, but not one of torch.save", "unpack it, and give the model in it"),
+    (b"7z\xbc\xaf", "a 7z archive", "unpack it, and give the model in it"),
+    (b"\x1f\x8b", "a gzip archive", "unpack it, and give the model in it"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "fetch the file with: git lfs pull"),
     (b"<", "an HTML or XML page, probably an error page saved in place of the file", "download the file again"),
-    (b"GGUF", "a GGUF file", "minisd opens .safetensors only"),
+    (b"GGUF", "a GGUF file", "minisd opens .safetensors and .ckpt"),
     (b"\x89PNG", "a PNG picture", "minisd again takes pictures; -m takes checkpoints"),
     (b"{", "a JSON text", "give the .safetensors file itself"),
 ]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor as the header describes it."""
-
-    dtype: str  # safetensors' name: F16, BF16, F32, …
-    shape: tuple[int, ...]
-    offset: int  # where its bytes begin in the file; little-endian, the last dimension contiguous
-
-    @property
-    def numel(self) -> int:
-        n = 1
-        for length in self.shape:
-            n *= length
-        return n
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -67,6 +50,7 @@ class Checkpoint:
     metadata: Mapping[str, str]
     size: int  # bytes
     modified: int  # time of the last change when it was opened, in ns
+    ema: bool = False  # whether the UNet's entries are those of its moving average, see `averaged` in model.py
 
     @property
     def shapes(self) -> Shapes:
@@ -83,63 +67,79 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Reads the header of a .safetensors file.
+    """Reads the header of a .safetensors file, or what stands for one in a .ckpt (by content, whatever the file's name).
 
     Raises CheckpointError if it is missing, empty, cut short, too large to be honest, or something else altogether.
     """
     path = Path(path)
-    size, modified, offset = check_head(path)
-    entries = {}
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            for key in file.offset_keys():  # the library has checked that they follow each other without a gap
-                entries[key] = entry(path, key, file.get_slice(key), offset)
-                offset += entries[key].nbytes
-            metadata = dict(file.metadata() or {})
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(path, f"is not a whole .safetensors file: {error}", "copy or download it again") from error
-    if len(entries) > MAX_TENSORS:
-        raise CheckpointError(path, f"has {len(entries):,} tensors; at most {MAX_TENSORS:,} were expected")
-    return Checkpoint(path, dict(sorted(entries.items())), metadata, size, modified)
+    head, size, modified = first_bytes(path)
+    length = int.from_bytes(head[:8], "little")
+    if size >= 10 and head[8:9] == b"{" and length <= size - 8:
+        entries, metadata = read_safetensors(path, length)
+    elif head.startswith(TORCH_SAVE):
+        entries, metadata = read_torch_file(path)
+    else:
+        raise CheckpointError(path, *what_else(head, size, length))
+    for key in entries:
+        if not key.isprintable() or ".." in key or key.startswith("/") or len(key) > MAX_NAME:
+            raise CheckpointError(path, "is not an honest tensor name", key=ascii(key[:MAX_NAME])[1:-1])
+    return Checkpoint(path, entries, metadata, size, modified)
 
 
-def check_head(path: Path) -> tuple[int, int, int]:
-    """Size, time of change and end of header of a file that may be of the safetensors format; else CheckpointError says what
-    it is."""
+def first_bytes(path: Path) -> tuple[bytes, int, int]:
+    """(the first 64 bytes, size, time of the last change) of a file; CheckpointError if there are none."""
     try:
         if path.is_dir():
-            raise CheckpointError(path, "is a folder, expected a .safetensors file", "name the file in it")
+            raise CheckpointError(path, "is a folder, expected a .safetensors or .ckpt file", "name the file in it")
         with path.open("rb") as file:
             stat = os.fstat(file.fileno())
-            size = stat.st_size
             head = file.read(64)
     except FileNotFoundError:
         raise CheckpointError(path, "does not exist", "check the path") from None
     except OSError as error:
         raise CheckpointError(path, f"cannot be opened: {error.strerror}") from error
-    if size == 0:
+    if not head:
         raise CheckpointError(path, "is empty", "download it again")
-    length = int.from_bytes(head[:8], "little")
-    if size >= 10 and head[8:9] == b"{" and length <= size - 8:
-        if length > MAX_HEADER:
-            raise CheckpointError(path, f"has a header of {length:,} bytes; at most {MAX_HEADER:,} were expected")
-        return size, stat.st_mtime_ns, 8 + length
+    return head, stat.st_size, stat.st_mtime_ns
+
+
+def what_else(head: bytes, size: int, length: int) -> tuple[str, str]:
+    """What a file is that is no checkpoint, and what to do; length is its header's, if it begins with one."""
     for magic, what, hint in MAGIC:
         if head.startswith(magic):
-            raise CheckpointError(path, f"is {what}; expected a .safetensors file", hint)
+            return f"is {what}; expected a .safetensors or .ckpt file", hint
     if size >= 10 and head[8:9] == b"{" and length <= MAX_HEADER:
-        raise CheckpointError(path, f"ends at byte {size:,}, inside its header of {length:,} bytes", "download it again")
+        return f"ends at byte {size:,}, inside its header of {length:,} bytes", "download it again"
     if head.isascii():
-        raise CheckpointError(path, "is a text; expected a .safetensors file", "-m takes the model file itself")
-    raise CheckpointError(path, "is not a .safetensors file", "minisd opens single-file Stable Diffusion checkpoints")
+        return "is a text; expected a .safetensors or .ckpt file", "-m takes the model file itself"
+    return "is not a .safetensors or .ckpt file", "minisd opens single-file Stable Diffusion checkpoints"
 
 
-def entry(path: Path, key: str, view: Any, offset: int) -> Entry:
-    if any(ord(letter) < 32 for letter in key) or ".." in key or key.startswith("/"):
-        raise CheckpointError(path, "is not an honest tensor name", key=ascii(key))
-    if view.get_dtype() not in BYTES:
-        raise CheckpointError(path, f"expected {', '.join(BYTES)}, found {view.get_dtype()}", key=key)
-    return Entry(view.get_dtype(), tuple(view.get_shape()), offset)
+def read_safetensors(path: Path, length: int) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors and the metadata of a .safetensors file whose header has `length` bytes."""
+    if length > MAX_HEADER:
+        raise CheckpointError(path, f"has a header of {length:,} bytes; at most {MAX_HEADER:,} were expected")
+    try:
+        with safetensors.safe_open(path, framework="np") as file:  # checks the header against the file
+            metadata = dict(file.metadata() or {})
+        with path.open("rb") as plain:
+            header = json.loads(plain.read(8 + length)[8:], object_pairs_hook=once_each)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(path, f"is not a whole .safetensors file: {error}", "copy or download it again") from error
+    header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise CheckpointError(path, f"has {len(header):,} tensors; at most {MAX_TENSORS:,} were expected")
+    start = 8 + length
+    return {
+        key: Entry(facts["dtype"], tuple(facts["shape"]), start + facts["data_offsets"][0])
+        for key, facts in sorted(header.items())
+    }, metadata
+
+
+def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name occurs twice in its header")
+    return dict(pairs)
 
 
 FORMATS = {"F64": "d", "F32": "f", "F16": "e", "BF16": "H"}  # of struct; a bfloat16 is the upper half of a float32

@@ -78,6 +78,7 @@ def add_files(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--high-noise-frac", type=float, default=0.8, metavar="F", help="the part that the first draws (default: 0.8)"
     )
+    files.add_argument("--ema", action="store_true", help="draw with the moving average of the weights, where the file has it")
     files.add_argument("--prediction", metavar="NAME", help="epsilon or v, where the file does not say which")
 
 
@@ -142,7 +143,7 @@ def draw(argv: Sequence[str]) -> int:
     from .pipeline import load
     from .request import Request
 
-    pipe = load(args.model, args.device, args.dtype, args.vae, args.prediction, args.offload)
+    pipe = load(args.model, args.device, args.dtype, args.vae, args.prediction, args.offload, args.ema)
     refiner = load(args.refiner, args.device, args.dtype, offload=args.offload) if args.refiner else None
     request = Request(
         prompt=args.prompt,
@@ -185,9 +186,15 @@ def again(argv: Sequence[str]) -> int:
     check_output(output)
     from .pipeline import load
 
-    where = args.device or recipe.get("device"), args.dtype or recipe.get("dtype")
-    pipe = load(args.model or recipe.get("model_path"), *where, recipe.get("vae_path"), recipe.get("prediction"), args.offload)
-    refiner = load(recipe["refiner_path"], *where, offload=args.offload) if recipe.get("refiner_path") else None
+    common: dict[str, Any] = {"device": args.device or recipe.get("device"), "dtype": args.dtype or recipe.get("dtype")}
+    common |= {"offload": args.offload}
+    files: dict[str, Any] = {
+        "vae": recipe.get("vae_path"),
+        "prediction": recipe.get("prediction"),
+        "ema": recipe.get("ema") is True,
+    }
+    pipe = load(args.model or recipe.get("model_path"), **common, **files)
+    refiner = load(recipe["refiner_path"], **common) if recipe.get("refiner_path") else None
     return report(with_progress(pipe, repeat(recipe, pipe.checkpoint.path), refiner), output, args.json)
 
 

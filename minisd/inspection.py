@@ -6,15 +6,16 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from .checkpoint import Entry, file_sha256, open_checkpoint
+from .checkpoint import file_sha256, open_checkpoint
 from .errors import CheckpointError
 from .family import FAMILIES, UNET, VAE, is_spare, looks_like, recognise
+from .shapes import Entry
 
 PARTS = {UNET: "UNet", VAE: "VAE"} | {tower.name: f"text: {tower.title}" for family in FAMILIES for tower in family.towers}
 
 
 def inspect(path: str | os.PathLike[str], with_hash: bool = False) -> dict[str, Any]:
-    """Facts about a checkpoint file, ready for JSON.
+    """Facts about a .safetensors or .ckpt file, ready for JSON.
 
     family: minisd's name for it, or None; looks_like: what it is in words; why: the reasons; task, prediction, native_size;
     parts: parameters, bytes and dtypes of each; unused: the tensors that nothing needs.

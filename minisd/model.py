@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -63,6 +64,22 @@ class NoInit(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
         return func(*args, **(kwargs or {}))
+
+
+def averaged(checkpoint: Checkpoint) -> Checkpoint:
+    """The same file with the moving average that its training kept (model_ema.*) in place of the UNet's weights.
+
+    Its names are those inside `model` with the dots taken out (ldm/modules/ema.py, LitEma): model.diffusion_model.out.2.bias
+    has its average at model_ema.diffusion_modelout2bias.  Raises CheckpointError where a weight has none of its shape.
+    """
+    entries = dict(checkpoint.entries)
+    for key in below(checkpoint.shapes, "model"):
+        own, average = entries[f"model.{key}"], entries.get(f"model_ema.{key.replace('.', '')}")
+        if average is None or average.shape != own.shape:
+            what = "has no moving average in this file" if average is None else f"expected {own.shape}, found {average.shape}"
+            raise CheckpointError(checkpoint.path, what, "draw without ema", key=f"model.{key}")
+        entries[f"model.{key}"] = average
+    return replace(checkpoint, entries=entries, ema=True)
 
 
 def build(checkpoint: Checkpoint, family: Family) -> StableDiffusion:

@@ -28,7 +28,7 @@ from .errors import CheckpointError, UsageError
 from .family import Recognition, Training
 from .guidance import guided, shrunk
 from .image import save_png, to_pil
-from .model import StableDiffusion, load_model, load_vae
+from .model import StableDiffusion, averaged, load_model, load_vae
 from .preview import LinearDecoder, fit_decoder
 from .prompt import encode
 from .recipe import recipe_of
@@ -45,22 +45,27 @@ def load(
     vae: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     prediction: str | None = None,
     offload: bool = False,
+    ema: bool = False,
 ) -> Pipeline:
     """Opens a checkpoint and makes it ready to draw.
 
-    path: a single-file checkpoint of SD 1.x, SD 2.x, SDXL or its refiner; without one, the tiny checkpoint in the box.
+    path: a single-file checkpoint (.safetensors or .ckpt) of SD 1.x, SD 2.x, SDXL or its refiner; without one, the tiny one
+        in the box.
     device: "cpu", "cuda", …; by default a GPU if there is one.
     dtype: float32, bfloat16 or float16; by default float16 on a GPU, bfloat16 on a CPU that computes it, else float32.
     vae: a file whose VAE takes the place of the checkpoint's: a VAE alone, another checkpoint, or the tiny TAESD (whose two
         halves may be two files).
     prediction: "epsilon" or "v", what the network predicts, where the file says nothing of it or the wrong thing.
     offload: keep the parts in main memory and bring each to the device while it works: slower, for a small GPU.
+    ema: draw with the moving average of the UNet's weights that some files carry beside them.
     Raises CheckpointError (the files), UsageError (the other arguments), OutOfMemoryError.
     """
     where = to_device(device)
     kind = to_dtype(dtype, where)
     one_of("prediction", prediction, (None, "epsilon", "v"))
     checkpoint = open_checkpoint(path if path is not None else tiny_checkpoint())
+    if ema:
+        checkpoint = averaged(checkpoint)
     with memory_errors():
         model, recognition = load_model(checkpoint, torch.device("cpu") if offload else where, kind)
         if prediction is not None:
@@ -236,7 +241,8 @@ class Pipeline:
             files |= file_facts("vae", self.vae_checkpoint)
         if refiner:
             files |= file_facts("refiner", refiner.checkpoint)
-        how = {"prediction": self.training.prediction if self.training.prediction in ("epsilon", "v") else None}
+        how: dict[str, Any] = {"ema": self.checkpoint.ema}
+        how |= {"prediction": self.training.prediction if self.training.prediction in ("epsilon", "v") else None}
         here = {"device": self.device.type, "dtype": name_of(self.dtype), "torch": torch.__version__, "version": __version__}
         return recipe_of(plan, i) | files | how | here
 

@@ -12,9 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    ["errors", "shapes", "ops"],
-    ["layers", "tokenizer", "schedule", "samplers", "checkpoint", "device", "picture", "preview"],
-    ["clip", "unet", "vae", "denoiser", "tensors", "family"],
+    ["errors", "shapes", "ops", "pickled"],
+    ["layers", "tokenizer", "schedule", "samplers", "torch_file", "device", "picture", "preview"],
+    ["clip", "unet", "vae", "denoiser", "checkpoint"],
+    ["tensors", "family"],
     ["inspection", "request", "prompt", "blueprint", "taesd", "tiling"],
     ["recipe", "model", "codec"],
     ["guidance"],

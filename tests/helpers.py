@@ -26,6 +26,13 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm())
 
 
+def assert_close(found: torch.Tensor, wanted: torch.Tensor, limit: float) -> None:
+    """Relative L2 error at most `limit`; `pytest -rA` shows it."""
+    error = relative_error(found, wanted)
+    print(f"relative L2 error {error:.1e}, limit {limit:.0e}")
+    assert error <= limit
+
+
 def manifest(name: str) -> dict[str, tuple[int, ...]]:
     """Keys and shapes of a published checkpoint."""
     text = lzma.decompress((HERE / "checkpoints" / "manifests.json.xz").read_bytes())

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from families import EULER, SMALL, Parts, pipeline, tokenizers
-from helpers import relative_error
+from helpers import assert_close
 
 import minisd
+from minisd.denoiser import Conditioning
+from minisd.prompt import with_sizes
 
 PROMPT, NEGATIVE = "a photograph of an astronaut riding a horse", "blurry"
 
@@ -38,14 +40,11 @@ def test_unet(opened, name):
     x, context, t = noise(2, 4 + small.extra_channels, 12, 16), noise(2, 77, small.context), torch.tensor([981.0, 3.0])
     if small.vector:
         pooled, numbers = noise(2, 64), torch.tensor([[1024.0, 768.0, 0.0, 16.0, 1024.0, 512.0][: small.numbers]] * 2)
-        from minisd.denoiser import Conditioning
-        from minisd.prompt import with_sizes
-
         y = with_sizes(Conditioning(context, pooled), numbers[0].tolist()).vector
         wanted = parts.unet(x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": numbers}).sample
     else:
         y, wanted = None, parts.unet(x, t, context).sample
-    assert relative_error(pipe.unet(x, t, context, y), wanted) <= 1e-5
+    assert_close(pipe.unet(x, t, context, y), wanted, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["sd2", "sdxl", "sdxl-refiner"])
@@ -60,10 +59,10 @@ def test_text(opened, name, tmp_path):
         contexts.append(out.last_hidden_state if name == "sd2" else out.hidden_states[-2])
         pooled = getattr(out, "text_embeds", None)
     found = pipe.encode_prompt(prompts)
-    assert relative_error(found.context, torch.cat(contexts, dim=-1)) <= 1e-5
+    assert_close(found.context, torch.cat(contexts, dim=-1), 1e-5)
     assert (found.pooled is None) == (name == "sd2")
     if found.pooled is not None:
-        assert relative_error(found.pooled, pooled) <= 1e-5
+        assert_close(found.pooled, pooled, 1e-5)
 
 
 def draw(pipe: minisd.Pipeline, reference, steps: int = 10, prompt: str = PROMPT, side: int = 8, theirs=None, **common):
@@ -119,7 +118,7 @@ def test_text_to_image(opened, name, tmp_path):
     pipe, parts = opened(name)
     kind, scheduler, common = DRAWING[name]
     found, wanted = draw(pipe, pipeline(kind, parts, SMALL[name], tmp_path, scheduler()), **common)
-    assert relative_error(found, wanted) <= 1e-3
+    assert_close(found, wanted, 1e-3)
 
 
 def test_v_prediction_of_sd2_with_ddim(tmp_path):
@@ -133,14 +132,14 @@ def test_v_prediction_of_sd2_with_ddim(tmp_path):
     )  # fmt: skip
     reference = pipeline("StableDiffusionPipeline", Parts(path, SMALL["sd2"]), SMALL["sd2"], tmp_path, scheduler)
     found, wanted = draw(pipe, reference, ours={"sampler": "ddim"})
-    assert relative_error(found, wanted) <= 1e-3
+    assert_close(found, wanted, 1e-3)
 
 
 def test_karras_levels_equal_those_of_diffusers(opened, tmp_path):
     pipe, parts = opened("sd1")
     reference = pipeline("StableDiffusionPipeline", parts, SMALL["sd1"], tmp_path, euler(use_karras_sigmas=True))
     found, wanted = draw(pipe, reference, ours={"spacing": "karras"})
-    assert relative_error(found, wanted) <= 1e-3
+    assert_close(found, wanted, 1e-3)
 
 
 @pytest.mark.parametrize(("name", "skip"), [("sd1", 1), ("sd1", 2), ("sd2", 2), ("sdxl", 1), ("sdxl", 3)])
@@ -155,7 +154,7 @@ def test_clip_skip(opened, name, skip, tmp_path):
         state = text(ids, output_hidden_states=True).hidden_states[-skip + dropped]
         contexts.append(getattr(text, "text_model", text).final_layer_norm(state) if name != "sdxl" else state)
     found = pipe.encode_prompt([PROMPT], clip_skip=skip).context
-    assert relative_error(found, torch.cat(contexts, dim=-1)) <= 1e-5
+    assert_close(found, torch.cat(contexts, dim=-1), 1e-5)
 
 
 def test_sdxl_without_a_negative_prompt_and_with_other_sizes(opened, tmp_path):
@@ -168,10 +167,10 @@ def test_sdxl_without_a_negative_prompt_and_with_other_sizes(opened, tmp_path):
     told = {"original_size": (480, 640), "target_size": (512, 768), "crops_coords_top_left": (24, 8)}
     found = pipe(PROMPT, steps=3, **common, **sizes).latents
     wanted = reference(PROMPT, num_inference_steps=3, output_type="latent", **common, **told).images
-    assert relative_error(found, wanted) <= 1e-4
+    assert_close(found, wanted, 1e-4)
     found = pipe(PROMPT, steps=3, zero_negative=False, **common, **sizes).latents
     wanted = reference(PROMPT, num_inference_steps=3, output_type="latent", negative_prompt="", **common, **told).images
-    assert relative_error(found, wanted) <= 1e-4
+    assert_close(found, wanted, 1e-4)
 
 
 @pytest.fixture
@@ -205,7 +204,7 @@ def test_image_to_image(opened, sampler, pictures, tmp_path):
     wanted = reference(
         PROMPT, image=pictures[0], num_inference_steps=10, generator=generator, output_type="latent", **common
     ).images
-    assert relative_error(found.latents, wanted) <= 1e-3
+    assert_close(found.latents, wanted, 1e-3)
     assert found.metadata[0]["strength"] == 0.6
 
 
@@ -224,7 +223,7 @@ def test_inpainting(opened, name, strength, pictures, tmp_path):
         PROMPT, image=init, mask_image=mask, num_inference_steps=10, generator=generator, output_type="latent",
         width=64, height=64, **common,
     ).images  # fmt: skip
-    assert relative_error(found.latents, wanted) <= 1e-3
+    assert_close(found.latents, wanted, 1e-3)
     kept = np.asarray(mask) == 0
     assert np.array_equal(np.asarray(found.images[0])[kept], np.asarray(init)[kept])
 
@@ -235,7 +234,7 @@ def test_instruct_pix2pix(opened, pictures, tmp_path):
     found, wanted = draw(
         pipe, reference, image_guidance_scale=1.7, ours={"init_image": pictures[0]}, theirs={"image": pictures[0]}
     )  # fmt: skip
-    assert relative_error(found, wanted) <= 1e-3
+    assert_close(found, wanted, 1e-3)
 
 
 def test_vae_of_another_file(opened, tmp_path):
@@ -296,5 +295,44 @@ def test_base_and_refiner_share_one_noise_schedule(opened, tmp_path):
     shared = {"num_inference_steps": 10, "output_type": "latent", **common}
     half = first(PROMPT, latents=x, width=64, height=64, denoising_end=0.7, **shared).images
     wanted = second(PROMPT, image=half, denoising_start=0.7, **shared).images
-    assert relative_error(found.latents, wanted) <= 1e-3
+    assert_close(found.latents, wanted, 1e-3)
     assert found.metadata[0]["refiner"] == "sdxl-refiner"
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_full_width_sdxl_unet():
+    """The published architecture at its real size, float32: 2.57 G parameters, which both implementations share."""
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    from minisd import blueprint
+    from minisd.family import UNET
+    from minisd.shapes import below
+    from minisd.unet import UNet
+
+    shapes = below(blueprint.sdxl(), UNET)
+    weights = blueprint.random_weights(shapes)
+    with torch.device("meta"):
+        ours = UNet(shapes)
+        theirs = UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+    ours.load_state_dict(weights, assign=True)
+    named = {f"{UNET}.{key}": value for key, value in weights.items()}
+    theirs.load_state_dict(convert_ldm_unet_checkpoint(named, dict(theirs.config)), assign=True)
+    x, t, context, pooled = noise(1, 4, 32, 32), torch.tensor([601.0]), noise(1, 77, 2048), noise(1, 1280)
+    sizes = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]])
+    y = with_sizes(Conditioning(context, pooled), sizes[0].tolist()).vector
+    wanted = theirs(x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
+    assert_close(ours(x, t, context, y), wanted, 1e-5)

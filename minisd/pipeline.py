@@ -33,7 +33,7 @@ from .preview import LinearDecoder, fit_decoder
 from .prompt import encode
 from .recipe import recipe_of
 from .request import Canvas, Model, Plan, Request, noise_source, one_of, settle
-from .samplers import SAMPLERS, Denoise, Steps
+from .samplers import SAMPLERS, Denoise, Noise, Steps
 from .schedule import TRAINING_STEPS, Continuous, Schedule, noise_levels, scaled_linear, start_scale, zero_terminal
 from .taesd import TinyAutoencoder
 
@@ -190,8 +190,8 @@ class Pipeline:
         latents: list[Tensor] = []
         images: list[Image.Image] = []
         with memory_errors():
-            blended = plan.canvas is not None and self.recognition.task == "draw"
-            known = self.codec.encode(plan.canvas.pixels) if plan.canvas and blended else None
+            over = plan.canvas if self.recognition.task != "edit" else None  # an editing model starts from noise alone
+            known = self.codec.encode(over.pixels) if over else None
             for part in parts:
                 for x, denoised in relay(plan, part, sigmas, known, self, refiner):
                     yield Step(index, total, x, denoised)
@@ -214,18 +214,18 @@ class Pipeline:
     def start(self, plan: Plan, part: slice, sigmas: Tensor, known: Tensor | None) -> Tensor:
         """The first latents (B, C, h, w): noise, and under it the init image where there is one."""
         noise = plan.noise[part].to(self.device)
-        if known is not None and plan.canvas and (plan.canvas.strength < 1 or plan.canvas.mask is not None):
+        keeps = self.recognition.task == "draw" and plan.canvas is not None and plan.canvas.mask is not None
+        if known is not None and plan.canvas and (plan.canvas.strength < 1 or keeps):
             return known + noise * sigmas[0]
         return noise * start_scale(self.schedule, sigmas[0], plan.spacing, SAMPLERS[plan.request.sampler].unit_variance)
 
-    def sample(self, plan: Plan, part: slice, x: Tensor, sigmas: Tensor, known: Tensor | None) -> Steps:
+    def sample(self, plan: Plan, part: slice, x: Tensor, sigmas: Tensor, known: Tensor | None, noise: Noise) -> Steps:
         """From x down the noise levels `sigmas`, for some of the pictures; yields (latents, denoised), (B, C, h, w) each."""
         told = guided(plan, plan.prompts[part], self.recognition, self.text_encoders, self.codec)
         network = (self.unet, self.schedule, self.training.prediction, self.training.sigma_data)
         denoise: Denoise = Denoiser(*network, told.conditions, told.guide)
-        if known is not None and plan.canvas and plan.canvas.mask is not None:
+        if known is not None and plan.canvas and plan.canvas.mask is not None and self.recognition.task == "draw":
             denoise = keeping(denoise, shrunk(plan.canvas.mask, x), known)
-        noise = noise_source(plan.seeds[part], x)
         return SAMPLERS[plan.request.sampler].run(denoise, x, sigmas, noise, plan.request.eta)
 
     @torch.no_grad()
@@ -259,11 +259,12 @@ def relay(plan: Plan, part: slice, sigmas: Tensor, known: Tensor | None, base: P
     section 2.5); a level belongs to the base if its timestep is at least the cutoff (diffusers, denoising_end).
     """
     x = base.start(plan, part, sigmas, known)
+    noise = noise_source(plan.seeds[part], x)
     cutoff = round(TRAINING_STEPS * (1 - plan.request.high_noise_frac))
     turn = int((base.schedule.timestep(sigmas[:-1]) >= cutoff).sum()) if refiner else len(sigmas) - 1
     for painter, levels in ((base, sigmas[: turn + 1]), (refiner or base, sigmas[turn:])):
         if len(levels) > 1:
-            steps = painter.sample(plan, part, x, levels, known)
+            steps = painter.sample(plan, part, x, levels, known, noise)
             with visiting(painter.unet, painter.device):
                 for step in steps:
                     yield step

@@ -189,6 +189,8 @@ def settle_canvas(request: Request, model: Model, init: Image.Image | None, widt
         raise UsageError("mask: this checkpoint is trained to inpaint; it needs a mask, found none")
     if task == "edit" and request.mask is not None:
         raise UsageError("mask: this checkpoint edits the whole picture; expected no mask")
+    if task == "edit" and request.strength not in (None, 1):
+        raise UsageError(f"strength: this checkpoint edits by image_guidance_scale; expected 1, found {request.strength}")
     strength = request.strength if request.strength is not None else STRENGTH if task == "draw" and request.mask is None else 1.0
     number("strength", strength, 0, 1)
     if int(request.steps * strength) < 1:

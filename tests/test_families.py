@@ -208,7 +208,7 @@ def test_image_to_image(opened, sampler, pictures, tmp_path):
     assert found.metadata[0]["strength"] == 0.6
 
 
-@pytest.mark.parametrize(("name", "strength"), [("sd1", 0.7), ("sd1-inpaint", 1.0)])
+@pytest.mark.parametrize(("name", "strength"), [("sd1", 0.7), ("sd1-inpaint", 1.0), ("sd1-inpaint", 0.7)])
 def test_inpainting(opened, name, strength, pictures, tmp_path):
     """With an ordinary model by keeping what is known, with an inpainting model by its five extra channels."""
     import numpy as np
@@ -235,6 +235,37 @@ def test_instruct_pix2pix(opened, pictures, tmp_path):
         pipe, reference, image_guidance_scale=1.7, ours={"init_image": pictures[0]}, theirs={"image": pictures[0]}
     )  # fmt: skip
     assert_close(found, wanted, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("sd1", {"mask": "x.png"}, "mask: expected an init_image to go with it, found none"),
+        ("sd1", {"strength": 0.5}, "strength: expected an init_image"),
+        ("sd1", {"init_image": True, "strength": 0.01}, "strength: 0.01 of 20 steps is less than one"),
+        ("sd1", {"init_image": True, "strength": 1.5}, "strength: expected a number from 0 to 1"),
+        ("sd1", {"init_image": "none.png"}, "init_image none.png: does not exist"),
+        ("sd1", {"init_image": __file__}, "is no PNG, JPEG, WEBP picture"),
+        ("sd1", {"init_image": 3}, "init_image: expected a PIL image or the path of one, found int"),
+        ("sd1", {"clip_skip": 9}, "clip_skip: expected a whole number from 1 to 3, found 9"),
+        ("sd1", {"zero_negative": True}, "zero_negative: only SDXL was trained so"),
+        ("sd1", {"stepz": 3}, "stepz: unknown; expected some of prompt, "),
+        ("sd1-inpaint", {}, "init_image: this checkpoint is trained to inpaint; it needs a picture and a mask, found none"),
+        ("sd1-inpaint", {"init_image": True}, "mask: this checkpoint is trained to inpaint; it needs a mask"),
+        ("sd1-edit", {}, "init_image: this checkpoint is trained to edit; it needs a picture, found none"),
+        ("sd1-edit", {"init_image": True, "strength": 0.5}, "strength: this checkpoint edits by image_guidance_scale"),
+        ("playground", {"spacing": "leading"}, "spacing: expected one of karras, exponential, found 'leading'"),
+        ("sdxl", {"original_size": (1, 2, 3)}, "original_size: expected two whole numbers"),
+        ("sdxl", {"refiner": "sd1"}, "refiner: expected a model with the latents and noise levels of Stable Diffusion XL"),
+    ],
+)
+def test_what_does_not_fit_a_model_is_named(opened, pictures, name, arguments, message):
+    pipe, _ = opened(name)
+    arguments = {key: pictures[0] if value is True and key == "init_image" else value for key, value in arguments.items()}
+    if "refiner" in arguments:
+        arguments["refiner"] = opened(arguments["refiner"])[0]
+    with pytest.raises(minisd.UsageError, match=message):
+        pipe(PROMPT, **arguments)
 
 
 def test_vae_of_another_file(opened, tmp_path):

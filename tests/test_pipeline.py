@@ -47,7 +47,8 @@ def test_batch_in_one_go_equals_the_single_run_within_rounding(reduced):
     plan = settle(Request("a star", seed=3, num_images=2, **FAST), reduced.facts())
     sigmas, part = reduced.sigmas(plan), slice(0, 2)
     with torch.no_grad():
-        *_, (both, _) = reduced.sample(plan, part, reduced.start(plan, part, sigmas, None), sigmas, None)
+        x = reduced.start(plan, part, sigmas, None)
+        *_, (both, _) = reduced.sample(plan, part, x, sigmas, None, lambda: torch.zeros_like(x))
     alone = reduced("a star", seed=4, **FAST).latents
     assert torch.allclose(both[1:], alone, atol=1e-4 * float(alone.abs().max()))
 

@@ -201,12 +201,13 @@ def again(argv: Sequence[str]) -> int:
 def inspect(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="minisd inspect", description="What a checkpoint is, from its header alone.")
     parser.add_argument("file", metavar="FILE")
+    parser.add_argument("--check", action="store_true", help="also look for NaN and infinity (reads the whole file)")
     parser.add_argument("--hash", action="store_true", help="also the model hash (reads the whole file)")
     add_output_options(parser)
     args = parser.parse_args(argv)
     from .inspection import as_text, inspect
 
-    facts = inspect(args.file, args.hash)
+    facts = inspect(args.file, args.hash, args.check)
     print(json.dumps(facts) if args.json else as_text(facts))
     return 0
 

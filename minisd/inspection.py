@@ -14,13 +14,14 @@ from .shapes import Entry
 PARTS = {UNET: "UNet", VAE: "VAE"} | {tower.name: f"text: {tower.title}" for family in FAMILIES for tower in family.towers}
 
 
-def inspect(path: str | os.PathLike[str], with_hash: bool = False) -> dict[str, Any]:
+def inspect(path: str | os.PathLike[str], with_hash: bool = False, check: bool = False) -> dict[str, Any]:
     """Facts about a .safetensors or .ckpt file, ready for JSON.
 
     family: minisd's name for it, or None; looks_like: what it is in words; why: the reasons; task, prediction, native_size;
     parts: parameters, bytes and dtypes of each; unused: the tensors that nothing needs.
     with_hash: also `sha256`, which reads the whole file, and `model_hash`, its first 10 digits.
-    Raises CheckpointError if the file is no checkpoint file.
+    check: also `broken`, the tensors that hold NaN or infinity, which reads the whole file, too.
+    Raises CheckpointError if the file is neither.
     """
     checkpoint = open_checkpoint(path)
     parts: dict[str, list[Entry]] = {}
@@ -45,6 +46,10 @@ def inspect(path: str | os.PathLike[str], with_hash: bool = False) -> dict[str, 
     if with_hash:
         facts["sha256"] = file_sha256(checkpoint.path)
         facts["model_hash"] = facts["sha256"][:10]
+    if check:
+        from .tensors import broken  # brings torch along, which the header does not need
+
+        facts["broken"] = broken(checkpoint)
     return facts
 
 
@@ -80,6 +85,11 @@ def as_text(facts: dict[str, Any]) -> str:
     lines += [f"  because: {shown(reason, 300)}" for reason in facts["why"] if facts["family"]]
     if facts["unused"]:
         lines.append(f"  unused: {shown(', '.join(facts['unused']), 200)}")
+    if "broken" in facts:
+        bad = ", ".join(facts["broken"])
+        lines.append(
+            f"  NaN or infinity in {len(facts['broken'])} tensors: {shown(bad, 300)}" if bad else "  all numbers are finite"
+        )
     if "sha256" in facts:
         lines.append(f"  model hash    {facts['model_hash']}  (sha256 {facts['sha256']})")
     lines += [f"  {shown(key, 60)} = {shown(value, 100)}" for key, value in sorted(facts["metadata"].items())]

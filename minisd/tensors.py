@@ -71,6 +71,32 @@ class Reader:
         return shaped(numbers, entry)
 
 
+def broken(checkpoint: Checkpoint) -> list[str]:
+    """The floating-point tensors that hold NaN or infinity.  Reads the whole file; raises CheckpointError as `load_tensors`."""
+    found = []
+    with opened_again(checkpoint) as file:
+        buffer = torch.empty(PIECE, dtype=torch.uint8)
+        for key, entry in checkpoint.entries.items():
+            if entry.dtype in TORCH and any(not finite(piece) for piece in pieces(file, entry, buffer)):
+                found.append(key)
+    return found
+
+
+def pieces(file: int, entry: Entry, buffer: Tensor) -> Iterator[Tensor]:
+    """The numbers of a tensor as they lie in the file, a buffer full at a time: (N,) each, valid until the next."""
+    for first in range(0, entry.nbytes, len(buffer)):
+        piece = buffer[: min(len(buffer), entry.nbytes - first)]
+        read_exactly(file, piece, entry.offset + first)
+        yield piece.view(TORCH[entry.dtype])
+
+
+def finite(numbers: Tensor) -> bool:
+    """Whether all are.  A finite sum says so at once; only where it is not does every number count."""
+    return bool(numbers.sum(dtype=torch.float64 if numbers.dtype == torch.float64 else torch.float32).isfinite()) or bool(
+        numbers.isfinite().all()
+    )
+
+
 def shaped(numbers: Tensor, entry: Entry) -> Tensor:
     """Numbers as they lie in the file, (N,), as a contiguous tensor of the entry's shape."""
     if entry.stride is None:

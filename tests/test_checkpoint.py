@@ -248,6 +248,22 @@ def test_inspect_shows_hostile_metadata_escaped_and_short(tmp_path):
     assert len(text) < 1500
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_check_finds_every_broken_number(small, tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr("minisd.tensors.PIECE", 4096)
+    weights = {key: value.to(dtype) for key, value in load_file(small).items()}
+    weights["large"] = torch.full((3000,), float(torch.finfo(dtype).max) / 2, dtype=dtype)  # its sum overflows, no number does
+    save_file(weights, tmp_path / "whole.safetensors")
+    assert inspect(tmp_path / "whole.safetensors", check=True)["broken"] == []
+    keys = list(weights)[:: len(weights) // 20]
+    for i, key in enumerate(keys):
+        weights[key].view(-1)[-1 if i % 2 else 0] = float("nan") if i % 3 else float("-inf")
+    save_file(weights, tmp_path / "poisoned.safetensors")
+    facts = inspect(tmp_path / "poisoned.safetensors", check=True)
+    assert facts["broken"] == sorted(keys)
+    assert f"NaN or infinity in {len(keys)} tensors" in as_text(facts)
+
+
 def test_conversion_rounds_as_torch_does():
     values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16)  # every float16 that there is
     values = values[values.isfinite()].repeat(33)

@@ -230,3 +230,40 @@ def test_recipe_says_no_more_about_this_machine_than_the_user_did(tiny, reduced_
     assert tiny("a star", seed=0, **FAST).metadata[0]["model_path"] is None  # the box is everywhere
     monkeypatch.chdir(reduced_file.parent)
     assert minisd.load(reduced_file.name, device="cpu")("a star", seed=0, **FAST).metadata[0]["model_path"] == reduced_file.name
+
+
+def test_a_visitor_goes_home_even_after_an_error():
+    from minisd.device import visiting
+
+    class Part(torch.nn.Linear):
+        places: list[str] = []
+
+        def to(self, place):
+            self.places.append(str(place))
+            return self
+
+    part = Part(1, 1)
+    with pytest.raises(RuntimeError), visiting(part, torch.device("cuda")):
+        assert part.places == ["cuda"]
+        raise RuntimeError
+    assert part.places == ["cuda", "cpu"]
+
+
+def test_every_part_visits_the_device_only_while_it_works(tiny, monkeypatch):
+    """What --offload rests on: text encoder, UNet and VAE one after the other, never two at a time."""
+    from contextlib import contextmanager
+
+    order, inside = [], []
+
+    @contextmanager
+    def recorded(module, device):
+        assert not inside
+        inside.append(module)
+        order.append(type(module).__name__)
+        yield
+        inside.remove(module)
+
+    for name in ("pipeline", "prompt", "codec"):
+        monkeypatch.setattr(f"minisd.{name}.visiting", recorded)
+    tiny("a star", seed=0, **FAST)
+    assert order == ["CLIPTextModel", "UNet", "AutoencoderKL"]

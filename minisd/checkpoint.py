@@ -91,6 +91,8 @@ def first_bytes(path: Path) -> tuple[bytes, int, int]:
     try:
         if path.is_dir():
             raise CheckpointError(path, "is a folder, expected a .safetensors or .ckpt file", "name the file in it")
+        if path.exists() and not path.is_file():  # a pipe would keep us waiting for its first byte
+            raise CheckpointError(path, "is not a regular file, expected a .safetensors or .ckpt file", "name the file itself")
         with path.open("rb") as file:
             stat = os.fstat(file.fileno())
             head = file.read(64)

@@ -38,8 +38,7 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], recipe: Mapping[s
     Raises OutputError; what stood there before is then whole.
     """
     path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise UsageError(f"output {str(path)!r}: expected a name that ends in .png, which is the format that carries the recipe")
+    check_writable(path)
     chunks = PngImagePlugin.PngInfo()
     if recipe is not None:
         add_text(chunks, "parameters", parameters_text(recipe))
@@ -47,15 +46,11 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], recipe: Mapping[s
     target = path.resolve()  # a link stays a link
     draft = target.with_name(f".{target.name}.minisd-tmp-{os.getpid()}")
     try:
-        if path.exists() and not path.is_file():
-            raise OutputError(f"output {path}: is not a regular file; choose another name")
         with draft.open("wb") as file:
             image.save(file, "PNG", pnginfo=chunks)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(target)
-    except OutputError:
-        raise
     except OSError as error:
         raise OutputError(f"output {path}: could not be written: {error.strerror or error}") from error
     finally:
@@ -74,9 +69,13 @@ def add_text(chunks: PngImagePlugin.PngInfo, key: str, text: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raises OutputError now rather than after minutes of drawing."""
+    """Raises UsageError or OutputError now rather than after minutes of drawing."""
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"output {str(path)!r}: expected a name that ends in .png, which is the format that carries the recipe")
     folder = path.parent
     if not folder.is_dir():
         raise OutputError(f"output {path}: the folder {folder} does not exist; make it first")
-    if path.is_dir() or not os.access(folder, os.W_OK):
+    if path.exists() and not path.is_file():
+        raise OutputError(f"output {path}: is not a regular file; choose another name")
+    if not os.access(folder, os.W_OK):
         raise OutputError(f"output {path}: cannot be written; choose another place")

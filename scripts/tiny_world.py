@@ -6,7 +6,8 @@ import math
 import random
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
 
 Colour = int | tuple[int, int, int]
 
@@ -103,17 +104,42 @@ def paint(
         canvas.polygon(outline(shape, x, y, r), fill=colour)
 
 
-def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """A picture of the scene, (64, 64) RGB; position and size vary by a few pixels."""
+def draw(scene: Scene, rng: random.Random, style: str = "flat") -> Image.Image:
+    """A picture of the scene, (64, 64) RGB; position and size vary by a few pixels.  style: one of STYLES."""
     r = SIZES[scene.size] + rng.uniform(-1.5, 1.5)
     inset = max(r + 2, SIZE / 4)
     column, row = PLACES[scene.place]
     x, y = (inset + step * (SIZE / 2 - inset) + rng.uniform(-1.5, 1.5) for step in (column, row))
-    picture = Image.new("RGB", (SIZE * SUPERSAMPLE,) * 2, COLOURS[scene.background])
-    canvas = ImageDraw.Draw(picture)
-    centre = (x * SUPERSAMPLE, y * SUPERSAMPLE)
-    paint(canvas, scene.shape, centre, r * SUPERSAMPLE, COLOURS[scene.colour], COLOURS[scene.background])
-    return picture.resize((SIZE, SIZE), Image.Resampling.BOX)
+    mask = Image.new("L", (SIZE * SUPERSAMPLE,) * 2)
+    paint(ImageDraw.Draw(mask), scene.shape, (x * SUPERSAMPLE, y * SUPERSAMPLE), r * SUPERSAMPLE, 255, 0)
+    return STYLES[style](mask.resize((SIZE, SIZE), Image.Resampling.BOX), COLOURS[scene.colour], COLOURS[scene.background])
+
+
+def flat(mask: Image.Image, colour: Colour, background: Colour) -> Image.Image:
+    """Cut out of paper: two plain colours."""
+    return Image.composite(Image.new("RGB", mask.size, colour), Image.new("RGB", mask.size, background), mask)
+
+
+def lit(mask: Image.Image, colour: Colour, background: Colour) -> Image.Image:
+    """Modelled in clay: rounded edges that catch the light from the top left, a soft shadow, a ground that darkens downward."""
+    height = np.asarray(mask.filter(ImageFilter.GaussianBlur(2.5)), dtype=np.float64) / 255  # of the clay
+    slope = moved(height, -1, -1) - moved(height, 1, 1)  # rises where it faces the light
+    shadow = moved(height, 4, 3)[..., None]
+    down = np.linspace(22, -38, SIZE)[:, None, None]
+    ground = (np.array(background) + down) * (1 - 0.55 * shadow)
+    thing = np.array(colour) + 300 * slope[..., None]
+    cover = np.asarray(mask, dtype=np.float64)[..., None] / 255
+    return Image.fromarray((cover * thing + (1 - cover) * ground).clip(0, 255).astype(np.uint8))
+
+
+def moved(field: np.ndarray, down: int, right: int) -> np.ndarray:
+    """(H, W) moved by some pixels; zeros come in at the edges."""
+    margin = 4
+    padded = np.pad(field, margin)
+    return padded[margin - down : margin - down + len(field), margin - right : margin - right + len(field)]
+
+
+STYLES = {"flat": flat, "lit": lit}
 
 
 def article(words: str) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from judge_tiny import examine
 from safetensors.torch import load_file, save_file
-from tiny_world import SIZE, caption, draw, training_scene
+from tiny_world import SIZE, STYLES, caption, draw, training_scene
 from torch import Tensor, nn
 
 import minisd
@@ -49,10 +49,10 @@ def tiny() -> Shapes:
     )
 
 
-def data_set(count: int, rng: random.Random) -> tuple[Tensor, list[list[str]]]:
+def data_set(count: int, style: str, rng: random.Random) -> tuple[Tensor, list[list[str]]]:
     """Pictures (count, 3, 64, 64) as uint8, and four captions for each."""
     scenes = [training_scene(rng) for _ in range(count)]
-    pictures = np.stack([np.asarray(draw(scene, rng)) for scene in scenes])
+    pictures = np.stack([np.asarray(draw(scene, rng, style)) for scene in scenes])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2), [[caption(scene, rng) for _ in range(4)] for scene in scenes]
 
 
@@ -83,9 +83,9 @@ class Training:
             print(f"step {i}/{self.steps}  loss {mean:.4f}  {time.monotonic() - self.start:.0f} s", flush=True)
 
 
-def train_vae(vae: AutoencoderKL, pictures: Tensor, steps: int, batch: int, device: str) -> list[float]:
+def train_vae(vae: AutoencoderKL, pictures: Tensor, steps: int, rate: float, batch: int, device: str) -> list[float]:
     """Reconstruction (absolute and squared error) with a light pull of the latents towards a unit normal."""
-    training = Training(vae, steps, 2e-3)
+    training = Training(vae, steps, rate)
     for _ in range(steps):
         x = to_range(pictures[torch.randint(len(pictures), (batch,))], device)
         with torch.autocast(device, torch.bfloat16):
@@ -137,6 +137,7 @@ def train_unet(
     latents: Tensor,
     captions: list[list[str]],
     steps: int,
+    rate: float,
     done: int,
     batch: int,
     device: str,
@@ -152,7 +153,7 @@ def train_unet(
     Yields now and then the losses and an exponential moving average of the weights, which draws better than the last ones.
     """
     both = nn.ModuleDict({"unet": unet, "text": text})
-    training = Training(both, steps, 1e-3, done)
+    training = Training(both, steps, rate, done)
     average = {name: value.detach().clone() for name, value in both.state_dict().items()}
     alphas = scaled_linear().alphas_cumprod.float().to(device)
     for i in range(done, steps):
@@ -174,7 +175,7 @@ def train_unet(
             yield training.losses, average
 
 
-def save(path: Path, parts: dict[str, dict[str, Tensor]]) -> None:
+def save(path: Path, parts: dict[str, dict[str, Tensor]], style: str) -> None:
     """One raw SD 1.x file in half precision, keys in alphabetical order as in the published ones."""
     weights = {f"{name}.{key}": value.half().cpu().contiguous() for name, part in parts.items() for key, value in part.items()}
     metadata = {
@@ -182,14 +183,19 @@ def save(path: Path, parts: dict[str, dict[str, Tensor]]) -> None:
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-v1",
         "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
-        "modelspec.title": "minisd tiny",
-        "modelspec.description": "One coloured shape on a plain background; trained from nothing by scripts/train_tiny.py.",
+        "modelspec.title": path.stem.replace("-", " "),
+        "modelspec.description": f"One coloured shape on a background, {style}; trained by scripts/train_tiny.py.",
         "modelspec.license": "MIT",
         "modelspec.resolution": f"{SIZE}x{SIZE}",
         "modelspec.prediction_type": "epsilon",
     }
     save_file(dict(sorted(weights.items())), path, metadata)
     path.chmod(0o644)
+
+
+def part(path: Path, name: str) -> dict[str, Tensor]:
+    """The weights of a checkpoint that stand below a name, in float32."""
+    return {key.removeprefix(name): value.float() for key, value in load_file(path).items() if key.startswith(name)}
 
 
 def plot_losses(path: Path, curves: dict[str, list[float]]) -> None:
@@ -207,8 +213,11 @@ def plot_losses(path: Path, curves: dict[str, list[float]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out", type=Path, default=Path("weights"), help="folder for tiny.safetensors, training.png, samples.png"
+        "--out", type=Path, default=Path("weights"), help="folder for the checkpoint, its training curves and samples"
     )
+    parser.add_argument("--name", default="tiny", help="name of the checkpoint's file")
+    parser.add_argument("--style", choices=list(STYLES), default="flat", help="how the pictures are drawn")
+    parser.add_argument("--start", type=Path, help="fine-tune this checkpoint, at half of the learning rates")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vae-steps", type=int, default=2200)
     parser.add_argument("--unet-steps", type=int, default=4000)
@@ -220,40 +229,40 @@ def main() -> None:
     random.seed(SEED)
     torch.manual_seed(SEED)
 
-    pictures, captions = data_set(PICTURES, random.Random(SEED))
-    shapes = tiny()
-    vae = AutoencoderKL(below(shapes, "first_stage_model"))
+    pictures, captions = data_set(PICTURES, args.style, random.Random(SEED))
+    shapes, share = tiny(), 0.5 if args.start else 1.0
+    vae = AutoencoderKL(below(shapes, "first_stage_model")).to(args.device)
     curves = {}
+    if args.start:
+        vae.load_state_dict(part(args.start, "first_stage_model."))
     if args.vae:
         vae.load_state_dict(load_file(args.vae))
-        vae.to(args.device)
     else:
-        vae.to(args.device)
-        curves["autoencoder"] = train_vae(vae, pictures, args.vae_steps, 16, args.device)
+        curves["autoencoder"] = train_vae(vae, pictures, args.vae_steps, 2e-3 * share, 16, args.device)
         normalise_latents(vae, pictures, args.device)
-        save_file(vae.state_dict(), args.out / "tiny-vae.safetensors")
+        save_file(vae.state_dict(), args.out / f"{args.name}-vae.safetensors")
     latents = encode_all(vae, pictures, args.device)
 
     random.seed(SEED + 1)  # from here on the same, whether the autoencoder was trained or taken from a file
     torch.manual_seed(SEED + 1)
     unet = UNet(below(shapes, "model.diffusion_model")).to(args.device)
     text = text_encoder(below(shapes, "cond_stage_model.transformer")).to(args.device)
-    if args.resume:
-        resumed = {key: value.float() for key, value in load_file(args.resume).items()}
+    if args.resume or args.start:
         for name, module in (("model.diffusion_model.", unet), ("cond_stage_model.transformer.", text)):
-            module.load_state_dict({k.removeprefix(name): v for k, v in resumed.items() if k.startswith(name)})
+            module.load_state_dict(part(args.resume or args.start, name))
     else:
         begin_as_identity(unet)
-    for losses, average in train_unet(unet, text, latents, captions, args.unet_steps, args.done, 64, args.device):
+    settings = (args.unet_steps, 1e-3 * share, args.done, 64, args.device)
+    for losses, average in train_unet(unet, text, latents, captions, *settings):
         parts = {"model.diffusion_model": "unet.", "cond_stage_model.transformer": "text."}
         weights = {name: {k.removeprefix(p): v for k, v in average.items() if k.startswith(p)} for name, p in parts.items()}
-        save(args.out / "tiny.safetensors", weights | {"first_stage_model": vae.state_dict()})
+        save(args.out / f"{args.name}.safetensors", weights | {"first_stage_model": vae.state_dict()}, args.style)
         curves["UNet and text encoder"] = losses
-        (args.out / "training.json").write_text(json.dumps(curves))
-    plot_losses(args.out / "training.png", curves)
-    sheet, right = examine(minisd.load(args.out / "tiny.safetensors"), 40)
-    sheet.save(args.out / "samples.png")
-    print(f"{right[3]} of 40 held-back prompts right; see {args.out / 'samples.png'}")
+        (args.out / f"{args.name}-training.json").write_text(json.dumps(curves))
+    plot_losses(args.out / f"{args.name}-training.png", curves)
+    sheet, right = examine(minisd.load(args.out / f"{args.name}.safetensors"), 40)
+    sheet.save(args.out / f"{args.name}-samples.png")
+    print(f"{right[3]} of 40 held-back prompts right; see {args.out / f'{args.name}-samples.png'}")
 
 
 if __name__ == "__main__":

@@ -282,3 +282,10 @@ def test_hash_is_remembered_until_the_file_changes(tmp_path):
     path.write_bytes(b"two")
     os.utime(path, ns=(1, 1))
     assert file_sha256(path) == hashlib.sha256(b"two").hexdigest()
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    assert "is not a regular file" in refused(tmp_path / "pipe.safetensors")

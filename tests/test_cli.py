@@ -132,8 +132,8 @@ BAD = {
     "again text": (["again", "text"], 2, "text: is not a PNG"),
     "again foreign": (["again", "plain.png"], 2, "plain.png: carries no minisd chunk"),
     "no folder": (["a star", "-o", "no/where.png"], 6, "the folder no does not exist"),
-    "folder": (["a star", "-o", "folder.png"], 6, "folder.png: cannot be written"),
-    "jpeg": (["a star", "-o", "x.jpg"], 2, "expected a name that ends in .png"),
+    "folder": (["a star", "-o", "folder.png"], 6, "folder.png: is not a regular file"),
+    "jpeg": (["a star", "-m", "no.safetensors", "-o", "x.jpg"], 2, "expected a name that ends in .png"),
 }
 
 

@@ -29,6 +29,7 @@ from .family import Recognition, Training
 from .guidance import guided, shrunk
 from .image import save_png, to_pil
 from .model import StableDiffusion, averaged, load_model, load_vae
+from .ops import checked
 from .preview import LinearDecoder, fit_decoder
 from .prompt import encode
 from .recipe import recipe_of
@@ -62,6 +63,7 @@ def load(
     """
     where = to_device(device)
     kind = to_dtype(dtype, where)
+    checked(os.environ.get("MINISD_KERNELS") or "auto")
     one_of("prediction", prediction, (None, "epsilon", "v"))
     checkpoint = open_checkpoint(path if path is not None else tiny_checkpoint())
     if ema:

@@ -179,9 +179,10 @@ def pictures(monkeypatch):
     import numpy as np
     from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img as image
     from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpaint as inpaint
+    from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl_inpaint as inpaint_xl
     from PIL import Image
 
-    for module in (image, inpaint):
+    for module in (image, inpaint, inpaint_xl):
         monkeypatch.setattr(module, "retrieve_latents", lambda output, *_, **__: output.latent_dist.mode())
     smooth = torch.nn.functional.interpolate(noise(1, 3, 6, 6, seed=9), (64, 64), mode="bicubic")[0].clamp(-1, 1)
     init = Image.fromarray(((smooth + 1) * 127.5).byte().permute(1, 2, 0).numpy())
@@ -208,13 +209,14 @@ def test_image_to_image(opened, sampler, pictures, tmp_path):
     assert found.metadata[0]["strength"] == 0.6
 
 
-@pytest.mark.parametrize(("name", "strength"), [("sd1", 0.7), ("sd1-inpaint", 1.0), ("sd1-inpaint", 0.7)])
+@pytest.mark.parametrize(("name", "strength"), [("sd1", 0.7), ("sd1-inpaint", 1.0), ("sd1-inpaint", 0.7), ("sdxl-inpaint", 1.0)])
 def test_inpainting(opened, name, strength, pictures, tmp_path):
     """With an ordinary model by keeping what is known, with an inpainting model by its five extra channels."""
     import numpy as np
 
     pipe, parts = opened(name)
-    reference = pipeline("StableDiffusionInpaintPipeline", parts, SMALL[name], tmp_path, euler())
+    kind = "StableDiffusionXLInpaintPipeline" if name.startswith("sdxl") else "StableDiffusionInpaintPipeline"
+    reference = pipeline(kind, parts, SMALL[name], tmp_path, euler())
     init, mask = pictures
     common = {"negative_prompt": NEGATIVE, "guidance_scale": 5.0, "strength": strength}
     found = pipe(PROMPT, steps=10, seed=5, init_image=init, mask=mask, **common)

@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from families import SMALL
-from helpers import manifest, recognised
+from helpers import assert_close, manifest, recognised
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minisd import blueprint
 from minisd.checkpoint import CheckpointError
+from minisd.denoiser import Conditioning
 from minisd.family import FAMILIES, SD1, UNET
 from minisd.inspection import as_text, inspect
+from minisd.prompt import with_sizes
 from minisd.shapes import Shapes
+from minisd.unet import UNet
 
 MEASURED = f"{UNET}.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
@@ -60,21 +64,20 @@ def test_metadata_counts_more_than_the_measurement(stated, prediction, tmp_path)
     assert "the metadata" in found.reasons[-1]
 
 
-@pytest.mark.parametrize(
-    ("name", "shapes"),
-    [
-        ("SSD-1B", {"depths": (0, 2, 4), "cut": {"output_blocks.0": 4, "output_blocks.1": 4, "output_blocks.2": 10,
-                                                 "output_blocks.3": 2, "output_blocks.4": 1, "output_blocks.5": 1}}),
-        ("Segmind Vega", {"depths": (0, 1, 2), "cut": {"output_blocks.3": 1, "output_blocks.4": 1, "output_blocks.5": 1}}),
-    ],
-)  # fmt: skip
-def test_distilled_unets_are_named_and_built(name, shapes, tmp_path):
+DISTILLED = {  # transformer blocks by level on the way down, and block by block on the way up
+    "SSD-1B": ((0, 2, 4), [[4, 4, 10], [2, 1, 1]]),
+    "Segmind Vega": ((0, 1, 2), [[2, 2, 2], [1, 1, 1]]),
+}
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_distilled_unets_are_named_and_built(name, tmp_path):
     """SDXL with fewer transformer blocks and none in the middle."""
     from test_keys import built
 
     small = blueprint.assemble(
         FAMILIES[2],
-        distilled(shapes["depths"], shapes["cut"]),
+        distilled(*DISTILLED[name]),
         blueprint.vae((32, 64), (32, 64), (2, 3)),
         blueprint.clip_text(64, 2, vocabulary=50),
         blueprint.open_text(64, 2, 64, vocabulary=50),
@@ -85,17 +88,52 @@ def test_distilled_unets_are_named_and_built(name, shapes, tmp_path):
     assert built(small, found.family) == small
 
 
-def distilled(depths: tuple[int, ...], cut: dict[str, int]) -> Shapes:
-    """An SDXL UNet whose output blocks have `cut` transformer blocks, and whose middle is a single ResBlock."""
-    shapes = blueprint.unet(64, (1, 2, 4), 2, tuple(10 if depth else 0 for depth in depths), 128, linear=True, vector=1600)
+@pytest.mark.parametrize("name", DISTILLED)
+@torch.no_grad()
+def test_distilled_unets_equal_those_of_diffusers(name):
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    down, up = DISTILLED[name]
+    weights = blueprint.random_weights(distilled(down, up))
+    ours = UNet(distilled(down, up))
+    ours.load_state_dict(weights)
+    theirs = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(64, 128, 256),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        mid_block_type="UNetMidBlock2D",
+        transformer_layers_per_block=[0, [down[1]] * 2, [down[2]] * 2],
+        reverse_transformer_layers_per_block=[*up, 0],
+        attention_head_dim=(1, 2, 4),
+        cross_attention_dim=128,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=1600,
+    )
+    named = {f"{UNET}.{key}": value for key, value in weights.items()}
+    theirs.load_state_dict(convert_ldm_unet_checkpoint(named, dict(theirs.config)))
+    random = torch.Generator().manual_seed(0)
+    x, context, pooled = (torch.randn(shape, generator=random) for shape in ((1, 4, 8, 8), (1, 77, 128), (1, 64)))
+    t, sizes = torch.tensor([500.0]), torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]])
+    y = with_sizes(Conditioning(context, pooled), sizes[0].tolist()).vector
+    wanted = theirs(x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
+    assert_close(ours(x, t, context, y), wanted, 1e-5)
+
+
+def distilled(down: tuple[int, ...], up: list[list[int]]) -> Shapes:
+    """An SDXL UNet with these transformer blocks, and a middle that is a single ResBlock."""
+    shapes = blueprint.unet(64, (1, 2, 4), 2, (0, 10, 10), 128, linear=True, vector=1600)
+    limits = {f"input_blocks.{i}": down[level] for i, level in ((4, 1), (5, 1), (7, 2), (8, 2))}
+    limits |= {f"output_blocks.{i}": count for i, count in enumerate([*up[0], *up[1]])}
     kept = {}
     for key, shape in shapes.items():
         if key.startswith(("middle_block.1.", "middle_block.2.")):
             continue
-        block = ".".join(key.split(".")[:2])
-        level = {4: 1, 5: 1, 7: 2, 8: 2}.get(int(block.split(".")[1]), 0) if block.startswith("input_blocks") else None
-        limit = cut.get(block, depths[2]) if block.startswith("output_blocks") else depths[level] if level else 0
-        if ".transformer_blocks." in key and int(key.split(".transformer_blocks.")[1].split(".")[0]) >= limit:
+        block, _, rest = key.partition(".transformer_blocks.")
+        if rest and int(rest.split(".")[0]) >= limits[".".join(block.split(".")[:2])]:
             continue
         kept[key] = shape
     return Shapes(kept)

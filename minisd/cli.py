@@ -64,6 +64,7 @@ def draw_parser() -> argparse.ArgumentParser:
     add_files(parser)
     add_init(parser)
     add_finer(parser)
+    add_sizes(parser)
     add_device(parser)
     return parser
 
@@ -108,6 +109,19 @@ def add_finer(parser: argparse.ArgumentParser) -> None:
     finer.add_argument(
         "--rescale", type=float, default=0.0, metavar="R", help="0 to 1: against the glare of strong guidance (default: 0)"
     )
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    sizes = parser.add_argument_group("what SDXL is told")
+    sizes.add_argument("--original-size", type=size, metavar="WxH", help="size before cropping (default: the picture's)")
+    sizes.add_argument("--crop", type=size, default=(0, 0), metavar="LxT", help="left and top of the crop (default: 0x0)")
+    sizes.add_argument("--target-size", type=size, metavar="WxH", help="size after cropping (default: the picture's)")
+    sizes.add_argument(
+        "--zero-negative",
+        action=argparse.BooleanOptionalAction,
+        help="an empty negative prompt is all zeros, not the encoding of no words (default: as SDXL was trained, zeros)",
+    )
+    sizes.add_argument("--aesthetic", type=float, default=6.0, metavar="S", help="0 to 10, what the refiner aims at (default: 6)")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -164,6 +178,11 @@ def draw(argv: Sequence[str]) -> int:
         mask=args.mask,
         image_guidance_scale=args.image_cfg,
         high_noise_frac=args.high_noise_frac,
+        zero_negative=args.zero_negative,
+        original_size=args.original_size,
+        crop=args.crop,
+        target_size=args.target_size,
+        aesthetic_score=args.aesthetic,
     )
     result = with_progress(pipe, request, refiner, args.preview)
     status = report(result, output, args.json)

@@ -39,7 +39,8 @@ class Codec:
 
         The mean, without the little noise that the VAE was trained with: the same picture always gives the same latents.
         """
-        latents = self.run(lambda x: self.vae.encode(x)[0], pixels.to(self.device))
+        whole_or_bands = partial(tiling.encode, self.vae) if isinstance(self.vae, AutoencoderKL) else self.vae.encode
+        latents = self.run(lambda x: whole_or_bands(x)[0], pixels.to(self.device))
         if not latents.isfinite().all():
             raise NonFiniteError("the VAE made NaN or infinity of the init image: its weights are broken; try another VAE")
         return (latents - self.mean) / self.std * self.scale

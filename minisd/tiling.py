@@ -46,6 +46,18 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
         return decode_tiled(vae, latents)
 
 
+def encode(vae: AutoencoderKL, image: Tensor) -> tuple[Tensor, Tensor]:
+    """`vae.encode` in the same two ways; image (B, 3, H, W), multiples of vae.downscale.  Raises OutOfMemoryError."""
+    if fits(vae, image[:, :, :: vae.downscale, :: vae.downscale]):  # as large as its latents; the encoder needs no more
+        try:
+            with memory_errors():
+                return vae.encode(image)
+        except OutOfMemoryError:
+            warnings.warn("no memory to encode the picture whole: encoding in bands, which takes longer", stacklevel=2)
+    with memory_errors():
+        return encode_tiled(vae, image)
+
+
 def fits(vae: AutoencoderKL, latents: Tensor) -> bool:
     """Whether decoding these latents (B, C, h, w) whole takes at most half of the memory that is free now, and on a CPU at
     most `CPU_LIMIT`; if the free memory cannot be known, True."""

@@ -146,3 +146,15 @@ def test_bands_after_running_out_of_memory(narrow, monkeypatch):
     monkeypatch.setattr(tiling, "decode_tiled", lambda vae, latents: fail(latents))
     with pytest.warns(UserWarning, match="in bands"), pytest.raises(OutOfMemoryError, match="Tried to allocate 1 GiB"):
         tiling.decode(narrow, latents)
+
+
+@torch.no_grad()
+def test_large_pictures_on_a_cpu_go_in_bands_without_being_asked(narrow, monkeypatch):
+    latents = scene(4, 16, 8)
+    image = narrow.decode(latents)
+    monkeypatch.setattr(narrow, "decode", lambda _: pytest.fail("decoded whole"))
+    mean = narrow.encode(image)[0]
+    monkeypatch.setattr(narrow, "encode", lambda _: pytest.fail("encoded whole"))
+    monkeypatch.setattr(tiling, "CPU_LIMIT", 0)
+    assert relative_error(tiling.decode(narrow, latents), image) <= 1e-5
+    assert relative_error(tiling.encode(narrow, image)[0], mean) <= 1e-5

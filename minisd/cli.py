@@ -27,7 +27,8 @@ EPILOG = """\
 commands:
   minisd "PROMPT" [...]       draw (also: minisd draw "PROMPT")
   minisd again PICTURE.png    make a picture again from the recipe that it carries
-  minisd inspect FILE         what a checkpoint is, from its header alone
+  minisd inspect FILE         what a checkpoint is, and why, from its header alone
+  minisd convert FILE -o OUT  write it anew as .safetensors: another dtype, pruned, with another VAE
 
 examples:
   minisd "a red circle on a blue background"
@@ -231,7 +232,28 @@ def inspect(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"draw": draw, "again": again, "inspect": inspect}
+def convert(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="minisd convert", description="Write a checkpoint anew as .safetensors: another dtype, pruned, with another VAE."
+    )
+    parser.add_argument("file", metavar="FILE", help="a .safetensors or .ckpt checkpoint")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
+    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: what the file has)")
+    parser.add_argument("--prune", action="store_true", help="leave out what nobody needs to draw")
+    parser.add_argument("--vae", metavar="FILE", help="with the VAE of this file")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    from .device import DTYPES
+    from .errors import UsageError
+    from .saving import convert
+
+    if args.dtype and args.dtype not in DTYPES:
+        raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, found {args.dtype!r}")
+    print(convert(args.file, args.output, DTYPES.get(args.dtype), args.prune, args.vae))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"draw": draw, "again": again, "inspect": inspect, "convert": convert}
 
 
 def check_output(path: Path) -> None:

@@ -35,6 +35,7 @@ from .prompt import encode
 from .recipe import recipe_of
 from .request import Canvas, Model, Plan, Request, noise_source, one_of, settle
 from .samplers import SAMPLERS, Denoise, Noise, Steps
+from .saving import save_model
 from .schedule import TRAINING_STEPS, Continuous, Schedule, noise_levels, scaled_linear, start_scale, zero_terminal
 from .taesd import TinyAutoencoder
 
@@ -201,6 +202,15 @@ class Pipeline:
                 latents.append(x / (sigmas[-1] ** 2 + 1).sqrt())
                 images += [paste(to_pil(pixels), plan.canvas) for pixels in self.codec.decode(latents[-1])]
         return Result(images, plan.seeds, torch.cat(latents), [self.recipe(plan, i, refiner) for i in range(len(images))])
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the model as a raw .safetensors checkpoint, in the dtype that it is loaded in; returns the path.
+
+        Raises UsageError if a tiny autoencoder stands in for the VAE, and OutputError.
+        """
+        if isinstance(self.vae, TinyAutoencoder):
+            raise UsageError("save: a checkpoint needs a whole VAE, found a tiny autoencoder; load it without --vae")
+        return save_model(self.model, self.checkpoint, path)
 
     def facts(self) -> Model:
         """What a request for this model is checked against."""

@@ -17,7 +17,7 @@ LEVELS = [
     ["clip", "unet", "vae", "denoiser", "checkpoint"],
     ["tensors", "family"],
     ["inspection", "request", "prompt", "blueprint", "taesd", "tiling"],
-    ["recipe", "model", "codec"],
+    ["recipe", "model", "codec", "saving"],
     ["guidance"],
     ["image"],
     ["pipeline"],

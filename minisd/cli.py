@@ -28,6 +28,7 @@ commands:
   minisd "PROMPT" [...]       draw (also: minisd draw "PROMPT")
   minisd again PICTURE.png    make a picture again from the recipe that it carries
   minisd inspect FILE         what a checkpoint is, and why, from its header alone
+  minisd merge A B -o OUT     mix two checkpoints
   minisd convert FILE -o OUT  write it anew as .safetensors: another dtype, pruned, with another VAE
 
 examples:
@@ -253,7 +254,34 @@ def convert(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"draw": draw, "again": again, "inspect": inspect, "convert": convert}
+def merge(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="minisd merge",
+        description="Mix two checkpoints: (1 - R) A + R B, or with --base C what B learned since C on top: A + R (B - C).",
+    )
+    parser.add_argument("a", metavar="A", help="decides keys, dtype and metadata")
+    parser.add_argument("b", metavar="B")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
+    parser.add_argument("--ratio", type=float, default=0.5, metavar="R", help="how much of B (default: 0.5)")
+    parser.add_argument("--base", metavar="C", help="add the difference of B to this one")
+    for part, what in (("unet", "UNet"), ("text", "text encoders"), ("vae", "VAE")):
+        parser.add_argument(f"--{part}-ratio", type=float, metavar="R", help=f"another ratio for the {what}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    from .merging import PARTS, merge
+
+    by_part = {part: value for part in PARTS if (value := getattr(args, f"{part}_ratio")) is not None}
+    print(merge(args.a, args.b, args.output, args.ratio, args.base, by_part))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "draw": draw,
+    "again": again,
+    "inspect": inspect,
+    "convert": convert,
+    "merge": merge,
+}
 
 
 def check_output(path: Path) -> None:

@@ -18,7 +18,7 @@ LEVELS = [
     ["tensors", "family"],
     ["inspection", "request", "prompt", "blueprint", "taesd", "tiling"],
     ["recipe", "model", "codec", "saving"],
-    ["guidance"],
+    ["guidance", "merging"],
     ["image"],
     ["pipeline"],
     ["cli"],

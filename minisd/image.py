@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -12,7 +11,8 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from .errors import OutputError, UsageError
+from .atomic import check_place, replacing
+from .errors import UsageError
 from .recipe import parameters_text
 
 
@@ -43,19 +43,8 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], recipe: Mapping[s
     if recipe is not None:
         add_text(chunks, "parameters", parameters_text(recipe))
         add_text(chunks, "minisd", json.dumps(recipe, ensure_ascii=True))
-    target = path.resolve()  # a link stays a link
-    draft = target.with_name(f".{target.name}.minisd-tmp-{os.getpid()}")
-    try:
-        with draft.open("wb") as file:
-            image.save(file, "PNG", pnginfo=chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(target)
-    except OSError as error:
-        raise OutputError(f"output {path}: could not be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink()
+    with replacing(path) as draft:
+        image.save(draft, "PNG", pnginfo=chunks)
     return path
 
 
@@ -72,10 +61,4 @@ def check_writable(path: Path) -> None:
     """Raises UsageError or OutputError now rather than after minutes of drawing."""
     if path.suffix.lower() != ".png":
         raise UsageError(f"output {str(path)!r}: expected a name that ends in .png, which is the format that carries the recipe")
-    folder = path.parent
-    if not folder.is_dir():
-        raise OutputError(f"output {path}: the folder {folder} does not exist; make it first")
-    if path.exists() and not path.is_file():
-        raise OutputError(f"output {path}: is not a regular file; choose another name")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"output {path}: cannot be written; choose another place")
+    check_place(path)

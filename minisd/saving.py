@@ -6,13 +6,11 @@ stood there is untouched.  Metadata by ModelSpec 1.0.1 (Stability-AI/ModelSpec),
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import hashlib
 import json
 import os
 import shutil
-import stat
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .atomic import check_place, replacing
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import CheckpointError, OutputError
 from .family import MARKERS, VAE, is_spare, recognise, vae_name
@@ -126,11 +125,10 @@ def write_checkpoint(
     """Writes a .safetensors file of these (dtype, shape) by key, with the tensors that `read` hands over one by one."""
     if path.suffix != ".safetensors":
         raise OutputError(f"output {path}: expected a name that ends in .safetensors")
-    target = path.resolve()  # a link stays a link
+    check_place(path)
     head = header(planned, metadata)
-    check_target(path, target, len(head) + sum(Entry(*facts, 0).nbytes for facts in planned.values()))
-    draft = target.with_name(f".{target.name}.minisd-tmp-{os.getpid()}")
-    try:
+    check_room(path, len(head) + sum(Entry(*facts, 0).nbytes for facts in planned.values()))
+    with replacing(path) as draft:
         with draft.open("wb") as file:
             file.write(head)
             content = hashlib.sha256()
@@ -141,17 +139,7 @@ def write_checkpoint(
             if NO_HASH.encode() in head:  # its place was kept free in the header
                 file.seek(head.index(NO_HASH.encode()))
                 file.write(f"0x{content.hexdigest()}".encode())
-            file.flush()
-            os.fsync(file.fileno())
         read_back(draft, planned)
-        draft.chmod(stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~umask())
-        draft.replace(target)
-        sync_folder(target.parent)
-    except OSError as error:
-        raise OutputError(f"output {path}: could not be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink()
     return path
 
 
@@ -169,17 +157,8 @@ def header(planned: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping
     return struct.pack("<Q", len(text)) + text
 
 
-def check_target(path: Path, target: Path, size: int) -> None:
-    """Raises OutputError before anything is written; removes what processes that are gone have left unfinished here."""
-    if target.exists() and not target.is_file():
-        raise OutputError(f"output {path}: is not a regular file; choose another name")
-    if not target.parent.is_dir():
-        raise OutputError(f"output {path}: the folder {target.parent} does not exist; make it first")
-    for stray in target.parent.glob(f".{target.name}.minisd-tmp-*"):
-        pid = stray.name.rpartition("-")[2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            stray.unlink(missing_ok=True)
-    free = shutil.disk_usage(target.parent).free
+def check_room(path: Path, size: int) -> None:
+    free = shutil.disk_usage(path.resolve().parent).free
     if free < size * 1.05:
         raise OutputError(f"output {path}: needs {size:,} bytes, {free:,} are free; make room or choose another disk")
 
@@ -196,18 +175,3 @@ def read_back(draft: Path, planned: Mapping[str, tuple[str, tuple[int, ...]]]) -
     written = {key: (entry.dtype, entry.shape) for key, entry in open_checkpoint(draft).entries.items()}
     if written != dict(planned):
         raise OSError("what was written is not what was read back")
-
-
-def umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the new name itself survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -131,7 +131,7 @@ BAD = {
     "inspect text": (["inspect", "text"], 3, "text: is a text"),
     "again text": (["again", "text"], 2, "text: is not a PNG"),
     "again foreign": (["again", "plain.png"], 2, "plain.png: carries no minisd chunk"),
-    "no folder": (["a star", "-o", "no/where.png"], 6, "the folder no does not exist"),
+    "no folder": (["a star", "-o", "no/where.png"], 6, "no does not exist; make it first"),
     "folder": (["a star", "-o", "folder.png"], 6, "folder.png: is not a regular file"),
     "jpeg": (["a star", "-m", "no.safetensors", "-o", "x.jpg"], 2, "expected a name that ends in .png"),
 }

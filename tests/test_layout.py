@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = [
     ["errors", "shapes", "ops", "pickled"],
-    ["layers", "tokenizer", "schedule", "samplers", "torch_file", "device", "picture", "preview"],
+    ["layers", "atomic", "tokenizer", "schedule", "samplers", "torch_file", "device", "picture", "preview"],
     ["clip", "unet", "vae", "denoiser", "checkpoint"],
     ["tensors", "family"],
     ["inspection", "request", "prompt", "blueprint", "taesd", "tiling"],

@@ -127,7 +127,7 @@ def test_a_full_disk_is_told_before_writing(small, tmp_path, monkeypatch):
         convert(small, tmp_path / "new.safetensors")
 
 
-@pytest.mark.parametrize("call", ["fsync", "open", "replace", "chmod", "write"])
+@pytest.mark.parametrize("call", ["fsync", "open", "replace", "chmod", "write", "listdir"])
 def test_every_call_that_fails_leaves_the_old_file_and_no_draft(small, tmp_path, monkeypatch, call):
     """The n-th call of its kind fails, for n = 1, 2, … until none is left to fail."""
     before = small.read_bytes()
@@ -145,8 +145,8 @@ def test_every_call_that_fails_leaves_the_old_file_and_no_draft(small, tmp_path,
             return run
 
         with monkeypatch.context() as patch:
-            if call == "fsync":
-                patch.setattr(os, "fsync", failing(os.fsync))
+            if call in ("fsync", "listdir"):
+                patch.setattr(os, call, failing(getattr(os, call)))
             elif call == "write":
                 patch.setattr("minisd.saving.bytes_of", failing(saving.bytes_of))
             else:

@@ -1,0 +1,75 @@
+"""Files that are written whole or not at all: another name beside the target first, then its place in one step."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import OutputError
+
+
+def check_place(path: Path) -> None:
+    """Raises OutputError now rather than after minutes of work: for what is no regular file, or where nothing can be written."""
+    if path.exists() and not path.is_file():
+        raise OutputError(f"output {path}: is not a regular file; choose another name")
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise OutputError(f"output {path}: the folder {folder} does not exist; make it first")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"output {path}: cannot be written; choose another place")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives the name to write to.  After that the file takes the place of `path`, if nothing went wrong; a link stays a link.
+
+    The new file has the mode of the old one, or that of any new file.  Raises OutputError; what stood there is then whole.
+    """
+    target = path.resolve()
+    draft = target.with_name(f".{target.name}.minisd-tmp-{os.getpid()}")
+    try:
+        remove_strays(target)
+        yield draft
+        sync(draft)
+        if target.exists():
+            draft.chmod(stat.S_IMODE(target.stat().st_mode))
+        draft.replace(target)
+        sync(target.parent)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"output {path}: could not be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+
+
+def remove_strays(target: Path) -> None:
+    """Removes what processes that are gone have left unfinished beside a target."""
+    start = f".{target.name}.minisd-tmp-"
+    for name in os.listdir(target.parent):
+        pid = name.removeprefix(start)
+        if name.startswith(start) and pid.isdigit() and not running(int(pid)):
+            (target.parent / name).unlink(missing_ok=True)
+
+
+def running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # asks, and sends nothing
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

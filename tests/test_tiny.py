@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import random
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 from judge_tiny import exam, judge
 from readme_pictures import cells
 from safetensors import safe_open
 from tiny_world import TRAINING, caption, draw, held_back, training_scene
 
+import minisd
 from minisd.checkpoint import file_sha256
 from minisd.recipe import read_recipe
+
+LIT = Path(__file__).parents[1] / "weights" / "tiny-lit.safetensors"
 
 
 def test_the_judge_is_right_about_drawn_pictures():
@@ -64,9 +69,32 @@ def test_both_samplers_draw_it(tiny, sampler):
 
 
 def test_pictures_of_the_readme_were_drawn_by_the_commands_under_them(tiny):
-    assert len(cells()) == 8
-    for path, arguments in cells():
+    assert len(cells()) == 12
+    for path, (prompt, option, seed, *model) in cells():
         recipe = read_recipe(path)
-        prompt, option, seed = arguments
         assert (recipe["prompt"], option, str(recipe["seed"])) == (prompt, "--seed", seed)
-        assert recipe["model_sha256"] == file_sha256(tiny.checkpoint.path), f"{path} was drawn by another checkpoint"
+        assert model in ([], ["-m", "weights/tiny-lit.safetensors"])
+        checkpoint = LIT if model else tiny.checkpoint.path
+        assert recipe["model_sha256"] == file_sha256(checkpoint), f"{path} was drawn by another checkpoint"
+
+
+def darker_below(picture) -> float:
+    """By how much the ground is darker in the lower corners than in the upper ones."""
+    grey = np.asarray(picture.convert("L"), dtype=float)
+    edges = np.concatenate([grey[:, :4], grey[:, -4:]], axis=1)
+    return float(np.median(edges[:8]) - np.median(edges[-8:]))
+
+
+def test_a_checkpoint_decides_the_style_and_the_prompt_the_content(tiny):
+    """The same prompts and seeds on both checkpoints: 6 questions each of an exam that was put aside, 4 or more right; only
+    clay has a ground that darkens downward."""
+    lit = minisd.load(LIT, device="cpu")
+    assert LIT.stat().st_size <= 25e6
+    right = {"tiny": 0, "tiny-lit": 0}
+    for answer, prompt, seed in exam(100, 2)[::17]:
+        drawn = [pipe(prompt, seed=seed).images[0] for pipe in (tiny, lit)]
+        for name, picture in zip(right, drawn, strict=True):
+            right[name] += judge(picture) == answer
+        plain, shaded = (darker_below(picture) for picture in drawn)
+        assert abs(plain) < 12 < shaded, (prompt, seed, plain, shaded)
+    assert min(right.values()) >= 4, right

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import linear
+from .layers import LayerNorm, linear
 from .ops import attention
 from .shapes import Shapes, below, numbered
 
@@ -60,9 +60,9 @@ class EncoderLayer(nn.Module):
         super().__init__()
         width = shapes["layer_norm1.weight"][0]
         self.self_attn = Attention(below(shapes, "self_attn"))
-        self.layer_norm1 = nn.LayerNorm(width)
+        self.layer_norm1 = LayerNorm(width)
         self.mlp = MLP(below(shapes, "mlp"))
-        self.layer_norm2 = nn.LayerNorm(width)
+        self.layer_norm2 = LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, L, D) -> (B, L, D)
         x = x + self.self_attn(self.layer_norm1(x))
@@ -82,7 +82,7 @@ class TextTransformer(nn.Module):
         super().__init__()
         self.embeddings = Embeddings(below(shapes, "embeddings"))
         self.encoder = Encoder(below(shapes, "encoder"))
-        self.final_layer_norm = nn.LayerNorm(shapes["final_layer_norm.weight"][0])
+        self.final_layer_norm = LayerNorm(shapes["final_layer_norm.weight"][0])
         self.depth = len(self.encoder.layers)
 
     def hidden_states(self, ids: Tensor) -> list[Tensor]:
@@ -139,8 +139,8 @@ class ResidualAttentionBlock(nn.Module):
     def __init__(self, shapes: Shapes) -> None:
         super().__init__()
         width = shapes["ln_1.weight"][0]
-        self.ln_1, self.attn = nn.LayerNorm(width), FusedAttention(below(shapes, "attn"))
-        self.ln_2, self.mlp = nn.LayerNorm(width), OpenMLP(below(shapes, "mlp"))
+        self.ln_1, self.attn = LayerNorm(width), FusedAttention(below(shapes, "attn"))
+        self.ln_2, self.mlp = LayerNorm(width), OpenMLP(below(shapes, "mlp"))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
@@ -159,7 +159,7 @@ class OpenTextTransformer(nn.Module):
         self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
         self.depth = len(blocks)
         self.token_embedding = embedding(shapes, "token_embedding")
-        self.ln_final = nn.LayerNorm(shapes["ln_final.weight"][0])
+        self.ln_final = LayerNorm(shapes["ln_final.weight"][0])
 
     def hidden_states(self, ids: Tensor) -> list[Tensor]:
         """ids (B, L <= 77) -> the embeddings and the output of every block, (B, L, D) each."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import group_norm
+from .ops import group_norm, layer_norm
 from .shapes import Shapes
 
 
@@ -28,6 +28,11 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class Pointwise(nn.Linear):

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import __version__
+from . import __version__, ops
 from .checkpoint import Checkpoint, open_checkpoint
 from .codec import Autoencoder, Codec
 from .denoiser import Conditioning, Denoiser, keeping
@@ -62,6 +62,7 @@ def load(
     """
     where = to_device(device)
     kind = to_dtype(dtype, where)
+    ops.chosen()  # a wrong MINISD_KERNELS is told before anything is read
     one_of("prediction", prediction, (None, "epsilon", "v"))
     checkpoint = open_checkpoint(path if path is not None else tiny_checkpoint())
     if ema:

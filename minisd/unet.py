@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import GroupNorm, Pointwise, conv, linear
+from .layers import GroupNorm, LayerNorm, Pointwise, conv, linear
 from .ops import attention, geglu
 from .shapes import Shapes, below, numbered
 
@@ -92,7 +92,7 @@ class BasicTransformerBlock(nn.Module):
         self.attn1 = CrossAttention(below(shapes, "attn1"), heads)
         self.ff = FeedForward(below(shapes, "ff"))
         self.attn2 = CrossAttention(below(shapes, "attn2"), heads)
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (LayerNorm(channels) for _ in range(3))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:  # (B, L, C), (B, S, D) -> (B, L, C)
         x = x + self.attn1(self.norm1(x))

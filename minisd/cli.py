@@ -28,6 +28,7 @@ commands:
   minisd "PROMPT" [...]       draw (also: minisd draw "PROMPT")
   minisd again PICTURE.png    make a picture again from the recipe that it carries
   minisd inspect FILE         what a checkpoint is, from its header alone
+  minisd bench WHAT           how fast this machine draws, beside its limits and diffusers
 
 examples:
   minisd "a red circle on a blue background"
@@ -211,7 +212,13 @@ def inspect(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"draw": draw, "again": again, "inspect": inspect}
+def bench(argv: Sequence[str]) -> int:
+    from .bench import main
+
+    return main(argv)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"draw": draw, "again": again, "inspect": inspect, "bench": bench}
 
 
 def check_output(path: Path) -> None:

@@ -30,6 +30,7 @@ commands:
   minisd inspect FILE         what a checkpoint is, and why, from its header alone
   minisd merge A B -o OUT     mix two checkpoints
   minisd convert FILE -o OUT  write it anew as .safetensors: another dtype, pruned, with another VAE
+  minisd bench WHAT           how fast this machine draws, beside its limits and diffusers
 
 examples:
   minisd "a red circle on a blue background"
@@ -275,12 +276,19 @@ def merge(argv: Sequence[str]) -> int:
     return 0
 
 
+def bench(argv: Sequence[str]) -> int:
+    from .bench import main
+
+    return main(argv)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "draw": draw,
     "again": again,
     "inspect": inspect,
     "convert": convert,
     "merge": merge,
+    "bench": bench,
 }
 
 

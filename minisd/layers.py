@@ -31,8 +31,6 @@ class GroupNorm(nn.GroupNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels, with torch's own epsilon of 1e-5, as everywhere in Stable Diffusion."""
-
     def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
         return layer_norm(x, self.weight, self.bias, self.eps)
 

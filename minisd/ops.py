@@ -1,8 +1,14 @@
 """The operations that the models are written in.  The one place that chooses how each of them is computed.
 
-On a GPU that is minisd's own Triton kernels (kernels/), except where a library's is expected to be faster; elsewhere PyTorch.
-MINISD_KERNELS=triton, torch or auto (the default) decides for a whole process, `kernels("torch")` for a part of one: the same
-picture can be made both ways and compared.
+On a CUDA device most of them are kernels of ours (minisd.kernels), elsewhere they are PyTorch's own.  The environment variable
+MINISD_KERNELS, or `use` in Python, says otherwise:
+
+    auto      on a GPU those in AUTO, the default
+    triton    all of them; on a CPU too, where Triton's interpreter is on (TRITON_INTERPRET=1), which is for tests
+    torch     none
+    or some of their names, with commas between: group_norm,layer_norm
+
+Training, empty tensors and float64 always go to PyTorch: the kernels have no backward pass and no double precision.
 """
 
 from __future__ import annotations
@@ -10,8 +16,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from importlib.util import find_spec
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -19,38 +26,85 @@ from torch import Tensor
 
 from .errors import UsageError
 
-CHOICES = ("auto", "triton", "torch")
-SDPA_LIMIT = 256  # channels a head; beyond, of PyTorch's attentions only the slowest works (137 TFLOP/s on an H200, at 512)
+# What `auto` takes on a GPU.  By the measurements of the prototypes: PyTorch's GroupNorm reaches 2 to 7 % of an H200's bandwidth,
+# LayerNorm takes 8 us where 3 would do, and no library attention that is fast takes 512 channels a head.  The others are by
+# computation, and these kernels themselves are yet to be timed: `minisd bench kernels` and `minisd bench unet` do it.
+# Not in it: `attention`, because cuDNN's, which PyTorch chooses for up to 128 channels on a Hopper GPU, was measured at 258 (40
+# channels a head) and 444 TFLOP/s (64); `linear_geglu`, which must keep 80 % of cuBLAS's speed to pay.
+AUTO = frozenset({"group_norm", "layer_norm", "wide_attention", "geglu", "upsample_conv", "guided_step"})
+ALL = AUTO | {"attention", "linear_geglu"}
 
-_choice: ContextVar[str | None] = ContextVar("kernels", default=None)
+chosen_by_call: frozenset[str] | None = None  # by `use`; without it the environment is asked
+
+
+def parse(choice: str, source: str) -> frozenset[str]:
+    words = {"auto": AUTO, "triton": ALL, "torch": frozenset[str]()}
+    if choice in words:
+        return words[choice]
+    names = frozenset(choice.split(","))
+    if not names <= ALL:
+        raise UsageError(f"{source}: expected auto, triton, torch or some of {', '.join(sorted(ALL))}, found {choice!r}")
+    return names
+
+
+def chosen() -> frozenset[str]:
+    """The kernels that are to be used.  Raises UsageError for a wrong MINISD_KERNELS."""
+    if chosen_by_call is not None:
+        return chosen_by_call
+    return parse(os.environ.get("MINISD_KERNELS") or "auto", "MINISD_KERNELS")
+
+
+def use(choice: str | None) -> None:
+    """From now on: "auto", "triton", "torch" or names of kernels; None: what the environment says.  Raises UsageError."""
+    global chosen_by_call
+    chosen_by_call = None if choice is None else parse(choice, "kernels")
 
 
 @contextmanager
-def kernels(choice: str) -> Iterator[None]:
-    """Computes with these kernels inside a `with`: "triton", "torch" or "auto".  Raises UsageError."""
-    token = _choice.set(checked(choice))
+def using(choice: str) -> Iterator[None]:
+    """`use` for the length of a with block."""
+    global chosen_by_call
+    before = chosen_by_call
+    use(choice)
     try:
         yield
     finally:
-        _choice.reset(token)
+        chosen_by_call = before
 
 
-def checked(choice: str) -> str:
-    if choice not in CHOICES:
-        raise UsageError(f"MINISD_KERNELS: expected one of {', '.join(CHOICES)}, found {choice!r}")
-    return choice
+@cache
+def kernels() -> ModuleType:
+    """minisd.kernels, imported when it is first needed: Triton takes a while."""
+    return import_module("minisd.kernels")
 
 
-def by_triton(x: Tensor) -> bool:
-    """Whether kernels of our own compute with this tensor.  They have no backward pass, so training never does."""
-    choice = _choice.get() or checked(os.environ.get("MINISD_KERNELS") or "auto")
-    if choice == "torch" or torch.is_grad_enabled():
+@cache
+def has_triton() -> bool:
+    return kernels().checks.triton is not None
+
+
+def wants(name: str, device: torch.device) -> bool:
+    """Whether operation `name` on this device is a kernel's.  Raises UsageError where a kernel is asked for and cannot be."""
+    names = chosen()
+    if name not in names or not names:
         return False
-    if choice == "auto":
-        return x.is_cuda and find_spec("triton") is not None
-    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise UsageError(f"MINISD_KERNELS: triton needs a GPU (or TRITON_INTERPRET=1, for tests); found a tensor on {x.device}")
+    if names is AUTO:  # the word, and not the same names one by one
+        return device.type == "cuda" and has_triton()
+    if not has_triton():
+        raise UsageError("kernels: expected Triton to be installed, found none: `pip install triton`, or MINISD_KERNELS=torch")
+    if device.type not in kernels().checks.DEVICES:
+        raise UsageError(
+            f"kernels: expected a CUDA device (or TRITON_INTERPRET=1, set before Triton is imported), found {device.type!r}: "
+            "use MINISD_KERNELS=auto or torch"
+        )
     return True
+
+
+def fits(*tensors: Tensor | None) -> bool:
+    """Whether kernels take such tensors: they know three number formats, no gradients and no empty tensors."""
+    given = [x for x in tensors if x is not None]
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    return not learns and all(x.numel() > 0 and x.dtype in (torch.float32, torch.float16, torch.bfloat16) for x in given)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
@@ -60,10 +114,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
     """
     b, length, channels = q.shape
     q, k, v = (x.view(b, -1, heads, channels // heads).transpose(1, 2) for x in (q, k, v))  # (B, heads, L, d)
-    if not causal and flash_wins(q) and by_triton(q):
-        from .kernels import attention as flash
-
-        out = flash(q, k, v)
+    if not causal and kernel_attends(q, k, v):
+        out = kernels().attention(q, k, v)
     elif q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] >= 1024 and not causal:
         out = attention_by_rows(q, k, v)
     else:
@@ -71,13 +123,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
     return out.transpose(1, 2).reshape(b, length, channels)
 
 
-def flash_wins(q: Tensor) -> bool:
-    """Whether our attention is the one to use, where there is a choice: for the VAE's one head of 512 channels, for which cuDNN
-    has none; for the others cuDNN's, until ours is measured faster.  Its tiles want heads that are multiples of 16 bytes."""
-    d = q.shape[-1]
-    if d * q.element_size() % 16 or d > 512:
+def kernel_attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether attention over (B, heads, L, d) is the kernel's: chosen, and laid out so that the copy engine can fetch it."""
+    d = q.shape[3]
+    wide = d > 256 and q.dtype != torch.float32 and wants("wide_attention", q.device)
+    if not (wide or wants("attention", q.device)) or d > 512 or not fits(q, k, v):
         return False
-    return d > SDPA_LIMIT or _choice.get() == "triton" or os.environ.get("MINISD_KERNELS") == "triton"
+    unit = 16 // q.element_size()
+    strides = [stride for x in (q, k, v) for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
+    aligned = all(x.stride(3) == 1 and x.data_ptr() % 16 == 0 for x in (q, k, v))
+    return aligned and all(stride > 0 and stride % unit == 0 for stride in strides)
 
 
 def attention_by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -95,30 +150,70 @@ def attention_by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(out, dim=1).view(b, heads, length, d)
 
 
-def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool = False) -> Tensor:
-    """GroupNorm over (B, C, H, W), followed by SiLU where the network has one there."""
-    if by_triton(x):
-        from .kernels import group_norm as fused
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool = False,
+    shift: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> Tensor:
+    """GroupNorm over [x + shift, skip], followed by SiLU where the network has one there.
 
-        return fused(x.contiguous(memory_format=torch.channels_last), groups, weight, bias, eps, silu)
+    x (B, C, H, W), shift (B, C), skip (B, C2, H, W) -> (B, C + C2, H, W); from the kernel always channels-last.
+    """
+    if wants("group_norm", x.device) and fits(x, weight, bias, shift, skip):
+        skip = None if skip is None else channels_last(skip)
+        return kernels().group_norm(channels_last(x), groups, weight, bias, eps, silu, shift, skip)
+    x = x if shift is None else x + shift[:, :, None, None].to(x.dtype)
+    x = x if skip is None else torch.cat([x, skip], dim=1)
     x = F.group_norm(x, groups, weight, bias, eps)
     return F.silu(x, inplace=not torch.is_grad_enabled()) if silu else x
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm over the last dimension, (..., C) -> (..., C)."""
-    if by_triton(x):
-        from .kernels import layer_norm as fused
+def channels_last(x: Tensor) -> Tensor:
+    """x itself where the channels of a pixel are neighbours in memory, a slice of them too; else a copy."""
+    return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
 
-        return fused(x, weight, bias, eps)  # type: ignore[return-value]
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the last dimension: (..., C) -> (..., C)."""
+    if wants("layer_norm", x.device) and fits(x, weight, bias) and even_rows(x) and x.shape[-1] <= 16384:
+        return kernels().layer_norm(x, weight, bias, eps)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + residual, and LayerNorm of it: (..., C) each."""
+    rows = even_rows(x) and even_rows(residual) and x.shape[-1] <= 16384
+    if wants("layer_norm", x.device) and fits(x, residual, weight, bias) and rows:
+        return kernels().layer_norm(x, weight, bias, eps, residual=residual)
+    total = x + residual
+    return total, F.layer_norm(total, x.shape[-1:], weight, bias, eps)
+
+
+def even_rows(x: Tensor) -> bool:
+    """Whether (..., C) is rows at an even distance, as of every tensor that is contiguous or a slice of the last dimension."""
+    try:
+        return x.view(-1, x.shape[-1]).stride(-1) == 1
+    except RuntimeError:
+        return False
 
 
 def geglu(x: Tensor) -> Tensor:
     """(..., 2*C) -> (..., C): the first half times GELU (exact, erf) of the second (CompVis attention.py, GEGLU)."""
-    if by_triton(x):
-        from .kernels import geglu as fused
-
-        return fused(x)
+    if wants("geglu", x.device) and fits(x) and even_rows(x):
+        return kernels().geglu(x)
     value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)
+
+
+def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """geglu of a linear layer: x (..., K), weight (2*C, K), bias (2*C,) -> (..., C)."""
+    if wants("linear_geglu", x.device) and fits(x, weight, bias) and even_rows(x):
+        aligned = x.stride(-2) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0 and weight.is_contiguous()
+        if aligned and weight.shape[1] * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0:
+            return kernels().linear_geglu(x, weight, bias)
+    return geglu(F.linear(x, weight, bias))

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import __version__
+from . import __version__, ops
 from .checkpoint import Checkpoint, open_checkpoint
 from .codec import Autoencoder, Codec
 from .denoiser import Conditioning, Denoiser, keeping
@@ -29,7 +29,6 @@ from .family import Recognition, Training
 from .guidance import guided, shrunk
 from .image import save_png, to_pil
 from .model import StableDiffusion, averaged, load_model, load_vae
-from .ops import checked
 from .preview import LinearDecoder, fit_decoder
 from .prompt import encode
 from .recipe import recipe_of
@@ -64,7 +63,7 @@ def load(
     """
     where = to_device(device)
     kind = to_dtype(dtype, where)
-    checked(os.environ.get("MINISD_KERNELS") or "auto")
+    ops.chosen()  # a wrong MINISD_KERNELS is told before anything is read
     one_of("prediction", prediction, (None, "epsilon", "v"))
     checkpoint = open_checkpoint(path if path is not None else tiny_checkpoint())
     if ema:

@@ -1,89 +1,135 @@
-"""Kernels on against kernels off: whole networks, in Triton's interpreter (on a GPU natively)."""
+"""Which computation is chosen, and that it makes no difference: whole networks with kernels on against kernels off."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from families import SMALL
-from helpers import assert_close
+from families import SMALL, Small
+from helpers import relative_error
 
 import minisd
-from minisd import ops
+from minisd import blueprint, ops
+from minisd.shapes import below
+from minisd.unet import UNet
+from minisd.vae import AutoencoderKL
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LIMIT = 1e-5
+runs_kernels = [pytest.mark.gpu] if DEVICE == "cuda" else [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-@pytest.fixture(scope="module")
-def pipe(tmp_path_factory):
-    return minisd.load(SMALL["sdxl"].write(tmp_path_factory.mktemp("ops") / "sdxl.safetensors"), DEVICE, "float32")
+def small_unet(small: Small) -> UNet:
+    shapes = below(small.shapes(), "model.diffusion_model")
+    unet = UNet(shapes)
+    unet.load_state_dict(blueprint.random_weights(shapes, 3))
+    return unet.requires_grad_(False).to(DEVICE)
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """Which kernels ran, and how often."""
-    import minisd.kernels
-
-    counts = dict.fromkeys(("group_norm", "layer_norm", "geglu", "attention"), 0)
-
-    def counted(name, kernel):
-        def run(*arguments, **options):
-            counts[name] += 1
-            return kernel(*arguments, **options)
-
-        return run
-
-    for name in counts:
-        monkeypatch.setattr(minisd.kernels, name, counted(name, getattr(minisd.kernels, name)))
-    return counts
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that are called from now on."""
+    names: list[str] = []
+    for name in ("group_norm", "layer_norm", "attention", "geglu", "linear_geglu"):
+        kernel = getattr(ops.kernels(), name)
+        monkeypatch.setattr(ops.kernels(), name, lambda *args, n=name, k=kernel, **more: names.append(n) or k(*args, **more))
+    return names
 
 
+@pytest.mark.parametrize("name", [pytest.param(name, marks=runs_kernels) for name in ("sd1", "sdxl")])
 @torch.no_grad()
-def test_unet(pipe, calls):
-    x, context, y, t = noise(2, 4, 6, 8), noise(2, 77, 128), noise(2, 1600), torch.tensor([981.0, 3.0], device=DEVICE)
-    with ops.kernels("torch"):
-        wanted = pipe.unet(x, t, context, y)
-    assert set(calls.values()) == {0}
-    with ops.kernels("triton"):
-        assert_close(pipe.unet(x, t, context, y), wanted, 1e-5)
-    assert min(calls.values()) > 0
+def test_unet_with_kernels_equals_the_one_without(name, calls):
+    small = SMALL[name]
+    unet = small_unet(small)
+    x, t, context = noise(2, 4, 6, 5), torch.tensor([981.0, 1.0], device=DEVICE), noise(2, 7, small.context, seed=1)
+    y = noise(2, small.vector, seed=2) if small.vector else None
+    with ops.using("torch"):
+        wanted = unet(x, t, context, y)
+    assert not calls
+    with ops.using("triton"):
+        found = unet(x, t, context, y)
+    assert set(calls) == {"group_norm", "layer_norm", "attention", "geglu"}
+    assert relative_error(found, wanted) <= LIMIT
 
 
+@pytest.mark.parametrize("kernels", [pytest.param("triton", marks=runs_kernels)])
 @torch.no_grad()
-def test_text_and_vae(pipe, calls):
-    with ops.kernels("torch"):
-        text, pixels = pipe.encode_prompt(["a cat"]), pipe.vae.decode(noise(1, 4, 4, 4))
-    with ops.kernels("triton"):
-        assert_close(pipe.encode_prompt(["a cat"]).context, text.context, 1e-5)
-        assert_close(pipe.vae.decode(noise(1, 4, 4, 4)), pixels, 1e-5)
-    assert calls["layer_norm"] > 0
-    assert calls["group_norm"] > 0
-    assert calls["attention"] > 0
+def test_vae_with_kernels_equals_the_one_without(kernels, calls):
+    shapes = blueprint.vae((32, 64), (32, 64), (1, 1))
+    vae = AutoencoderKL(shapes)
+    vae.load_state_dict(blueprint.random_weights(shapes, 3))
+    vae = vae.requires_grad_(False).to(DEVICE)
+    latents = noise(1, 4, 3, 5)
+    with ops.using("torch"):
+        wanted = vae.decode(latents)
+    with ops.using(kernels):
+        found = vae.decode(latents)
+    assert set(calls) == {"group_norm", "attention"}
+    assert relative_error(found, wanted) <= LIMIT
 
 
-def test_the_switch(pipe, monkeypatch):
-    x = noise(1, 32, 2, 2)
-    with (
-        pytest.raises(minisd.UsageError, match="MINISD_KERNELS: expected one of auto, triton, torch, found 'cuda'"),
-        ops.kernels("cuda"),
-    ):
-        pass
-    monkeypatch.setenv("MINISD_KERNELS", "fast")
-    with pytest.raises(minisd.UsageError, match="found 'fast'"):
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=runs_kernels) for name in ("rows of 10 bytes", "copies", "float64")])
+@torch.no_grad()
+def test_what_a_kernel_does_not_take_goes_to_pytorch(layout, calls):
+    if layout == "rows of 10 bytes":
+        q = k = v = noise(2, 5, 10)
+    elif layout == "copies":
+        q, k = noise(2, 5, 16), noise(1, 3, 16).expand(2, 3, 16)
+        v = k
+    else:
+        q = k = v = noise(2, 5, 16).double()
+    heads = 2 if layout == "rows of 10 bytes" else 1
+    with ops.using("torch"):
+        wanted = ops.attention(q, k, v, heads)
+    with ops.using("triton"):
+        assert torch.equal(ops.attention(q, k, v, heads), wanted)
+    assert not calls
+
+
+@pytest.mark.parametrize("x", [pytest.param("grad", marks=runs_kernels)])
+def test_training_goes_to_pytorch(x, calls):
+    x = noise(1, 32, 2, 2).requires_grad_()
+    with ops.using("triton"):
+        ops.group_norm(x, 4, torch.ones(32, device=DEVICE), torch.zeros(32, device=DEVICE), 1e-5).square().sum().backward()
+    assert not calls
+    assert x.grad is not None
+
+
+def test_wrong_switch_is_named(monkeypatch):
+    with pytest.raises(minisd.UsageError, match=r"kernels: expected auto, triton, torch or some of .*, found 'cuda'"):
+        ops.use("cuda")
+    monkeypatch.setenv("MINISD_KERNELS", "group_norm,softmax")
+    with pytest.raises(minisd.UsageError, match=r"MINISD_KERNELS: expected auto, .* found 'group_norm,softmax'"):
         minisd.load(device="cpu")
-    monkeypatch.setenv("MINISD_KERNELS", "triton")
-    with torch.no_grad():
-        assert ops.by_triton(x)
-        with ops.kernels("torch"):
-            assert not ops.by_triton(x)
-    assert not ops.by_triton(x)  # gradients are wanted: the kernels have none
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    if DEVICE == "cpu":
-        with torch.no_grad(), pytest.raises(minisd.UsageError, match="triton needs a GPU"):
-            ops.by_triton(x)
-        monkeypatch.setenv("MINISD_KERNELS", "auto")
-        with torch.no_grad():
-            assert not ops.by_triton(x)
+
+
+def test_switch_in_the_environment_and_in_python(monkeypatch):
+    monkeypatch.setenv("MINISD_KERNELS", "group_norm,geglu")
+    assert ops.chosen() == {"group_norm", "geglu"}
+    with ops.using("torch"):
+        assert not ops.chosen()
+        with ops.using("triton"):
+            assert ops.chosen() == ops.ALL
+        assert not ops.chosen()
+    assert ops.chosen() == {"group_norm", "geglu"}
+    monkeypatch.setenv("MINISD_KERNELS", "")
+    assert ops.chosen() == ops.AUTO
+
+
+def test_auto_on_a_cpu_is_pytorch_and_does_not_import_triton():
+    code = "import sys, minisd; minisd.load(device='cpu')('a star', seed=0, steps=1); assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"TRITON_INTERPRET": "0"})
+
+
+def test_triton_on_a_cpu_without_the_interpreter_is_refused():
+    code = "import minisd; minisd.load(device='cpu')('a star', seed=0, steps=1)"
+    environment = os.environ | {"TRITON_INTERPRET": "0", "MINISD_KERNELS": "triton"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "UsageError: kernels: expected a CUDA device (or TRITON_INTERPRET=1" in run.stderr

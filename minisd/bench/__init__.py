@@ -1,0 +1,102 @@
+"""`minisd bench`: how fast the kernels, the networks and the whole way are on this machine, each beside a peer in the same run.
+
+No download: weights are random, the architectures are the published ones.  Machines are noisy: read the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+EPILOG = """\
+what:
+  kernels [NAME]   every kernel over the real shapes: time, rate, share of the ceiling, error, PyTorch's alternatives
+  unet             one step of the UNet, kernels on and off, against diffusers
+  vae              one picture decoded, the same
+  image            prompt to pixels, and a cold process to the file on disk
+  load             a checkpoint from the page cache to the device
+  roofline         where a step spends its time, and what is left to win
+  all              every figure, the most wanted first, in at most --minutes; needs --json
+
+Ceilings (copy bandwidth, matrix product) and peers are measured in the same run.  On a CPU shapes are smaller (--full: not so)
+and kernels, which run in Triton's interpreter there, are not timed.
+"""
+PARTS = {
+    "kernels": ("kernels", "bench"),
+    "unet": ("steps", "bench_unet"),
+    "vae": ("steps", "bench_vae"),
+    "image": ("processes", "bench_image"),
+    "load": ("processes", "bench_load"),
+    "roofline": ("roofline", "bench"),
+    "all": ("everything", "bench"),
+}
+PEERS = ("eager", "graph", "compiled")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="minisd bench",
+        description="How fast this machine is at drawing, part by part.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("what", choices=PARTS)
+    made.add_argument("name", nargs="?", metavar="NAME", help="with kernels: only this one")
+    made.add_argument("--model", choices=("sd15", "sd21", "sdxl"), default="sd15", help="whose architecture (default: sd15)")
+    made.add_argument("--checkpoint", type=Path, metavar="FILE", help="with image and load: a file, not random weights")
+    made.add_argument(
+        "--peers", type=peer_kinds, default=list(PEERS), metavar="KINDS", help="some of eager,graph,compiled, or ''"
+    )
+    made.add_argument("--ablate", action="store_true", help="with unet and vae: also each kernel switched alone")
+    made.add_argument("--full", action="store_true", help="the real shapes on a CPU, too")
+    made.add_argument("--repeats", type=positive, metavar="N", help="measurements of each (default: 20, on a CPU 5)")
+    made.add_argument("--minutes", type=float, default=9.5, metavar="M", help="with all: when to stop (default: 9.5)")
+    made.add_argument("--device", metavar="NAME", help="cpu, cuda, … (default: a GPU if there is one)")
+    made.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: what the device draws in)")
+    made.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there, after every row")
+    made.add_argument("--plot", type=Path, metavar="PNG", help="also draw them (needs the extra 'bench')")
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return made
+
+
+def peer_kinds(text: str) -> list[str]:
+    kinds = [kind for kind in text.split(",") if kind]
+    if not set(kinds) <= set(PEERS):
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(PEERS)}, found {text!r}")
+    return kinds
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text!r}")
+    return int(text)
+
+
+def main(argv: Sequence[str]) -> int:
+    made = parser()
+    args = made.parse_args(argv)
+    if args.name and args.what != "kernels":
+        made.error(f"{args.name!r}: only `bench kernels` takes a name")
+    from ..device import to_device, to_dtype
+    from ..ops import chosen
+    from .report import Report, machine, pyplot
+    from .timing import Clock
+
+    if args.plot:
+        pyplot()  # says at once that it is missing
+    chosen()
+    device = to_device(args.device)
+    clock = Clock(device, to_dtype(args.dtype, device), args.repeats or (20 if device.type == "cuda" else 5))
+    args.full, args.repeats = args.full or device.type == "cuda", clock.repeats
+    report = Report(clock, args.json)
+    print("minisd bench on " + ", ".join(f"{name} {value}" for name, value in machine(clock).items()))
+    if not args.full:
+        print("on a CPU: smaller shapes, and no times of kernels")
+    module, function = PARTS[args.what]
+    getattr(import_module(f".{module}", __name__), function)(report, args)
+    report.write()
+    if args.plot:
+        report.plot(args.plot)
+    return 0

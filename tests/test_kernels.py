@@ -540,7 +540,10 @@ except (ImportError, ValueError) as error:
     ("what", "message"),
     [("triton", "ImportError minisd.kernels needs Triton"), ("cuda", "ValueError x: expected a CUDA device")],
 )
-def test_imports_without_triton_or_gpu_and_says_so_when_used(what, message):
+def test_imports_without_triton_or_gpu_and_says_so_when_used(what, message, tmp_path):
+    """From another folder: in the checkout's own, Python would take its minisd/ for the installed one, which has kernels/."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", WITHOUT, what], capture_output=True, text=True, env=environment, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT, what], capture_output=True, text=True, env=environment, cwd=tmp_path, check=True
+    )
     assert run.stdout.startswith(message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from .errors import CheckpointError, MinisdError, NonFiniteError, OutOfMemoryError, OutputError, UsageError
@@ -12,6 +13,11 @@ if TYPE_CHECKING:
     from .pipeline import load as load
 
 __version__ = "0.1.0"
+
+# In a checkout kernels/ and weights/ stand beside the package, and not in it, where an installed one has them.
+_beside = os.path.dirname(os.path.dirname(__file__))
+if os.path.isfile(os.path.join(_beside, "kernels", "attention.py")):
+    __path__.append(_beside)
 
 __all__ = [
     "CheckpointError",

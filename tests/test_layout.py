@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import io
 import re
+import subprocess
+import sys
 import tokenize
 from pathlib import Path
 
@@ -78,3 +80,10 @@ def test_readme_line_counts_are_real():
 def test_readme_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text()):
         assert (ROOT / target).exists(), target
+
+
+def test_kernels_are_found_from_the_checkout_itself():
+    """`python -m minisd.cli` in the checkout takes its minisd/, installed or not."""
+    code = "import minisd.kernels, minisd.weights; print(minisd.__file__, minisd.kernels.__file__)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert run.stdout.split() == [str(ROOT / "minisd" / "__init__.py"), str(ROOT / "kernels" / "__init__.py")]

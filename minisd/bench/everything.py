@@ -62,7 +62,7 @@ def bench(report: Report, args: Any) -> None:
                 continue
             out = Path(folder) / f"{number}.json"
             file = ["--checkpoint", str(path)] if part[0] in ("image", "load") else []
-            command = [sys.executable, "-m", "minisd.cli", "bench", *part, *common, *file, "--json", str(out)]
+            command = [sys.executable, "-P", "-m", "minisd.cli", "bench", *part, *common, *file, "--json", str(out)]
             print(f"\n$ minisd bench {name}", flush=True)
             start = time.monotonic()
             process = subprocess.Popen(command)

@@ -31,7 +31,7 @@ from .errors import UsageError
 # computation, and these kernels themselves are yet to be timed: `minisd bench kernels` and `minisd bench unet` do it.
 # Not in it: `attention`, because cuDNN's, which PyTorch chooses for up to 128 channels on a Hopper GPU, was measured at 258 (40
 # channels a head) and 444 TFLOP/s (64); `linear_geglu`, which must keep 80 % of cuBLAS's speed to pay.
-AUTO = frozenset({"group_norm", "layer_norm", "wide_attention", "geglu", "upsample_conv", "guided_step"})
+AUTO = frozenset({"group_norm", "layer_norm", "wide_attention", "geglu", "upsample_conv", "add_bias", "guided_step"})
 ALL = AUTO | {"attention", "linear_geglu"}
 
 chosen_by_call: frozenset[str] | None = None  # by `use`; without it the environment is asked
@@ -220,7 +220,10 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def add_bias(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-    """x + bias + residual, in place: (B, C, H, W), (C,), (B, C, H, W) -> x."""
+    """x + bias + residual: (B, C, H, W), (C,), (B, C, H, W) -> (B, C, H, W); x may be written over."""
+    dense = all(each.is_contiguous(memory_format=torch.channels_last) for each in (x, residual))
+    if wants("add_bias", x.device) and fits(x, bias, residual) and dense:
+        return kernels().add_bias(x, bias, residual)
     return x.add_(bias[:, None, None]).add_(residual)
 
 

@@ -23,7 +23,7 @@ from .report import Report, write_json
 NEVER_COMPILED = ["--peers", "eager,graph"]
 COMPILED = ["--peers", "compiled"]  # a minute or two of compilation each, so they come last
 LONGEST = 200.0  # seconds for a part
-KERNELS = ("group_norm", "attention", "layer_norm", "geglu", "linear_geglu", "upsample_conv", "guided_step")
+KERNELS = ("group_norm", "attention", "layer_norm", "geglu", "linear_geglu", "upsample_conv", "add_bias", "guided_step")
 
 
 def parts(with_files: bool) -> list[list[str]]:

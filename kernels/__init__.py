@@ -16,6 +16,7 @@ For tests and benchmarks every file of KERNELS keeps the same protocol, `name` b
     flops(shape)                        floating-point operations
 """
 
+from . import add_bias as _add_bias
 from . import attention as _attention
 from . import geglu as _geglu
 from . import group_norm as _group_norm
@@ -31,9 +32,11 @@ KERNELS = {
     "geglu": _geglu,
     "linear_geglu": _linear_geglu,
     "upsample_conv": _upsample_conv,
+    "add_bias": _add_bias,
     "guided_step": _guided_step,
 }
 
+add_bias = _add_bias.add_bias
 attention = _attention.attention
 coefficients = _guided_step.coefficients
 geglu = _geglu.geglu

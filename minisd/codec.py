@@ -13,6 +13,7 @@ from . import tiling
 from .device import name_of, visiting
 from .errors import NonFiniteError
 from .family import Recognition, Training
+from .runtime import Decoder
 from .taesd import TinyAutoencoder
 from .vae import AutoencoderKL
 
@@ -26,7 +27,12 @@ class Codec:
     """
 
     def __init__(self, vae: Autoencoder, recognition: Recognition, device: torch.device, dtype: torch.dtype) -> None:
-        self.vae, self.device, self.dtype = vae, device, dtype
+        self.vae, self.device = vae, device
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self.dtype = vae_dtype(dtype, recognition.family.vector and isinstance(vae, AutoencoderKL), has_bfloat16)
+        vae.to(self.dtype)
+        on_gpu = next(vae.parameters()).device.type == "cuda"
+        self.decoder = Decoder(vae, graphs=True) if on_gpu and isinstance(vae, AutoencoderKL) else None
         training = Training() if isinstance(vae, TinyAutoencoder) else recognition.training
         self.scale = 1.0 if isinstance(vae, TinyAutoencoder) else recognition.latent_scale
         self.mean, self.std = (
@@ -49,13 +55,17 @@ class Codec:
         """Latents (B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1].  Raises NonFiniteError: no picture is made of NaN."""
         if not latents.isfinite().all():
             raise NonFiniteError(f"the UNet produced NaN or infinity in {name_of(self.dtype)}; draw with dtype float32")
-        whole_or_bands = partial(tiling.decode, self.vae) if isinstance(self.vae, AutoencoderKL) else self.vae.decode
-        pixels = self.run(whole_or_bands, latents / self.scale * self.std + self.mean)
+        pixels = self.run(self.whole_or_bands, latents / self.scale * self.std + self.mean)
         if not pixels.isfinite().all():
             raise NonFiniteError(
                 "the VAE produced NaN or infinity in float32 too: its weights or the latents are broken; try another VAE"
             )
         return pixels
+
+    def whole_or_bands(self, latents: Tensor) -> Tensor:
+        if not isinstance(self.vae, AutoencoderKL):
+            return self.vae.decode(latents)
+        return tiling.decode(self.vae, latents, self.decoder if latents.dtype == self.dtype else None)
 
     def run(self, half: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """One half of the VAE on x, float32; where it overflows in a smaller dtype, again in float32."""
@@ -67,3 +77,11 @@ class Codec:
                 out = half(x)
                 self.vae.to(self.dtype)
         return out
+
+
+def vae_dtype(dtype: torch.dtype, overflows: bool, has_bfloat16: bool) -> torch.dtype:
+    """What the VAE runs in beside a UNet in `dtype`: SDXL's, which overflows in float16, in bfloat16 where the device has it.
+
+    bfloat16 has float32's range and 3 bits less precision than float16.
+    """
+    return torch.bfloat16 if dtype == torch.float16 and overflows and has_bfloat16 else dtype

@@ -14,6 +14,7 @@ from .checkpoint import Checkpoint
 from .clip import TextEncoder, text_encoder
 from .errors import CheckpointError
 from .family import UNET, VAE, Family, Recognition, is_spare, listing, looks_like, recognise, vae_name
+from .ops import wants
 from .shapes import Shapes, below
 from .taesd import TinyAutoencoder, load_tiny, prefix_of
 from .tensors import load_tensors
@@ -118,15 +119,18 @@ def compare(checkpoint: Checkpoint, title: str, model: nn.Module, found: Mapping
             raise CheckpointError(checkpoint.path, f"expected shape {shape}, found {found[key]}", key=key)
 
 
+def ready(module: Module, device: torch.device) -> Module:
+    """To run, not to learn; in channels-last memory where the kernels want it, which cuDNN likes as well."""
+    module = module.requires_grad_(False).eval().to(device)
+    return module.to(memory_format=torch.channels_last) if wants("group_norm", device) else module  # type: ignore[call-overload]
+
+
 def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[StableDiffusion, Recognition]:
     """The checkpoint's network, ready to run (eval mode, no gradients), and what it is.  Raises CheckpointError."""
     recognition = recognise(checkpoint)
     model = build(checkpoint, recognition.family)
     model.load_state_dict(load_tensors(checkpoint, model.state_dict(), dtype), strict=True, assign=True)
-    model = model.requires_grad_(False).eval().to(device)
-    if device.type == "cuda":  # where convolutions are faster so, and our GroupNorm wants it
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model, recognition
+    return ready(model, device), recognition
 
 
 def load_vae(
@@ -152,4 +156,4 @@ def load_vae(
         raise CheckpointError(checkpoint.path, reason)
     tensors = load_tensors(checkpoint, {prefix + key: None for key in vae.state_dict()}, dtype)
     vae.load_state_dict({key[len(prefix) :]: tensor for key, tensor in tensors.items()}, strict=True, assign=True)
-    return vae.requires_grad_(False).eval().to(device)
+    return ready(vae, device)

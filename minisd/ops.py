@@ -31,7 +31,7 @@ from .errors import UsageError
 # computation, and these kernels themselves are yet to be timed: `minisd bench kernels` and `minisd bench unet` do it.
 # Not in it: `attention`, because cuDNN's, which PyTorch chooses for up to 128 channels on a Hopper GPU, was measured at 258 (40
 # channels a head) and 444 TFLOP/s (64); `linear_geglu`, which must keep 80 % of cuBLAS's speed to pay.
-AUTO = frozenset({"group_norm", "layer_norm", "wide_attention", "geglu", "upsample_conv", "guided_step"})
+AUTO = frozenset({"group_norm", "layer_norm", "wide_attention", "geglu", "upsample_conv", "add_bias", "guided_step"})
 ALL = AUTO | {"attention", "linear_geglu"}
 
 chosen_by_call: frozenset[str] | None = None  # by `use`; without it the environment is asked
@@ -217,3 +217,31 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if aligned and weight.shape[1] * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0:
             return kernels().linear_geglu(x, weight, bias)
     return geglu(F.linear(x, weight, bias))
+
+
+def add_bias(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    """x + bias + residual: (B, C, H, W), (C,), (B, C, H, W) -> (B, C, H, W); x may be written over."""
+    dense = all(each.is_contiguous(memory_format=torch.channels_last) for each in (x, residual))
+    if wants("add_bias", x.device) and fits(x, bias, residual) and dense:
+        return kernels().add_bias(x, bias, residual)
+    return x.add_(bias[:, None, None]).add_(residual)
+
+
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor, phases: Tensor | None) -> Tensor:
+    """A 3x3 convolution of x at twice its size: (B, C, H, W), (C', C, 3, 3), (C',) -> (B, C', 2*H, 2*W).
+
+    phases: kernels.phase_weights(weight), made once, for the kernel; None where it is not wanted.
+    """
+    if phases is not None and wants("upsample_conv", x.device) and fits(x, phases, bias):
+        return kernels().upsample_conv(channels_last(x), phases, bias)
+    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+
+
+def guided_step(x: Tensor, prediction: Tensor, table: Tensor, step: Tensor, model_input: Tensor, denoised: Tensor) -> None:
+    """Guidance and one step of the sampler, in place: see kernels/guided_step.py."""
+    if wants("guided_step", x.device) and fits(x, prediction, model_input):
+        kernels().guided_step(x, prediction, table, step, model_input, denoised)
+        return
+    results = kernels().KERNELS["guided_step"].reference(x, prediction, table, step, model_input, denoised)
+    for target, result in zip((x, model_input, denoised), results, strict=True):
+        target.copy_(result)

@@ -33,6 +33,7 @@ from .preview import LinearDecoder, fit_decoder
 from .prompt import encode
 from .recipe import recipe_of
 from .request import Canvas, Model, Plan, Request, noise_source, one_of, settle
+from .runtime import Runtime, plain
 from .samplers import SAMPLERS, Denoise, Noise, Steps
 from .saving import save_model
 from .schedule import TRAINING_STEPS, Continuous, Schedule, noise_levels, scaled_linear, start_scale, zero_terminal
@@ -143,6 +144,12 @@ class Pipeline:
         tiny = isinstance(self.vae, TinyAutoencoder)
         return self.codec if tiny else fit_decoder(self.codec.encode, self.vae.downscale)
 
+    @cached_property
+    def runtime(self) -> Runtime | None:
+        """What draws plain requests at full speed, where the UNet lives on a GPU; set it to None, and nothing is recorded."""
+        on_gpu = next(self.unet.parameters()).device.type == "cuda"
+        return Runtime(self.unet, graphs=True) if on_gpu else None
+
     @torch.no_grad()
     def preview(self, denoised: Tensor) -> list[Image.Image]:
         """What the finished pictures will look like, from `Step.denoised` (B, C, h, w): rough, at almost no cost."""
@@ -233,10 +240,14 @@ class Pipeline:
     def sample(self, plan: Plan, part: slice, x: Tensor, sigmas: Tensor, known: Tensor | None, noise: Noise) -> Steps:
         """From x down the noise levels `sigmas`, for some of the pictures; yields (latents, denoised), (B, C, h, w) each."""
         told = guided(plan, plan.prompts[part], self.recognition, self.text_encoders, self.codec)
+        mask = plan.canvas.mask if plan.canvas and self.recognition.task == "draw" else None
+        kind = (self.training.prediction, self.training.sigma_data, plan.request.eta)
+        if self.runtime and mask is None and plain(told.guide, *kind):
+            return self.runtime.sample(x, sigmas, told.conditions, told.guide, self.schedule, self.training.prediction)
         network = (self.unet, self.schedule, self.training.prediction, self.training.sigma_data)
         denoise: Denoise = Denoiser(*network, told.conditions, told.guide)
-        if known is not None and plan.canvas and plan.canvas.mask is not None and self.recognition.task == "draw":
-            denoise = keeping(denoise, shrunk(plan.canvas.mask, x), known)
+        if mask is not None and known is not None:
+            denoise = keeping(denoise, shrunk(mask, x), known)
         return SAMPLERS[plan.request.sampler].run(denoise, x, sigmas, noise, plan.request.eta)
 
     @torch.no_grad()

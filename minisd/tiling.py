@@ -31,15 +31,16 @@ Bands = list[Tensor]  # a feature map (1, C, H, W), cut into (1, C, h, W) from t
 Step = Callable[[Tensor], Tensor]  # from (1, C_in, h, W) to (1, C_out, r*h, r*W), with r = 1, 2 or 1/2
 
 
-def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+def decode(vae: AutoencoderKL, latents: Tensor, whole: Step | None = None) -> Tensor:
     """`vae.decode`: whole where the device has the memory, in bands where it has not, or where it runs out of it after all.
 
+    whole: what decodes in the place of `vae.decode`, to the same result.
     Raises OutOfMemoryError if there is no room even so.
     """
     if fits(vae, latents):
         try:
             with memory_errors():
-                return vae.decode(latents)
+                return (whole or vae.decode)(latents)
         except OutOfMemoryError:
             warnings.warn("no memory to decode the picture whole: decoding in bands, which takes longer", stacklevel=2)
     with memory_errors():  # outside the except clause, whose traceback holds the tensors of the first attempt

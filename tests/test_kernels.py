@@ -307,6 +307,25 @@ def test_phase_weights_are_exact_but_for_rounding():
     assert relative_error(reference, plain(x, weight)) < 1e-15
 
 
+# --- add_bias -------------------------------------------------------------------------------------------------------------
+
+
+@each_dtype
+@pytest.mark.parametrize("size", [(2, 320, 5, 3), (1, 512, 4, 4), (16, 7, 1, 3), (1, 1, 1, 1), (1, 130, 3, 11)])
+def test_add_bias(size, dtype):
+    arguments = {"x": image(*size, dtype=dtype), "bias": rand(size[1], dtype=dtype), "residual": image(*size, dtype=dtype)}
+    y = compare("add_bias", arguments)[0]
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_add_bias_refuses_what_is_not_dense():
+    x, bias = image(1, 8, 4, 4), rand(8)
+    with pytest.raises(ValueError, match="residual: expected dense channels-last"):
+        kernels.add_bias(x, bias, image(1, 8, 4, 8)[..., ::2])
+    with pytest.raises(ValueError, match="bias: expected shape"):
+        kernels.add_bias(x, rand(9), x)
+
+
 # --- guided_step ----------------------------------------------------------------------------------------------------------
 
 
@@ -386,6 +405,7 @@ def reduced(name: str, shape: Any) -> Any:
         "geglu": {"rows": 3},
         "linear_geglu": {"m": 5, "n": 40},
         "upsample_conv": {"size": 2, "channels": 40},
+        "add_bias": {"size": 3},
         "guided_step": {"size": 8},
     }
     return replace(shape, **small[name])

@@ -23,7 +23,7 @@ from .report import Report, write_json
 NEVER_COMPILED = ["--peers", "eager,graph"]
 COMPILED = ["--peers", "compiled"]  # a minute or two of compilation each, so they come last
 LONGEST = 200.0  # seconds for a part
-KERNELS = ("group_norm", "attention", "layer_norm", "geglu", "linear_geglu", "upsample_conv", "guided_step")
+KERNELS = ("group_norm", "attention", "layer_norm", "geglu", "linear_geglu", "upsample_conv", "add_bias", "guided_step")
 
 
 def parts(with_files: bool) -> list[list[str]]:
@@ -62,7 +62,7 @@ def bench(report: Report, args: Any) -> None:
                 continue
             out = Path(folder) / f"{number}.json"
             file = ["--checkpoint", str(path)] if part[0] in ("image", "load") else []
-            command = [sys.executable, "-m", "minisd.cli", "bench", *part, *common, *file, "--json", str(out)]
+            command = [sys.executable, "-P", "-m", "minisd.cli", "bench", *part, *common, *file, "--json", str(out)]
             print(f"\n$ minisd bench {name}", flush=True)
             start = time.monotonic()
             process = subprocess.Popen(command)

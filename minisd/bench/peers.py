@@ -46,7 +46,8 @@ VAE: dict[str, Any] = {
 
 
 def prefixed(module: nn.Module, prefix: str) -> dict[str, Tensor]:
-    return {f"{prefix}.{key}": value.clone() for key, value in module.state_dict().items()}
+    """A copy of its weights, in PyTorch's own memory order."""
+    return {f"{prefix}.{key}": value.clone(memory_format=torch.contiguous_format) for key, value in module.state_dict().items()}
 
 
 def unet(model: Published, ours: nn.Module) -> nn.Module:

@@ -52,10 +52,11 @@ def checkpoint(report: Report, args: Any) -> Iterator[Path]:
             yield random_checkpoint(MODELS[args.model], Path(folder) / f"{args.model}.safetensors", report.clock.device)
 
 
+# -P keeps the working directory off the path: in a checkout, diffusers would take kernels/ for another package.
 def python(code: str, environment: dict[str, str] | None = None) -> str:
     """What a fresh process prints."""
     quiet = os.environ | {"HF_HUB_OFFLINE": "1"} | (environment or {})
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=quiet, check=False)
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=quiet, check=False)
     if run.returncode:
         raise RuntimeError((run.stderr.strip().splitlines() or ["the process failed"])[-1])
     return run.stdout
@@ -107,7 +108,19 @@ def bench_image(report: Report, args: Any) -> None:
         if peers.INSTALLED and args.peers and args.model == "sd15":
             with report.attempt("diffusers, eager"):
                 diffusers_picture(report, path, side, steps, ours)
-        command = [sys.executable, "-m", "minisd.cli", PROMPT, "-m", str(path), "--size", f"{side}x{side}", "--steps", str(steps)]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "minisd.cli",
+            PROMPT,
+            "-m",
+            str(path),
+            "--size",
+            f"{side}x{side}",
+            "--steps",
+            str(steps),
+        ]
         command += [
             "--seed",
             "0",

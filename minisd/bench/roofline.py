@@ -1,7 +1,8 @@
 """bench roofline: where a UNet step spends its time, what it would take at the machine's ceilings, and what is left to win.
 
 Work is counted on the plain model, operation by operation: its floating-point operations, and every operand and result that it
-reads or writes once.  Time is the profiler's, kernel by kernel on a GPU.  Both are sorted into the same few classes.
+reads or writes once.  Time is that of the fused form, from the profiler, kernel by kernel on a GPU.  Both are sorted into the
+same few classes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from .. import ops
+from ..fused import FusedUNet
 from .networks import MODELS, laid_out, random_unet, step_input
 from .report import Report
 
@@ -91,7 +93,9 @@ def bench(report: Report, args: Any) -> None:
     with ops.using("torch"), Work() as work:
         network(*inputs)
     laid_out(network, clock.device)
-    seconds, launches, names = measured(lambda: network(*inputs), clock.is_cuda)
+    fused = FusedUNet(network)
+    shift, keys_values = fused.shifts(given.t[:1], given.y, clock.dtype)[0], fused.keys_values(given.context)
+    seconds, launches, names = measured(lambda: fused(given.x, shift, keys_values), clock.is_cuda)
     where = "GPU" if clock.is_cuda else "CPU"
     report.table(
         f"{model.name} UNet step, {side}x{side} latents: {where} time by kind of work, floor at the ceilings of this run",

@@ -1,9 +1,9 @@
-"""bench unet and bench vae: one step of the UNet, one decoded picture; kernels on and off, and the peers."""
+"""bench unet and bench vae: one step of the UNet, one decoded picture; fused and plain, kernels on and off, and the peers."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..denoiser import ClassifierFree, Conditioning
 from ..device import name_of
+from ..fused import FusedDecoder, FusedUNet
+from ..runtime import Runtime, step
+from ..schedule import noise_levels, scaled_linear
+from ..unet import UNet
 from . import peers
-from .networks import MODELS, laid_out, random_unet, random_vae, step_input
+from .networks import MODELS, StepInput, laid_out, random_unet, random_vae, step_input
 from .report import Report
 from .timing import Run, captured
 
@@ -27,15 +32,57 @@ def bench_unet(report: Report, args: Any) -> None:
     side = model.latents if args.full else model.latents // 2
     report.table(title(report, f"{model.name} UNet step, batch 2, {side}x{side} latents"), COLUMNS)
     network, given = random_unet(model, clock.device, clock.dtype), step_input(model, side, clock.device, clock.dtype)
+    fused = FusedUNet(network)
+    shift, keys_values = fused.shifts(given.t[:1], given.y, clock.dtype)[0], fused.keys_values(given.context)
 
     def plain() -> Tensor:
         return network(given.x, given.t, given.context, given.y)
 
+    def fast() -> Tensor:
+        return fused(given.x, shift, keys_values)
+
     def laid() -> None:
         laid_out(network, clock.device)
 
-    ours, wanted = own_rows(report, "minisd", plain, laid, args.ablate)
+    ours, wanted = own_rows(report, fast, plain, laid, args.ablate)
+    with report.attempt("minisd, whole step as drawn"):
+        whole_step(report, network, given, ours)
     peers.bench(report, args.peers, lambda: peers.unet(model, network), peers.unet_call, given, ours, wanted)
+
+
+def whole_step(report: Report, network: UNet, given: StepInput, ours: float) -> None:
+    """One of the steps that the pipeline replays: with the tables' rows, guidance and the sampler's update."""
+    clock = report.clock
+    runtime = Runtime(network, graphs=clock.is_cuda)
+    halves = [
+        Conditioning(context, vector=vector) for context, vector in zip(given.context.split(1), parts(given.y), strict=True)
+    ]
+    levels = noise_levels(scaled_linear(), "linspace", 20, unit_variance=False)
+
+    def draw() -> None:
+        for _ in runtime.sample(given.x[:1].float(), levels, halves, ClassifierFree(7.5), scaled_linear(), "epsilon"):
+            if not clock.is_cuda:
+                return
+
+    first = clock.once(draw)
+    (buffers,) = runtime.shapes.values()
+
+    def again() -> None:
+        buffers.step.zero_()  # beyond the last row of the table there is nothing but NaN
+        if buffers.replay:
+            buffers.replay()
+        elif runtime.fused:
+            step(runtime.fused, buffers)
+
+    seconds = clock.replayed(again) if clock.is_cuda else clock.seconds(again)
+    report.add("minisd, whole step as drawn", time_ms=seconds, first_s=first, to_ours=seconds / ours)
+    if clock.is_cuda:
+        second = clock.once(draw)
+        report.add("minisd, 20 steps as drawn, a step", time_ms=second / 20, to_ours=second / 20 / ours)
+
+
+def parts(y: Tensor | None) -> Sequence[Tensor | None]:
+    return (None, None) if y is None else y.split(1)
 
 
 @torch.no_grad()
@@ -48,12 +95,13 @@ def decode_rows(report: Report, args: Any, side: int) -> None:
     clock = report.clock
     report.table(title(report, f"VAE decoding {8 * side}x{8 * side} pixels"), COLUMNS)
     network = random_vae(clock.device, clock.dtype)
+    fused = FusedDecoder(network)
     latents = torch.randn(1, 4, side, side, device=clock.device).to(clock.dtype)
 
     def laid() -> None:
         laid_out(network, clock.device)
 
-    ours, wanted = own_rows(report, "minisd", lambda: network.decode(latents), laid, args.ablate)
+    ours, wanted = own_rows(report, lambda: fused(latents), lambda: network.decode(latents), laid, args.ablate)
     peers.bench(report, args.peers, lambda: peers.vae(network), peers.vae_call, latents, ours, wanted)
 
 
@@ -63,19 +111,26 @@ def title(report: Report, what: str) -> str:
     return f"{what}, {name_of(report.clock.dtype)}, {graph}; {meaning}"
 
 
-def own_rows(report: Report, label: str, run: Run, lay_out: Callable[[], None], ablate: bool) -> tuple[float, Tensor]:
-    """Rows for kernels on, off, and each of them switched alone; seconds of the first, result of PyTorch alone."""
+def own_rows(report: Report, fast: Run, plain: Run, lay_out: Callable[[], None], ablate: bool) -> tuple[float, Tensor]:
+    """Rows for the fused and the plain form, kernels on and off, and for each kernel switched alone.
+
+    Returns the seconds of the first, and what the plain form makes in PyTorch alone.
+    """
     clock = report.clock
     with ops.using("torch"):
-        wanted = run().clone()
-    ours = own_row(report, f"{label}, kernels as chosen", None, run, lay_out, wanted, None)
+        wanted = plain().clone()
+    ours = own_row(report, "minisd, fused", None, fast, lay_out, wanted, None)
+    own_row(report, "minisd, plain modules", None, plain, lay_out, wanted, ours)
     if clock.is_cuda:
-        own_row(report, f"{label}, no kernels", "torch", run, lay_out, wanted, ours)
+        own_row(report, "minisd, fused, no kernels", "torch", fast, lay_out, wanted, ours)
+        own_row(report, "minisd, plain modules, no kernels", "torch", plain, lay_out, wanted, ours)
         if ablate:
-            for name in sorted(ops.ALL):
+            for name in sorted(ops.ALL - {"guided_step"}):
                 sign = "without" if name in ops.AUTO else "and also"
-                choice = ",".join(sorted(ops.AUTO ^ {name}))
-                own_row(report, f"{label}, {sign} {name}", choice, run, lay_out, wanted, ours)
+                own_row(report, f"minisd, fused, {sign} {name}", ",".join(sorted(ops.AUTO ^ {name})), fast, lay_out, wanted, ours)
+            torch.backends.cudnn.benchmark = True
+            own_row(report, "minisd, fused, cuDNN's own search", None, fast, lay_out, wanted, ours)
+            torch.backends.cudnn.benchmark = False
     return ours, wanted
 
 

@@ -1,0 +1,203 @@
+"""How a UNet draws at full speed on a GPU: what stays the same is computed before the first step, and a step is one CUDA graph.
+
+For a prompt: keys and values of every cross-attention, and what the time embedding adds to every block at every noise level.
+Then each step is the same sequence of kernels over the same memory: the network, guidance, the sampler's update, and a counter
+that chooses the next row of the tables.  The first step of a new shape runs kernel by kernel, as every step does on a CPU, and
+so brings all kernels to life; then the sequence is recorded, and from the second step on replayed.  Nothing in the loop waits
+for the GPU or asks for memory.
+
+samplers.py, denoiser.py and unet.py are the definition.  Here is the part of it that needs no decisions on the way: Euler or
+DDIM without fresh noise, predictions of noise or of v, guidance without rescaling.  `plain` says whether a request is of that
+kind; all others go the plain way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .denoiser import ClassifierFree, Conditioning, Guide, stacked, unguided
+from .fused import FusedDecoder, FusedUNet
+from .samplers import Steps
+from .schedule import Schedule
+from .tiling import decode_bytes, free_memory
+from .unet import UNet
+from .vae import AutoencoderKL
+
+KEPT = 4  # recorded shapes; each holds the memory of one step's feature maps, in a pool that they share
+
+
+def plain(guide: Guide, prediction: str, sigma_data: float, eta: float) -> bool:
+    """Whether a step is x <- a x + b e, with e the guided prediction, so that `guided_step` can make it."""
+    guided = guide is unguided or (isinstance(guide, ClassifierFree) and guide.rescale == 0)
+    return guided and prediction in ("epsilon", "v") and sigma_data == 1 and eta == 0
+
+
+@dataclass
+class Buffers:
+    """The memory that the steps of one shape work in."""
+
+    state: Tensor  # (2, B, C, h, w), float32: the latents, and the estimate of the finished ones
+    model_input: Tensor  # (B or 2*B, C', h, w), channels-last, in the network's dtype
+    table: Tensor  # (N, 6), float32: see kernels/guided_step.py
+    shifts: Tensor  # (N, B' or 1, sum of channels), float32: see FusedUNet.shifts
+    keys_values: list[Tensor]
+    step: Tensor  # (1,), int64
+    replay: Callable[[], None] | None = None
+
+
+class Runtime:
+    """Draws with one UNet.  `graphs`: record steps, which only a GPU can."""
+
+    def __init__(self, network: UNet, graphs: bool) -> None:
+        self.network, self.graphs = network, graphs
+        self.fused: FusedUNet | None = None
+        self.weights: tuple[tuple[int, int], ...] = ()
+        self.shapes: dict[tuple[object, ...], Buffers] = {}
+        self.pool = torch.cuda.graph_pool_handle() if graphs else None
+
+    @torch.no_grad()
+    def sample(
+        self, x: Tensor, sigmas: Tensor, conditions: Sequence[Conditioning], guide: Guide, schedule: Schedule, prediction: str
+    ) -> Steps:
+        """From x (B, C, h, w) down the noise levels (N + 1,): yields (latents, denoised) N times, as samplers.py does.
+
+        conditions, guide and the rest: as for denoiser.Denoiser, of the kind that `plain` accepts.
+        """
+        fused, told = self.prepared(), stacked(conditions)
+        scale = guide.scale if isinstance(guide, ClassifierFree) else 1.0
+        table = ops.kernels().coefficients(sigmas, scale, prediction == "v").to(x.device)
+        shifts = fused.shifts(schedule.timestep(sigmas[:-1]).float().to(x.device), told.vector, told.context.dtype)
+        keys_values = fused.keys_values(told.context)
+        buffers = self.buffers(x, told, table, shifts, keys_values)
+
+        buffers.table[: len(table)].copy_(table)
+        buffers.shifts[: len(shifts)].copy_(shifts)
+        for target, source in zip(buffers.keys_values, keys_values, strict=True):
+            target.copy_(source)
+        buffers.step.zero_()
+        buffers.state[0].copy_(x)
+        copies, channels = len(conditions), x.shape[1]
+        buffers.model_input[:, :channels].copy_((x / float((sigmas[0] ** 2 + 1).sqrt())).repeat(copies, 1, 1, 1))
+        if told.extra is not None:
+            buffers.model_input[:, channels:].copy_(told.extra)
+
+        trail = torch.empty(len(table), *buffers.state.shape, device=x.device)
+        for here in trail:
+            if buffers.replay is not None:
+                buffers.replay()
+            else:
+                step(fused, buffers)
+                if self.graphs:
+                    buffers.replay = recorded(lambda: step(fused, buffers), self.pool)
+            here.copy_(buffers.state)
+            yield here[0], here[1]
+
+    def prepared(self) -> FusedUNet:
+        """The fused network, made anew if somebody has changed the weights."""
+        if self.fused is None or self.weights != versions(self.network):
+            self.shapes.clear()
+            self.fused = FusedUNet(self.network)
+            self.weights = versions(self.network)
+        return self.fused
+
+    def buffers(self, x: Tensor, told: Conditioning, table: Tensor, shifts: Tensor, keys_values: list[Tensor]) -> Buffers:
+        """Those of this shape: the ones of the last time, with their recording, or new ones."""
+        rows = max(64, 1 << (len(table) - 1).bit_length())  # so that another number of steps needs no other recording
+        key = (x.shape, told.context.shape, told.context.dtype, shifts.shape[1:], rows, ops.chosen())
+        found = self.shapes.pop(key, None) or self.new_buffers(x, told, rows, shifts, keys_values)
+        self.shapes[key] = found  # the last of the row is the one used last
+        if len(self.shapes) > KEPT:
+            del self.shapes[next(iter(self.shapes))]
+        return found
+
+    def new_buffers(self, x: Tensor, told: Conditioning, rows: int, shifts: Tensor, keys_values: list[Tensor]) -> Buffers:
+        shape = (len(told.context), self.network.in_channels, *x.shape[2:])
+        model_input = torch.empty(shape, device=x.device, dtype=told.context.dtype, memory_format=torch.channels_last)
+        return Buffers(
+            state=torch.zeros(2, *x.shape, device=x.device),
+            model_input=model_input,
+            table=torch.zeros(rows, 6, device=x.device),
+            shifts=torch.zeros(rows, *shifts.shape[1:], device=x.device),
+            keys_values=[torch.empty_like(each) for each in keys_values],
+            step=torch.zeros(1, device=x.device, dtype=torch.int64),
+        )
+
+
+def step(fused: FusedUNet, buffers: Buffers) -> None:
+    """One step, all of it on the device."""
+    latents, denoised = buffers.state
+    shift = buffers.shifts.index_select(0, buffers.step)[0]
+    prediction = fused(buffers.model_input, shift, buffers.keys_values)
+    channels = latents.shape[1]
+    ops.guided_step(latents, prediction, buffers.table, buffers.step, buffers.model_input[:, :channels], denoised)
+    buffers.step.add_(1)
+
+
+def recorded(run: Callable[[], None], pool: Any) -> Callable[[], None]:
+    """The kernels of a call as a CUDA graph, without running them; all have run before.  Returns what runs them."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        run()
+    return graph.replay
+
+
+def versions(network: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Changes when a weight is replaced or written to."""
+    return tuple((weight.data_ptr(), weight._version) for weight in network.parameters())
+
+
+@dataclass
+class Recording:
+    latents: Tensor
+    replay: Callable[[], None]
+    image: Tensor
+
+
+class Decoder:
+    """`AutoencoderKL.decode` at full speed: fused, and from the second picture of a shape on as a CUDA graph.
+
+    The first brings all kernels to life.  A recording keeps the memory of a decode, so there is none where that is scarce.
+    """
+
+    def __init__(self, network: AutoencoderKL, graphs: bool) -> None:
+        self.network, self.graphs = network, graphs
+        self.fused: FusedDecoder | None = None
+        self.weights: tuple[tuple[int, int], ...] = ()
+        self.seen: set[tuple[object, ...]] = set()
+        self.recordings: dict[tuple[object, ...], Recording] = {}
+
+    def __call__(self, latents: Tensor) -> Tensor:  # (B, C, h, w) -> (B, 3, H, W)
+        if self.fused is None or self.weights != versions(self.network):
+            self.seen.clear()
+            self.recordings.clear()
+            self.fused = FusedDecoder(self.network)
+            self.weights = versions(self.network)
+        key = (latents.shape, latents.dtype, ops.chosen())
+        if self.graphs and key in self.seen and key not in self.recordings and roomy(self.network, latents):
+            while len(self.recordings) >= KEPT:
+                del self.recordings[next(iter(self.recordings))]
+            self.recordings[key] = record_decoding(self.fused, latents)
+        self.seen.add(key)
+        if key not in self.recordings:
+            return self.fused(latents)
+        recording = self.recordings[key]
+        recording.latents.copy_(latents)
+        recording.replay()
+        return recording.image.clone()  # the next replay writes over it
+
+
+def record_decoding(fused: FusedDecoder, latents: Tensor) -> Recording:
+    given, images = latents.clone(), []
+    replay = recorded(lambda: images.append(fused(given)), None)
+    return Recording(given, replay, images[0])
+
+
+def roomy(network: AutoencoderKL, latents: Tensor) -> bool:
+    free = free_memory(latents.device)
+    return free is not None and free >= 4 * decode_bytes(network, latents)

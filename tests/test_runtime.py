@@ -1,0 +1,277 @@
+"""The fast way against the plain one: step by step, on a CPU without recording, with kernels in the interpreter, and on a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import SMALL
+from helpers import relative_error
+
+import minisd
+from minisd import blueprint, ops
+from minisd.fused import FusedDecoder, FusedUNet
+from minisd.request import Request, noise_source, settle
+from minisd.runtime import Decoder, Runtime, plain
+from minisd.shapes import below
+from minisd.unet import UNet
+from minisd.vae import AutoencoderKL
+
+LIMIT = 1e-5
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+runs_kernels = [pytest.mark.gpu] if CUDA else [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+OFF_ON = ["torch", pytest.param("triton", marks=runs_kernels)]
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("families")
+    return {name: small.write(folder / f"{name}.safetensors") for name, small in SMALL.items()}
+
+
+def load(path: Path, device: str = "cpu", dtype: str = "float32") -> minisd.Pipeline:
+    return minisd.load(path, device=device, dtype=dtype)
+
+
+def steps(pipe: minisd.Pipeline, request: Request, dtype: torch.dtype = torch.float32) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(latents, denoised) of every step of all the pictures at once; dtype: of the sampler's arithmetic."""
+    plan = settle(request, pipe.facts())
+    part, sigmas = slice(0, len(plan.prompts)), pipe.sigmas(plan)
+    with torch.no_grad():
+        known = pipe.codec.encode(plan.canvas.pixels) if plan.canvas and pipe.recognition.task == "draw" else None
+        x = pipe.start(plan, part, sigmas, known).to(dtype)
+        return list(pipe.sample(plan, part, x, sigmas, known, noise_source(plan.seeds, x)))
+
+
+def compare(pipe: minisd.Pipeline, request: Request, limit: float = LIMIT) -> None:
+    """The plain way with its sampler in float64: where the noise starts at 4096 (sdxl-v), its sums lose four digits in float32,
+    and those of the fast way, whose coefficients are made in float64, none."""
+    pipe.runtime = None
+    wanted = steps(pipe, request, torch.float64)
+    pipe.runtime = Runtime(pipe.unet, graphs=CUDA)
+    found = steps(pipe, request)
+    assert pipe.runtime.fused is not None, "went the plain way"
+    assert len(found) == len(wanted) == request.steps
+    for (x, denoised), (true_x, true_denoised) in zip(found, wanted, strict=True):
+        assert relative_error(x, true_x) <= limit
+        assert relative_error(denoised, true_denoised) <= limit
+
+
+PICTURE = np.full((64, 64, 3), 128, dtype=np.uint8)
+REQUESTS = {
+    "sd1": {},
+    "sd1, no guidance": {"guidance_scale": 1.0},
+    "sd1, uneven": {"width": 72, "height": 56},
+    "sd1, ddim": {"sampler": "ddim"},
+    "sd1, three pictures, two chunks": {"num_images": 3, "prompt": "a star " * 100},
+    "sd2": {},
+    "sdxl": {},
+    "sdxl, uneven, two pictures": {"width": 88, "height": 56, "num_images": 2},
+    "sdxl-v": {},
+    "sdxl-refiner": {},
+}
+
+
+@pytest.mark.parametrize("case", REQUESTS)
+def test_every_step_equals_the_plain_way(case, files):
+    options = {"prompt": "a red circle", "width": 64, "height": 64, "steps": 3, "seed": 1} | REQUESTS[case]
+    with ops.using("torch"):
+        compare(load(files[case.split(",")[0]], DEVICE), Request(**options))
+
+
+def test_a_mask_beside_the_latents_goes_the_fast_way(files):
+    from PIL import Image
+
+    mask = np.zeros((64, 64), dtype=np.uint8)
+    mask[:, 32:] = 255
+    options = {"init_image": Image.fromarray(PICTURE), "mask": Image.fromarray(mask), "strength": 1.0}
+    pipe = load(files["sd1-inpaint"], DEVICE)
+    with ops.using("torch"):
+        compare(pipe, Request("a star", width=64, height=64, steps=3, seed=1, **options))
+
+
+@pytest.mark.parametrize("kernels", OFF_ON)
+def test_whole_steps_with_kernels(kernels, files):
+    """At the least size: the interpreter is slow."""
+    pipe = load(files["sd1"], DEVICE)
+    request = Request("a star", width=64, height=64, steps=2, seed=1)
+    with ops.using("torch"):
+        pipe.runtime = None
+        wanted = steps(pipe, request)
+    pipe.runtime = Runtime(pipe.unet, graphs=CUDA)
+    with ops.using(kernels):
+        found = steps(pipe, request)
+    assert max(relative_error(x, true) for (x, _), (true, _) in zip(found, wanted, strict=True)) <= LIMIT
+
+
+@pytest.mark.parametrize("kernels", OFF_ON)
+@torch.no_grad()
+def test_fused_decoder_equals_the_vae(kernels):
+    shapes = blueprint.vae((32, 64), (32, 64), (1, 1))
+    network = AutoencoderKL(shapes)
+    network.load_state_dict(blueprint.random_weights(shapes, 3))
+    network = network.requires_grad_(False).to(DEVICE)
+    latents = noise(2, 4, 3, 5).to(DEVICE)
+    with ops.using("torch"):
+        wanted = network.decode(latents)
+    with ops.using(kernels):
+        assert relative_error(FusedDecoder(network)(latents), wanted) <= LIMIT
+
+
+@torch.no_grad()
+def test_fusing_keeps_keys_values_and_memory():
+    shapes = below(SMALL["sdxl"].shapes(), "model.diffusion_model")
+    weights = blueprint.random_weights(shapes, 3)
+    network = UNet(shapes)
+    network.load_state_dict(weights)
+    network.requires_grad_(False)
+    fused = FusedUNet(network)
+    assert set(network.state_dict()) == set(weights)
+    assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())
+    assert fused.crosses[0].untyped_storage().data_ptr() in {p.untyped_storage().data_ptr() for p in network.parameters()}
+
+
+def test_steps_are_memory_of_their_own(files):
+    pipe = load(files["sd1"], DEVICE)
+    pipe.runtime = Runtime(pipe.unet, graphs=CUDA)
+    found = steps(pipe, Request("a star", width=64, height=64, steps=3, seed=1))
+    assert len({x.data_ptr() for x, _ in found}) == 3
+    assert not torch.equal(found[0][0], found[1][0])
+
+
+def test_the_second_prompt_and_other_numbers_of_steps_reuse_the_buffers(files):
+    pipe = load(files["sd1"], DEVICE)
+    runtime = Runtime(pipe.unet, graphs=CUDA)
+    for request in (
+        Request("a star", width=64, height=64, steps=3, seed=1),
+        Request("a blue circle", width=64, height=64, steps=5, seed=2, guidance_scale=3.0),
+        Request("a blue circle", width=64, height=64, steps=2, seed=2, guidance_scale=1.0),
+    ):
+        pipe.runtime = None
+        wanted = steps(pipe, request)
+        pipe.runtime = runtime
+        found = steps(pipe, request)
+        assert relative_error(found[-1][0], wanted[-1][0]) <= LIMIT
+    assert len(runtime.shapes) == 2  # with guidance and without
+
+
+def test_changed_weights_are_noticed(files):
+    pipe = load(files["sd1"], DEVICE)
+    request = Request("a star", width=64, height=64, steps=2, seed=1)
+    runtime = Runtime(pipe.unet, graphs=CUDA)
+    pipe.runtime = runtime
+    before = steps(pipe, request)
+    pipe.unet.middle_block[0].out_layers[3].bias.mul_(100)
+    pipe.unet.load_state_dict({key: value.clone() for key, value in pipe.unet.state_dict().items()}, assign=True)
+    compare(pipe, request)
+    pipe.runtime = runtime
+    assert relative_error(steps(pipe, request)[-1][0], before[-1][0]) > 1e-3
+
+
+def test_what_is_not_plain_goes_the_plain_way():
+    from minisd.denoiser import ClassifierFree, TextAndImage, unguided
+
+    assert plain(unguided, "epsilon", 1.0, 0.0)
+    assert plain(ClassifierFree(7.5), "v", 1.0, 0.0)
+    assert not plain(ClassifierFree(7.5, 0.7), "epsilon", 1.0, 0.0)
+    assert not plain(TextAndImage(7.5, 1.5), "epsilon", 1.0, 0.0)
+    assert not plain(unguided, "edm", 1.0, 0.0)
+    assert not plain(unguided, "v", 0.5, 0.0)
+    assert not plain(unguided, "epsilon", 1.0, 0.5)
+
+
+def test_on_a_cpu_everything_goes_the_plain_way(tiny):
+    assert tiny.runtime is None
+
+
+def test_sdxl_decodes_in_bfloat16_where_the_unet_runs_in_float16():
+    """Its VAE overflows in float16."""
+    from minisd.codec import vae_dtype
+
+    half, brain, full = torch.float16, torch.bfloat16, torch.float32
+    assert vae_dtype(half, overflows=True, has_bfloat16=True) == brain
+    assert vae_dtype(half, overflows=True, has_bfloat16=False) == half
+    assert vae_dtype(half, overflows=False, has_bfloat16=True) == half
+    assert vae_dtype(full, overflows=True, has_bfloat16=True) == full
+
+
+@torch.no_grad()
+def test_codec_decodes_with_the_fast_decoder_what_is_in_its_dtype(files):
+    pipe = load(files["sdxl"], DEVICE)
+    latents = noise(1, 4, 8, 8).to(DEVICE)
+    with ops.using("torch"):
+        pipe.codec.decoder = None
+        wanted = pipe.codec.decode(latents)
+        pipe.codec.decoder = Decoder(pipe.vae, graphs=CUDA)
+        for _ in range(3):
+            assert relative_error(pipe.codec.decode(latents), wanted) <= LIMIT
+    assert pipe.codec.decoder.fused is not None
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_recorded_decoding_equals_eager(files):
+    pipe = load(files["sdxl"], "cuda", "float16")
+    decoder, first, second = Decoder(pipe.vae, graphs=True), noise(1, 4, 8, 8), noise(1, 4, 8, 8, seed=1)
+    first, second = (x.to("cuda", next(pipe.vae.parameters()).dtype) for x in (first, second))
+    wanted = [FusedDecoder(pipe.vae)(x) for x in (first, second)]
+    for _ in range(3):
+        assert torch.equal(decoder(first), wanted[0])
+        assert torch.equal(decoder(second), wanted[1])
+    assert decoder.recordings
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_graph_equals_eager_on_a_gpu(name, files):
+    """The same kernels over the same numbers: bit for bit."""
+    pipe = load(files[name], "cuda", "float16")
+    request = Request("a star", width=64, height=64, steps=4, seed=1)
+    pipe.runtime = Runtime(pipe.unet, graphs=False)
+    wanted = steps(pipe, request)
+    pipe.runtime = Runtime(pipe.unet, graphs=True)
+    for _ in range(2):
+        for (found, _), (true, _) in zip(steps(pipe, request), wanted, strict=True):
+            assert torch.equal(found, true)
+
+
+@pytest.mark.gpu
+def test_no_synchronisation_and_no_allocation_in_the_loop(files):
+    pipe = load(files["sd1"], "cuda", "float16")
+    request = Request("a star", width=64, height=64, steps=6, seed=1)
+    pipe.runtime = Runtime(pipe.unet, graphs=True)
+    steps(pipe, request)  # records
+    plan = settle(request, pipe.facts())
+    sigmas = pipe.sigmas(plan)
+    with torch.no_grad():
+        x = pipe.start(plan, slice(0, 1), sigmas, None)
+        loop = pipe.sample(plan, slice(0, 1), x, sigmas, None, noise_source(plan.seeds, x))
+        next(loop)
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            kept = list(loop)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(kept) == 5
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@pytest.mark.gpu
+def test_kernels_on_and_off_draw_the_same_picture(files):
+    """In half precision every operation rounds: the latents stay within a hundredth (random weights), pixels within 3."""
+    results = {}
+    for kernels in ("torch", "auto", "triton"):
+        with ops.using(kernels):
+            results[kernels] = load(files["sd1"], "cuda", "float16")("a star", width=128, height=128, steps=4, seed=1)
+    for kernels in ("auto", "triton"):
+        assert relative_error(results[kernels].latents, results["torch"].latents) <= 1e-2
+        pixels = [np.asarray(results[each].images[0], dtype=np.int16) for each in (kernels, "torch")]
+        assert np.abs(pixels[0] - pixels[1]).max() <= 3

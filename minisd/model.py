@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .checkpoint import Checkpoint
@@ -19,6 +19,7 @@ from .shapes import Shapes, below
 from .taesd import TinyAutoencoder, load_tiny, prefix_of
 from .tensors import load_tensors
 from .unet import UNet
+from .upload import upload_tensors
 from .vae import AutoencoderKL
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -125,11 +126,15 @@ def ready(module: Module, device: torch.device) -> Module:
     return module.to(memory_format=torch.channels_last) if wants("group_norm", device) else module  # type: ignore[call-overload]
 
 
+def load_to(checkpoint: Checkpoint, keys: Iterable[str], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    return upload_tensors(checkpoint, keys, dtype, device) if device.type == "cuda" else load_tensors(checkpoint, keys, dtype)
+
+
 def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[StableDiffusion, Recognition]:
     """The checkpoint's network, ready to run (eval mode, no gradients), and what it is.  Raises CheckpointError."""
     recognition = recognise(checkpoint)
     model = build(checkpoint, recognition.family)
-    model.load_state_dict(load_tensors(checkpoint, model.state_dict(), dtype), strict=True, assign=True)
+    model.load_state_dict(load_to(checkpoint, model.state_dict(), dtype, device), strict=True, assign=True)
     return ready(model, device), recognition
 
 
@@ -154,6 +159,6 @@ def load_vae(
     if vae.latent_channels != latent_channels:
         reason = f"is a VAE for latents of {vae.latent_channels} channels, the checkpoint has {latent_channels}"
         raise CheckpointError(checkpoint.path, reason)
-    tensors = load_tensors(checkpoint, {prefix + key: None for key in vae.state_dict()}, dtype)
+    tensors = load_to(checkpoint, [prefix + key for key in vae.state_dict()], dtype, device)
     vae.load_state_dict({key[len(prefix) :]: tensor for key, tensor in tensors.items()}, strict=True, assign=True)
     return ready(vae, device)

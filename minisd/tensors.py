@@ -8,7 +8,7 @@ only new memory is the result; touching that takes most of the time that loading
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -27,13 +27,17 @@ PIECE = 2 << 20  # bytes; 0.5, 1 and 2 MiB measured the same, 4 MiB up to 1.4 ti
 def load_tensors(checkpoint: Checkpoint, keys: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
     """The named tensors in `dtype`, on the CPU.  Raises CheckpointError if one is not stored in one of `TORCH`, or if the
     file changed since it was opened, or ends too early."""
-    for key in keys:
-        if checkpoint.entries[key].dtype not in TORCH:
-            found = checkpoint.entries[key].dtype
-            raise CheckpointError(checkpoint.path, f"expected {', '.join(TORCH)}, found {found}", key=key)
+    entries = {key: checkpoint.entries[key] for key in keys}
+    check_floats(checkpoint, entries)
     with opened_again(checkpoint) as file:
         read = Reader(file, dtype)
-        return {key: read(checkpoint.entries[key]) for key in keys}
+        return {key: read(entry) for key, entry in entries.items()}
+
+
+def check_floats(checkpoint: Checkpoint, entries: Mapping[str, Entry]) -> None:
+    for key, entry in entries.items():
+        if entry.dtype not in TORCH:
+            raise CheckpointError(checkpoint.path, f"expected {', '.join(TORCH)}, found {entry.dtype}", key=key)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ LEVELS = [
     ["layers", "atomic", "tokenizer", "schedule", "samplers", "torch_file", "device", "picture", "preview"],
     ["clip", "unet", "vae", "denoiser", "checkpoint"],
     ["tensors", "family"],
-    ["inspection", "request", "prompt", "blueprint", "taesd", "tiling", "fused"],
+    ["upload", "inspection", "request", "prompt", "blueprint", "taesd", "tiling", "fused"],
     ["runtime"],
     ["recipe", "model", "codec", "saving"],
     ["guidance", "merging"],

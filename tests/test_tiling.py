@@ -103,10 +103,10 @@ def test_memory(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_published_shapes_at_1024(dtype):
-    vae, latents = autoencoder((128, 256, 512, 512)).to(dtype), scene(4, 128, 128).to(dtype)
+def test_published_shapes_at_1024():
+    """In bfloat16, the less precise; `scripts/bench.py tiles` measures float32 as well."""
+    vae, latents = autoencoder((128, 256, 512, 512)).bfloat16(), scene(4, 128, 128).bfloat16()
     results: list[torch.Tensor] = []
     whole = peak_bytes(lambda: results.append(vae.decode(latents)))
     bands = peak_bytes(lambda: results.append(decode_tiled(vae, latents)))

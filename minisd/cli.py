@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .cli_files import convert, diff, inspect, merge, save
+from .cli_options import add_output_options, size
 from .errors import MinisdError
 
 if TYPE_CHECKING:
@@ -28,8 +30,10 @@ commands:
   minisd "PROMPT" [...]       draw (also: minisd draw "PROMPT")
   minisd again PICTURE.png    make a picture again from the recipe that it carries
   minisd inspect FILE         what a checkpoint is, and why, from its header alone
-  minisd merge A B -o OUT     mix two checkpoints
+  minisd diff A B             what is different between two checkpoints, and how much
+  minisd merge A B -o OUT     mix checkpoints
   minisd convert FILE -o OUT  write it anew as .safetensors: another dtype, pruned, with another VAE
+  minisd save -m FILE         put a checkpoint together from parts, under the next free number
   minisd bench WHAT           how fast this machine draws, beside its limits and diffusers
 
 examples:
@@ -138,18 +142,6 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     add_output_options(parser)
 
 
-def add_output_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
-def size(text: str) -> tuple[int, int]:
-    width, mark, height = text.lower().partition("x")
-    if not (mark and width.isdecimal() and height.isdecimal()):
-        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 512x768, found {text!r}")
-    return int(width), int(height)
-
-
 def draw(argv: Sequence[str]) -> int:
     args = draw_parser().parse_args(argv)
     output = args.output or free_path(Path("out.png"))
@@ -220,62 +212,6 @@ def again(argv: Sequence[str]) -> int:
     return report(with_progress(pipe, repeat(recipe, pipe.checkpoint.path), refiner), output, args.json)
 
 
-def inspect(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="minisd inspect", description="What a checkpoint is, from its header alone.")
-    parser.add_argument("file", metavar="FILE")
-    parser.add_argument("--check", action="store_true", help="also look for NaN and infinity (reads the whole file)")
-    parser.add_argument("--hash", action="store_true", help="also the model hash (reads the whole file)")
-    add_output_options(parser)
-    args = parser.parse_args(argv)
-    from .inspection import as_text, inspect
-
-    facts = inspect(args.file, args.hash, args.check)
-    print(json.dumps(facts) if args.json else as_text(facts))
-    return 0
-
-
-def convert(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="minisd convert", description="Write a checkpoint anew as .safetensors: another dtype, pruned, with another VAE."
-    )
-    parser.add_argument("file", metavar="FILE", help="a .safetensors or .ckpt checkpoint")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
-    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: what the file has)")
-    parser.add_argument("--prune", action="store_true", help="leave out what nobody needs to draw")
-    parser.add_argument("--vae", metavar="FILE", help="with the VAE of this file")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
-    from .device import DTYPES
-    from .errors import UsageError
-    from .saving import convert
-
-    if args.dtype and args.dtype not in DTYPES:
-        raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, found {args.dtype!r}")
-    print(convert(args.file, args.output, DTYPES.get(args.dtype), args.prune, args.vae))
-    return 0
-
-
-def merge(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="minisd merge",
-        description="Mix two checkpoints: (1 - R) A + R B, or with --base C what B learned since C on top: A + R (B - C).",
-    )
-    parser.add_argument("a", metavar="A", help="decides keys, dtype and metadata")
-    parser.add_argument("b", metavar="B")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
-    parser.add_argument("--ratio", type=float, default=0.5, metavar="R", help="how much of B (default: 0.5)")
-    parser.add_argument("--base", metavar="C", help="add the difference of B to this one")
-    for part, what in (("unet", "UNet"), ("text", "text encoders"), ("vae", "VAE")):
-        parser.add_argument(f"--{part}-ratio", type=float, metavar="R", help=f"another ratio for the {what}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
-    from .merging import PARTS, merge
-
-    by_part = {part: value for part in PARTS if (value := getattr(args, f"{part}_ratio")) is not None}
-    print(merge(args.a, args.b, args.output, args.ratio, args.base, by_part))
-    return 0
-
-
 def bench(argv: Sequence[str]) -> int:
     from .bench import main
 
@@ -286,8 +222,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "draw": draw,
     "again": again,
     "inspect": inspect,
+    "save": save,
     "convert": convert,
     "merge": merge,
+    "diff": diff,
     "bench": bench,
 }
 

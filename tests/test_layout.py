@@ -14,16 +14,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    ["errors", "shapes", "ops", "pickled"],
+    ["errors", "shapes", "ops", "pickled", "cache", "cli_options"],
     ["layers", "atomic", "tokenizer", "schedule", "samplers", "torch_file", "device", "picture", "preview"],
     ["clip", "unet", "vae", "denoiser", "checkpoint"],
     ["tensors", "family"],
-    ["upload", "inspection", "request", "prompt", "blueprint", "taesd", "tiling", "fused"],
+    ["upload", "request", "prompt", "blueprint", "taesd", "tiling", "fused", "blocks"],
     ["runtime"],
     ["recipe", "model", "codec", "saving"],
-    ["guidance", "merging"],
+    ["tree"],
+    ["inspection", "arithmetic"],
+    ["guidance", "converting", "differing"],
+    ["merging"],
     ["image"],
     ["pipeline"],
+    ["cli_files"],
     ["cli"],
 ]
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import safetensors
 
+from .cache import keep, recall
 from .errors import CheckpointError
 from .shapes import MAX_TENSORS, Entry, Shapes
 from .torch_file import read_torch_file
@@ -170,25 +171,18 @@ def read_floats(checkpoint: Checkpoint, key: str, count: int | None = None) -> l
 def file_sha256(path: Path) -> str:
     """The sha256 of a whole file; its first 10 digits are what A1111 and Civitai call the model hash (AutoV2).
 
-    Remembered by path, size and time of change under $XDG_CACHE_HOME/minisd, because a large file takes seconds.
+    Remembered by path, size and time of change, because a large file takes seconds.
     """
-    stat = path.stat()
-    name = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minisd" / "sha256.json"
-    try:
-        known = json.loads(cache.read_text())
-    except (OSError, ValueError):
-        known = {}
-    if not isinstance(known, dict):
-        known = {}
+    name = state_of(path)
+    known = recall("sha256")
     if name not in known:
         with path.open("rb") as file:
             known[name] = hashlib.file_digest(file, "sha256").hexdigest()
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            draft = cache.with_suffix(f".{os.getpid()}")
-            draft.write_text(json.dumps(known))
-            draft.replace(cache)
-        except OSError:
-            pass  # a cache that cannot be written costs time, nothing else
+        keep("sha256", known)
     return str(known[name])
+
+
+def state_of(path: Path) -> str:
+    """Tells a file and what is in it from all others, without reading it.  Raises OSError."""
+    stat = path.stat()
+    return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"

@@ -30,6 +30,8 @@ commands:
   minisd inspect FILE         what a checkpoint is, and why, from its header alone
   minisd merge A B -o OUT     mix two checkpoints
   minisd convert FILE -o OUT  write it anew as .safetensors: another dtype, pruned, with another VAE
+  minisd models               what models there are on this machine, and their short names
+  minisd models add FILE      import one
   minisd bench WHAT           how fast this machine draws, beside its limits and diffusers
 
 examples:
@@ -74,7 +76,7 @@ def draw_parser() -> argparse.ArgumentParser:
 
 def add_files(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("model files")
-    files.add_argument("-m", "--model", metavar="FILE", help="a single-file checkpoint (default: the tiny one in the box)")
+    files.add_argument("-m", "--model", metavar="FILE", help="a checkpoint, or its name in minisd models (default: tiny)")
     files.add_argument(
         "--vae", metavar="FILE", action="append", help="the VAE of another file; TAESD's two halves: --vae A --vae B"
     )
@@ -228,8 +230,9 @@ def inspect(argv: Sequence[str]) -> int:
     add_output_options(parser)
     args = parser.parse_args(argv)
     from .inspection import as_text, inspect
+    from .library import resolve
 
-    facts = inspect(args.file, args.hash, args.check)
+    facts = inspect(resolve(args.file), args.hash, args.check)
     print(json.dumps(facts) if args.json else as_text(facts))
     return 0
 
@@ -247,11 +250,13 @@ def convert(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     from .device import DTYPES
     from .errors import UsageError
+    from .library import resolve
     from .saving import convert
 
     if args.dtype and args.dtype not in DTYPES:
         raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, found {args.dtype!r}")
-    print(convert(args.file, args.output, DTYPES.get(args.dtype), args.prune, args.vae))
+    vae = resolve(args.vae, "vae") if args.vae else None
+    print(convert(resolve(args.file), args.output, DTYPES.get(args.dtype), args.prune, vae))
     return 0
 
 
@@ -269,10 +274,54 @@ def merge(argv: Sequence[str]) -> int:
         parser.add_argument(f"--{part}-ratio", type=float, metavar="R", help=f"another ratio for the {what}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
+    from .library import resolve
     from .merging import PARTS, merge
 
     by_part = {part: value for part in PARTS if (value := getattr(args, f"{part}_ratio")) is not None}
-    print(merge(args.a, args.b, args.output, args.ratio, args.base, by_part))
+    base = resolve(args.base) if args.base else None
+    print(merge(resolve(args.a), resolve(args.b), args.output, args.ratio, base, by_part))
+    return 0
+
+
+def models(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="minisd models",
+        description="The models on this machine: name, kind, what it is, size, model hash where known, path.",
+        epilog="minisd models add FILE [--name NAME] [--folder FOLDER] imports one: checked first, never executed.",
+    )
+    parser.add_argument("what", nargs="?", choices=["list"], help=argparse.SUPPRESS)
+    parser.add_argument("--hash", action="store_true", help="also the hashes that are not known yet (reads those files)")
+    parser.add_argument("--all", action="store_true", help="also the files that minisd cannot use, and why")
+    add_output_options(parser)
+    if argv[:1] == ["add"]:
+        return add_model(argv[1:])
+    args = parser.parse_args(argv)
+    from .library import as_text, list_models, places_shown
+
+    found = list_models(args.hash)
+    listed = [model for model in found if args.all or model.kind != "other"]
+    if args.json:
+        entries = [vars(model) | {"path": str(model.path)} for model in listed]
+        print(json.dumps({"searched": places_shown(), "models": entries}))
+        return 0
+    print(as_text(listed))
+    hidden = f"; {len(found) - len(listed)} files of no use to it, see --all" if len(found) > len(listed) else ""
+    print(f"minisd: searched {', '.join(places_shown())}{hidden}", file=sys.stderr)
+    return 0
+
+
+def add_model(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="minisd models add", description="Copy a model file into the library, once it is checked."
+    )
+    parser.add_argument("file", metavar="FILE", help="a .safetensors or .ckpt file")
+    parser.add_argument("--name", metavar="NAME", help="what to call it (default: as the file)")
+    parser.add_argument("--folder", metavar="FOLDER", help="where to (default: the first of $MINISD_MODELS, else models)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    from .importing import add
+
+    print(add(args.file, args.name, args.folder))
     return 0
 
 
@@ -288,6 +337,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "inspect": inspect,
     "convert": convert,
     "merge": merge,
+    "models": models,
     "bench": bench,
 }
 

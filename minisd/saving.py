@@ -10,7 +10,6 @@ import datetime
 import hashlib
 import json
 import os
-import shutil
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .atomic import check_place, replacing
+from .atomic import check_place, check_room, replacing
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import CheckpointError, OutputError
 from .family import MARKERS, VAE, is_spare, recognise, vae_name
@@ -155,12 +154,6 @@ def header(planned: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-def check_room(path: Path, size: int) -> None:
-    free = shutil.disk_usage(path.resolve().parent).free
-    if free < size * 1.05:
-        raise OutputError(f"output {path}: needs {size:,} bytes, {free:,} are free; make room or choose another disk")
 
 
 def bytes_of(tensor: Tensor, planned: tuple[str, tuple[int, ...]]) -> memoryview:

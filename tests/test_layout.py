@@ -14,16 +14,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    ["errors", "shapes", "ops", "pickled"],
+    ["errors", "shapes", "ops", "pickled", "cache", "places"],
     ["layers", "atomic", "tokenizer", "schedule", "samplers", "torch_file", "device", "picture", "preview"],
     ["clip", "unet", "vae", "denoiser", "checkpoint"],
     ["tensors", "family"],
     ["upload", "inspection", "request", "prompt", "blueprint", "taesd", "tiling", "fused"],
     ["runtime"],
-    ["recipe", "model", "codec", "saving"],
-    ["guidance", "merging"],
+    ["recipe", "model", "codec", "saving", "library"],
+    ["guidance", "merging", "importing"],
     ["image"],
     ["pipeline"],
+    ["comparing"],
     ["cli"],
 ]
 

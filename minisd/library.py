@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import __version__, family
+from . import __version__
 from .cache import keep, recall
 from .checkpoint import file_sha256, open_checkpoint, state_of
 from .errors import CheckpointError, UsageError
@@ -93,7 +93,7 @@ def as_text(models: Iterable[Listed]) -> str:
 
 def identified(files: Iterable[File]) -> list[tuple[File, str, Facts]]:
     """(file, its state, what it is) of files, without those that cannot be reached.  Opens only what is not remembered."""
-    version = f"{__version__}, {os.stat(family.__file__).st_mtime_ns}"  # another version may know more kinds
+    version = minisd_version()
     memory = recall("library")
     known = memory.get("known") if memory.get("version") == version else None
     known = known if isinstance(known, dict) else {}
@@ -104,11 +104,19 @@ def identified(files: Iterable[File]) -> list[tuple[File, str, Facts]]:
             facts = remembered(known.get(state))
             if facts is None:
                 facts = identify(file.path)
-                new[state] = [facts.kind, facts.family, facts.what]
+                if os.access(file.path, os.R_OK):  # else it may be another answer tomorrow, at the same size and time
+                    new[state] = [facts.kind, facts.family, facts.what]
             found.append((file, state, facts))
     if new:
         keep("library", {"version": version, "known": dict(list((known | new).items())[-MAX_KEPT:])})
     return found
+
+
+def minisd_version() -> str:
+    """Changes whenever the code does: what another minisd found out may no longer be what this one says."""
+    with os.scandir(os.path.dirname(__file__)) as files:
+        changed = max(file.stat().st_mtime_ns for file in files if file.name.endswith(".py"))
+    return f"{__version__}, {changed}"
 
 
 def remembered(facts: Any) -> Facts | None:
@@ -128,7 +136,9 @@ def identify(path: Path) -> Facts:
     except CheckpointError as error:
         what, _ = looks_like(checkpoint.shapes)
         kind = next((kind for start, kind in KINDS.items() if what.startswith(start)), None)
-        return Facts(kind, base_family(checkpoint.shapes), what) if kind else Facts("other", None, error.reason[:500])
+        if kind is None:
+            return Facts("other", None, f"looks like {what}" if error.key is None else f"{error.key}: {error.reason}"[:500])
+        return Facts(kind, base_family(checkpoint.shapes), what)
     what = found.family.title
     what += f", {found.task}" if found.task != "draw" else ""
     what += f", predicts {found.training.prediction}" if found.training.prediction != "epsilon" else ""

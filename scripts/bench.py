@@ -2,6 +2,7 @@
 
     python scripts/bench.py tiles     decoding 1024x1024 pixels in bands of rows against whole: difference, memory, time
     python scripts/bench.py cli       the command line on the tiny checkpoint; --help and inspect
+    python scripts/bench.py library   minisd models over 200 checkpoints with the keys of SD 1.x and SDXL, first and second time
 
 No download: the weights are random.
 """
@@ -89,6 +90,26 @@ def bench_cli(repeats: int) -> None:
             print(f"  {median(run, repeats):6.3f} s  {name}")
         empty = median(partial(subprocess.run, [sys.executable, "-c", "pass"], check=True), repeats)
         print(f"  {empty:6.3f} s  python -c pass, for scale")
+
+
+def bench_library(repeats: int) -> None:
+    """Whole processes; the checkpoints are files of holes, of which only the headers take space and are read."""
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(200):
+            write_holes(Path(folder) / "models" / f"mix{i:03}.safetensors", MODELS["sd15" if i % 2 else "sdxl"](), i)
+        cache = Path(folder) / "cache"
+        environment = os.environ | {"MINISD_MODELS": f"{folder}/models", "XDG_CACHE_HOME": str(cache)}
+        command = [sys.executable, "-m", "minisd.cli", "models"]
+        run = partial(subprocess.run, command, check=True, capture_output=True, env=environment)
+
+        def first() -> None:
+            shutil.rmtree(cache, ignore_errors=True)
+            run()
+
+        print(f"  {median(first, repeats):6.3f} s  minisd models, 200 checkpoints, first time")
+        print(f"  {median(run, repeats):6.3f} s  second time")
+        known = partial(subprocess.run, [*command, "list", "--json"], check=True, capture_output=True, env=environment)
+        print(f"  {median(known, repeats):6.3f} s  the same with --json")
 
 
 def main() -> None:

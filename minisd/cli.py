@@ -12,16 +12,19 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import __version__
 from .errors import MinisdError
 
 if TYPE_CHECKING:
-    from .pipeline import Pipeline, Result
-    from .request import Request
+    from .comparing import Cells
+    from .pipeline import Pipeline, Result, Step
+
+Outcome = TypeVar("Outcome")  # what a generator of steps returns
 
 EPILOG = """\
 commands:
@@ -30,6 +33,7 @@ commands:
   minisd inspect FILE         what a checkpoint is, and why, from its header alone
   minisd merge A B -o OUT     mix two checkpoints
   minisd convert FILE -o OUT  write it anew as .safetensors: another dtype, pruned, with another VAE
+  minisd compare "PROMPT" …   checkpoints against seeds, or over other settings: one picture
   minisd models               what models there are on this machine, and their short names
   minisd models add FILE      import one
   minisd bench WHAT           how fast this machine draws, beside its limits and diffusers
@@ -152,6 +156,13 @@ def size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 1,2,3, found {text!r}") from None
+
+
 def draw(argv: Sequence[str]) -> int:
     args = draw_parser().parse_args(argv)
     output = args.output or free_path(Path("out.png"))
@@ -189,7 +200,8 @@ def draw(argv: Sequence[str]) -> int:
         target_size=args.target_size,
         aesthetic_score=args.aesthetic,
     )
-    result = with_progress(pipe, request, refiner, args.preview)
+    look = Preview(pipe, args.preview) if args.preview else None
+    result = with_progress(pipe.stream(request, refiner), look)
     status = report(result, output, args.json)
     if args.grid:
         save_png(grid(result.images), args.grid, result.metadata[0])
@@ -206,6 +218,8 @@ def again(argv: Sequence[str]) -> int:
     from .recipe import read_recipe, repeat
 
     recipe = read_recipe(args.picture)
+    if "compare" in recipe:
+        return compare_again(recipe, args)
     output = args.output or free_path(args.picture.with_stem(f"{args.picture.stem}-again"))
     check_output(output)
     from .pipeline import load
@@ -219,7 +233,7 @@ def again(argv: Sequence[str]) -> int:
     }
     pipe = load(args.model or recipe.get("model_path"), **common, **files)
     refiner = load(recipe["refiner_path"], **common) if recipe.get("refiner_path") else None
-    return report(with_progress(pipe, repeat(recipe, pipe.checkpoint.path), refiner), output, args.json)
+    return report(with_progress(pipe.stream(repeat(recipe, pipe.checkpoint.path), refiner)), output, args.json)
 
 
 def inspect(argv: Sequence[str]) -> int:
@@ -283,6 +297,71 @@ def merge(argv: Sequence[str]) -> int:
     return 0
 
 
+def compare(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="minisd compare",
+        description="Draw a prompt in every combination of two things that change: one labelled picture.",
+        epilog="Without --x and --y, checkpoints are columns and seeds rows.  What changes: seed, sampler, steps or cfg.",
+    )
+    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("-n", "--negative", default="", metavar="TEXT", help="what the pictures should not show")
+    parser.add_argument(
+        "-m", "--model", metavar="FILE", action="append", help="a checkpoint, or its name; -m A -m B compares two"
+    )
+    parser.add_argument("--seeds", type=numbers, default=[], metavar="N,N,…", help="(default: one, at random, for all)")
+    parser.add_argument("--x", metavar="WHAT=A,B,…", help="what changes from column to column, such as sampler=ddim,euler")
+    parser.add_argument("--y", metavar="WHAT=A,B,…", help="what changes from row to row, such as cfg=3,7")
+    parser.add_argument("-o", "--output", type=Path, metavar="PNG", help="where to (default: compare.png, or the next free)")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="of all (default: 20)")
+    parser.add_argument("--cfg", type=float, default=7.5, metavar="W", help="of all (default: 7.5)")
+    parser.add_argument("--sampler", default="euler", metavar="NAME", help="of all (default: euler)")
+    parser.add_argument("--size", type=size, default=(None, None), metavar="WxH", help="of all (default: each checkpoint's)")
+    add_device(parser)
+    args = parser.parse_args(argv)
+    output = args.output or free_path(Path("compare.png"))
+    check_output(output)
+    from .comparing import Axis, settle_cells
+    from .request import Request
+
+    request = Request(
+        prompt=args.prompt,
+        negative_prompt=args.negative,
+        width=args.size[0],
+        height=args.size[1],
+        steps=args.steps,
+        guidance_scale=args.cfg,
+        sampler=args.sampler,
+    )
+    x, y = (Axis.parse(text) if text else None for text in (args.x, args.y))
+    return draw_cells(settle_cells(request, args.model or [None], args.seeds, x, y), output, args)
+
+
+def compare_again(recipe: dict[str, Any], args: argparse.Namespace) -> int:
+    output = args.output or free_path(args.picture.with_stem(f"{args.picture.stem}-again"))
+    check_output(output)
+    from .comparing import cells_again
+    from .errors import UsageError
+
+    if args.model:
+        raise UsageError("-m: expected none, as the picture is a comparison, which names its checkpoints itself")
+    args.device, args.dtype = args.device or recipe.get("device"), args.dtype or recipe.get("dtype")
+    return draw_cells(cells_again(recipe), output, args)
+
+
+def draw_cells(cells: Cells, output: Path, args: argparse.Namespace) -> int:
+    """Draws, writes and reports a comparison.  The exit code is that of the first cell that has no picture, if any."""
+    from .comparing import stream
+    from .pipeline import load
+
+    done = with_progress(stream(cells, partial(load, device=args.device, dtype=args.dtype, offload=args.offload)))
+    path = str(done.save(output))
+    print(json.dumps({"image": path, "recipe": done.recipe, "cells": done.metadata}) if args.json else path)
+    failures = [failure for failure in done.failures if failure]
+    for text in dict.fromkeys(map(one_line, failures)):
+        print(f"minisd: error: {text}", file=sys.stderr)
+    return failures[0].exit_code if failures else 0
+
+
 def models(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="minisd models",
@@ -337,6 +416,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "inspect": inspect,
     "convert": convert,
     "merge": merge,
+    "compare": compare,
     "models": models,
     "bench": bench,
 }
@@ -357,26 +437,35 @@ def free_path(path: Path) -> Path:
     return free
 
 
-def with_progress(pipe: Pipeline, request: Request, refiner: Pipeline | None = None, preview: Path | None = None) -> Result:
-    """Runs a request with a bar on stderr that shows the time per step; no bar where stderr is no terminal."""
+def with_progress(steps: Generator[Step, None, Outcome], look: Callable[[Step], None] | None = None) -> Outcome:
+    """Runs a generator of steps with a bar on stderr that shows the time of each; no bar where stderr is no terminal."""
     from tqdm import tqdm
 
-    from .image import save_png
-
-    steps = pipe.stream(request, refiner)
-    look = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
-    drawn = time.monotonic()
-    with tqdm(desc="drawing", unit="step", bar_format=look, disable=None) as bar:
+    form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
+    with tqdm(desc="drawing", unit="step", bar_format=form, disable=None) as bar:
         while True:
             try:
                 step = next(steps)
                 bar.total = step.total
                 bar.update()
-                if preview and time.monotonic() - drawn >= 0.5:  # seconds; no more often than the eye wants
-                    save_png(pipe.preview(step.denoised)[0], preview, None)
-                    drawn = time.monotonic()
+                if look:
+                    look(step)
             except StopIteration as stop:
                 return stop.value  # type: ignore[no-any-return]
+
+
+class Preview:
+    """Shows the picture in the making in a file, no more often than the eye wants."""
+
+    def __init__(self, pipe: Pipeline, path: Path) -> None:
+        self.pipe, self.path, self.drawn = pipe, path, time.monotonic()
+
+    def __call__(self, step: Step) -> None:
+        from .image import save_png
+
+        if time.monotonic() - self.drawn >= 0.5:  # seconds
+            save_png(self.pipe.preview(step.denoised)[0], self.path, None)
+            self.drawn = time.monotonic()
 
 
 def report(result: Result, output: Path, as_json: bool) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -39,6 +39,8 @@ from .samplers import SAMPLERS, Denoise, Noise, Steps
 from .saving import save_model
 from .schedule import TRAINING_STEPS, Continuous, Schedule, noise_levels, scaled_linear, start_scale, zero_terminal
 from .taesd import TinyAutoencoder
+
+Outcome = TypeVar("Outcome")  # what a generator of steps returns
 
 
 def load(
@@ -319,8 +321,8 @@ def paste(image: Image.Image, canvas: Canvas | None) -> Image.Image:
     return Image.composite(image, to_pil(canvas.pixels[0]), Image.fromarray((canvas.mask[0, 0] * 255).byte().numpy()))
 
 
-def finish(steps: Generator[Step, None, Result]) -> Result:
-    """Runs `Pipeline.stream` to its end."""
+def finish(steps: Generator[Step, None, Outcome]) -> Outcome:
+    """Runs `Pipeline.stream` to its end, or another generator of steps."""
     while True:
         try:
             next(steps)

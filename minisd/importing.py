@@ -93,9 +93,10 @@ def import_copy(source: Path, target: Path, facts: Facts) -> None:
             while piece := original.read(PIECE):
                 content.update(piece)
                 copy.write(piece)
+        known = identify(draft) == facts
         with draft.open("rb") as copy:
             same = hashlib.file_digest(copy, "sha256").digest() == content.digest()
-        if not same or identify(draft) != facts:
+        if not (known and same):
             raise OSError("what was written is not what was read back")
         sync(draft)
         claim(target, draft)

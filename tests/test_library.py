@@ -255,6 +255,16 @@ def test_two_hundred_checkpoints_and_a_second_time(capsys, monkeypatch):
     assert [model.kind for model in list_models() if model.name == "mix000"] == ["vae"]
 
 
+def test_a_file_that_may_not_be_read_today_is_looked_at_again_tomorrow(monkeypatch):
+    put("models/a.safetensors")
+    refused = CheckpointError("a", "cannot be opened: Permission denied")
+    with monkeypatch.context() as closed:
+        closed.setattr("os.access", lambda *_: False)
+        closed.setattr("minisd.library.open_checkpoint", lambda _: (_ for _ in ()).throw(refused))
+        assert {model.kind for model in list_models()} == {"other"}
+    assert {model.kind for model in list_models()} == {"checkpoint"}
+
+
 def test_listing_does_not_import_torch():
     put("models/a.safetensors")
     code = "import sys; from minisd.cli import main; main(['models']); assert 'torch' not in sys.modules"
@@ -519,12 +529,25 @@ def test_of_two_imports_at_once_one_is_told(monkeypatch):
     assert os.listdir("models") == ["mix.safetensors"]
 
 
+def flip(path: Path) -> None:
+    if ".minisd-tmp-" in path.name:
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+
+
 def test_a_copy_that_went_wrong_is_not_kept(monkeypatch):
     source = put("x.safetensors")
     monkeypatch.setattr("minisd.importing.PIECE", 1 << 10)
     monkeypatch.setattr("minisd.importing.sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OutputError, match="No space left on device"):
         add(source)
+    assert os.listdir("models") == []
+    monkeypatch.setattr("minisd.importing.sync", lambda path: None)
+    with monkeypatch.context() as flipped:  # a disk that changes one byte of the numbers, which no header tells
+        flipped.setattr("minisd.importing.identify", lambda path: flip(path) or identify(path))
+        with pytest.raises(OutputError, match="what was written is not what was read back"):
+            add(source)
     assert os.listdir("models") == []
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
     with pytest.raises(OutputError, match=r"needs [\d,]+ bytes, 100 are free"):

@@ -26,6 +26,7 @@ LEVELS = [
     ["pipeline"],
     ["comparing"],
     ["cli"],
+    ["cli_models"],
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import stat
@@ -36,16 +37,24 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The new file has the mode of the old one, or that of any new file.  Raises OutputError; what stood there is then whole.
     """
-    target = path.resolve()
-    draft = target.with_name(f".{target.name}.minisd-tmp-{os.getpid()}")
-    try:
-        remove_strays(target)
+    with drafting(path) as draft:
         yield draft
+        target = path.resolve()
         sync(draft)
         if target.exists():
             draft.chmod(stat.S_IMODE(target.stat().st_mode))
         draft.replace(target)
         sync(target.parent)
+
+
+@contextlib.contextmanager
+def drafting(path: Path) -> Iterator[Path]:
+    """A name beside `path` for what is not finished yet, gone in the end.  Turns OSError into OutputError."""
+    target = path.resolve()
+    draft = target.with_name(f".{target.name}.minisd-tmp-{os.getpid()}")
+    try:
+        remove_strays(target)
+        yield draft
     except OutputError:
         raise
     except OSError as error:
@@ -53,6 +62,27 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             draft.unlink()
+
+
+def numbered(draft: Path, path: Path) -> Path:
+    """Gives a finished draft of "mix.safetensors" the name mix_00001_.safetensors, or the number after the highest there is.
+
+    ComfyUI's names (folder_paths.py, get_save_image_path).  Two at once get two numbers.
+    """
+    sync(draft)
+    while True:
+        taken = [name.stem[len(path.stem) + 1 :].split("_")[0] for name in path.parent.glob(f"{glob.escape(path.stem)}_*")]
+        number = max((int(each) for each in taken if each.isdecimal()), default=0) + 1
+        target = path.with_name(f"{path.stem}_{number:05}_{path.suffix}")
+        try:
+            os.link(draft, target)
+        except FileExistsError:
+            continue
+        except OSError:  # a file system without links
+            os.close(os.open(target, os.O_CREAT | os.O_EXCL))
+            draft.replace(target)
+        sync(target.parent)
+        return target
 
 
 def remove_strays(target: Path) -> None:

@@ -182,6 +182,12 @@ def file_sha256(path: Path) -> str:
     return str(known[name])
 
 
+def known_sha256(path: Path) -> str | None:
+    """The same if it has been found out before."""
+    found = recall("sha256").get(state_of(path))
+    return str(found) if found else None
+
+
 def state_of(path: Path) -> str:
     """Tells a file and what is in it from all others, without reading it.  Raises OSError."""
     stat = path.stat()

@@ -12,25 +12,28 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .cli_files import convert, diff, inspect, merge, save
+from .cli_models import compare, compare_again, models
+from .cli_options import add_device, check_output, free_path, one_line, size, with_progress
 from .errors import MinisdError
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline, Result, Step
-
-Outcome = TypeVar("Outcome")  # what a generator of steps returns
 
 EPILOG = """\
 commands:
   minisd "PROMPT" [...]       draw (also: minisd draw "PROMPT")
   minisd again PICTURE.png    make a picture again from the recipe that it carries
   minisd inspect FILE         what a checkpoint is, and why, from its header alone
-  minisd merge A B -o OUT     mix two checkpoints
+  minisd diff A B             what is different between two checkpoints, and how much
+  minisd merge A B -o OUT     mix checkpoints
   minisd convert FILE -o OUT  write it anew as .safetensors: another dtype, pruned, with another VAE
+  minisd save -m FILE         put a checkpoint together from parts, under the next free number
   minisd compare "PROMPT" …   checkpoints against seeds, or over other settings: one picture
   minisd models               what models there are on this machine, and their short names
   minisd models add FILE      import one
@@ -131,29 +134,6 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument("--aesthetic", type=float, default=6.0, metavar="S", help="0 to 10, what the refiner aims at (default: 6)")
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, … (default: a GPU if there is one)")
-    parser.add_argument(
-        "--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the fastest that the device computes well)"
-    )
-    parser.add_argument(
-        "--offload", action="store_true", help="keep the parts in main memory until they work: slower, for a small GPU"
-    )
-    add_output_options(parser)
-
-
-def add_output_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
-def size(text: str) -> tuple[int, int]:
-    width, mark, height = text.lower().partition("x")
-    if not (mark and width.isdecimal() and height.isdecimal()):
-        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 512x768, found {text!r}")
-    return int(width), int(height)
-
-
 def draw(argv: Sequence[str]) -> int:
     args = draw_parser().parse_args(argv)
     output = args.output or free_path(Path("out.png"))
@@ -210,8 +190,6 @@ def again(argv: Sequence[str]) -> int:
 
     recipe = read_recipe(args.picture)
     if "compare" in recipe:
-        from .cli_models import compare_again
-
         return compare_again(recipe, args)
     output = args.output or free_path(args.picture.with_stem(f"{args.picture.stem}-again"))
     check_output(output)
@@ -229,79 +207,6 @@ def again(argv: Sequence[str]) -> int:
     return report(with_progress(pipe.stream(repeat(recipe, pipe.checkpoint.path), refiner)), output, args.json)
 
 
-def inspect(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="minisd inspect", description="What a checkpoint is, from its header alone.")
-    parser.add_argument("file", metavar="FILE")
-    parser.add_argument("--check", action="store_true", help="also look for NaN and infinity (reads the whole file)")
-    parser.add_argument("--hash", action="store_true", help="also the model hash (reads the whole file)")
-    add_output_options(parser)
-    args = parser.parse_args(argv)
-    from .inspection import as_text, inspect
-    from .library import resolve
-
-    facts = inspect(resolve(args.file), args.hash, args.check)
-    print(json.dumps(facts) if args.json else as_text(facts))
-    return 0
-
-
-def convert(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="minisd convert", description="Write a checkpoint anew as .safetensors: another dtype, pruned, with another VAE."
-    )
-    parser.add_argument("file", metavar="FILE", help="a .safetensors or .ckpt checkpoint")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
-    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: what the file has)")
-    parser.add_argument("--prune", action="store_true", help="leave out what nobody needs to draw")
-    parser.add_argument("--vae", metavar="FILE", help="with the VAE of this file")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
-    from .device import DTYPES
-    from .errors import UsageError
-    from .library import resolve
-    from .saving import convert
-
-    if args.dtype and args.dtype not in DTYPES:
-        raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, found {args.dtype!r}")
-    vae = resolve(args.vae, "vae") if args.vae else None
-    print(convert(resolve(args.file), args.output, DTYPES.get(args.dtype), args.prune, vae))
-    return 0
-
-
-def merge(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="minisd merge",
-        description="Mix two checkpoints: (1 - R) A + R B, or with --base C what B learned since C on top: A + R (B - C).",
-    )
-    parser.add_argument("a", metavar="A", help="decides keys, dtype and metadata")
-    parser.add_argument("b", metavar="B")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
-    parser.add_argument("--ratio", type=float, default=0.5, metavar="R", help="how much of B (default: 0.5)")
-    parser.add_argument("--base", metavar="C", help="add the difference of B to this one")
-    for part, what in (("unet", "UNet"), ("text", "text encoders"), ("vae", "VAE")):
-        parser.add_argument(f"--{part}-ratio", type=float, metavar="R", help=f"another ratio for the {what}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
-    from .library import resolve
-    from .merging import PARTS, merge
-
-    by_part = {part: value for part in PARTS if (value := getattr(args, f"{part}_ratio")) is not None}
-    base = resolve(args.base) if args.base else None
-    print(merge(resolve(args.a), resolve(args.b), args.output, args.ratio, base, by_part))
-    return 0
-
-
-def compare(argv: Sequence[str]) -> int:
-    from .cli_models import compare
-
-    return compare(argv)
-
-
-def models(argv: Sequence[str]) -> int:
-    from .cli_models import models
-
-    return models(argv)
-
-
 def bench(argv: Sequence[str]) -> int:
     from .bench import main
 
@@ -312,44 +217,14 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "draw": draw,
     "again": again,
     "inspect": inspect,
+    "save": save,
     "convert": convert,
     "merge": merge,
+    "diff": diff,
     "compare": compare,
     "models": models,
     "bench": bench,
 }
-
-
-def check_output(path: Path) -> None:
-    from .image import check_writable
-
-    check_writable(path)
-
-
-def free_path(path: Path) -> Path:
-    """The path itself, or the first of path-2, path-3, … that does not exist: a picture nobody named replaces none."""
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_stem(f"{path.stem}-{number}")
-    return free
-
-
-def with_progress(steps: Generator[Step, None, Outcome], look: Callable[[Step], None] | None = None) -> Outcome:
-    """Runs a generator of steps with a bar on stderr that shows the time of each; no bar where stderr is no terminal."""
-    from tqdm import tqdm
-
-    form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
-    with tqdm(desc="drawing", unit="step", bar_format=form, disable=None) as bar:
-        while True:
-            try:
-                step = next(steps)
-                bar.total = step.total
-                bar.update()
-                if look:
-                    look(step)
-            except StopIteration as stop:
-                return stop.value  # type: ignore[no-any-return]
 
 
 class Preview:
@@ -392,10 +267,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains while it exits
         return 141
-
-
-def one_line(error: Any) -> str:
-    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

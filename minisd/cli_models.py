@@ -1,4 +1,4 @@
-"""The commands about several models, `minisd models` and `minisd compare`: as thin as those of cli.py, whose options they share."""
+"""The commands about several models, `minisd models` and `minisd compare`.  Each is a thin call of a Python function."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli import add_device, add_output_options, check_output, free_path, one_line, size, with_progress
+from .cli_options import add_device, add_output_options, check_output, free_path, one_line, size, with_progress
 
 if TYPE_CHECKING:
     from .comparing import Cells

@@ -8,7 +8,7 @@ import os
 import warnings
 from pathlib import Path
 
-from .atomic import check_place, check_room, replacing, sync
+from .atomic import check_place, check_room, drafting, sync
 from .cache import keep, recall
 from .checkpoint import TORCH_SAVE, file_sha256, first_bytes, state_of
 from .errors import CheckpointError, OutputError, UsageError
@@ -88,7 +88,7 @@ def equal(path: Path, other: Path) -> bool:
 def import_copy(source: Path, target: Path, facts: Facts) -> None:
     """Copies a file whose facts are known to a place that is free, and reads the copy back."""
     content = hashlib.sha256()
-    with replacing(target) as draft:
+    with drafting(target) as draft:
         with source.open("rb") as original, draft.open("wb") as copy:
             while piece := original.read(PIECE):
                 content.update(piece)
@@ -100,17 +100,20 @@ def import_copy(source: Path, target: Path, facts: Facts) -> None:
             raise OSError("what was written is not what was read back")
         sync(draft)
         claim(target, draft)
+        sync(target.parent)
     keep("sha256", recall("sha256") | {state_of(target): content.hexdigest()})
 
 
 def claim(target: Path, draft: Path) -> None:
-    """Gives a finished file its name, unless another import was faster; renaming the draft then has nothing left to do."""
+    """Gives a finished file its name, unless another import was faster."""
+    taken = OutputError(f"output {target}: another model has just taken this name; choose another with --name")
     try:
         os.link(draft, target)
-        return
     except FileExistsError:
-        taken = True
-    except OSError:  # a file system without links: between this look and the renaming the name may still be taken
-        taken = target.exists()
-    if taken:
-        raise OutputError(f"output {target}: another model has just taken this name; choose another with --name")
+        raise taken from None
+    except OSError:  # a file system without links
+        try:
+            os.close(os.open(target, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            raise taken from None
+        draft.replace(target)

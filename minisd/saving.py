@@ -1,7 +1,8 @@
-"""Writing checkpoints: whole or not at all, tensor by tensor, so that a file of any size takes the memory of its largest one.
+"""Writing checkpoints: whole or not at all, piece by piece, so that a file of any size takes almost no memory.
 
 The new file grows beside its target under another name, is read back, and takes the target's place in one step; until then what
-stood there is untouched.  Metadata by ModelSpec 1.0.1 (Stability-AI/ModelSpec), with a hash over all tensor content.
+stood there is untouched.  Metadata by ModelSpec 1.0.1 (Stability-AI/ModelSpec), with a hash over all tensor content.  While the
+next piece is computed, one thread hashes the last and another brings what is written to the disk.
 """
 
 from __future__ import annotations
@@ -9,22 +10,28 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import math
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
-from .atomic import check_place, check_room, replacing
+from .atomic import check_place, check_room, drafting, numbered, replacing
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import CheckpointError, OutputError
-from .family import MARKERS, VAE, is_spare, recognise, vae_name
+from .errors import CheckpointError, NonFiniteError, OutputError
+from .family import MARKERS, recognise
 from .shapes import PLAIN, Entry
-from .tensors import STORED, TORCH, finite, read_stored
+from .tensors import STORED, read_stored
 
-NAMES = {dtype: name for name, dtype in TORCH.items()}
+NAMES = {dtype: name for name, dtype in STORED.items()}
+AHEAD = 4  # pieces that may wait for their hash
+FLUSH = 64 << 20  # bytes that are brought to the disk together: when the last is written, little is left to wait for
 NO_HASH = "0x" + "0" * 64
 ARCHITECTURES = {  # ModelSpec's identifiers, by family and task
     ("sd1", "draw"): "stable-diffusion-v1",
@@ -37,63 +44,22 @@ ARCHITECTURES = {  # ModelSpec's identifiers, by family and task
 }
 
 
-def convert(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
-    dtype: torch.dtype | None = None,
-    prune: bool = False,
-    vae: str | os.PathLike[str] | None = None,
-) -> Path:
-    """Writes a checkpoint (.safetensors or .ckpt) anew as .safetensors; returns its path.
-
-    dtype: of the weights, where it is to change; numbers that are no floating-point numbers stay what they are.
-    prune: leaves out what nobody needs to draw: schedule buffers, the moving average, the loss of the training.
-    vae: a VAE file or another checkpoint, whose VAE takes the place of the source's.
-    Raises CheckpointError (the sources, also if they hold NaN) and OutputError (the target; what stood there is then whole).
-    """
-    checkpoint = open_checkpoint(source)
-    origin = {key: (checkpoint, key) for key in checkpoint.entries if not (prune and is_unneeded(key))}
-    if vae is not None:
-        origin = {key: place for key, place in origin.items() if not key.startswith(f"{VAE}.")} | vae_of(open_checkpoint(vae))
-    entries = {key: file.entries[name] for key, (file, name) in origin.items()}
-    planned = {
-        key: (NAMES[dtype] if dtype and entry.dtype in TORCH else entry.dtype, entry.shape) for key, entry in entries.items()
-    }
-
-    def read(key: str) -> Tensor:
-        file, name = origin[key]
-        tensor = read_stored(file, name)
-        if file.entries[name].dtype not in TORCH:
-            return tensor
-        if not finite(tensor):
-            raise CheckpointError(file.path, "holds NaN or infinity", "it is not worth keeping; get another copy", name)
-        return tensor.to(dtype) if dtype else tensor
-
-    return write_checkpoint(Path(target), planned, read, described(checkpoint))
-
-
-def vae_of(checkpoint: Checkpoint) -> dict[str, tuple[Checkpoint, str]]:
-    """Where the weights of a file's VAE are, by the names that they have in a checkpoint.  Raises CheckpointError."""
-    name = vae_name(checkpoint.shapes)
-    if name is None:
-        raise CheckpointError(checkpoint.path, "expected a VAE, or a checkpoint that has one")
-    prefix = f"{name}." if name else ""
-    inside = {f"{VAE}.{key.removeprefix(prefix)}": key for key in checkpoint.entries if key.startswith(prefix)}
-    return {key: (checkpoint, original) for key, original in inside.items() if not is_spare(key)}
+Planned = Mapping[str, tuple[str, tuple[int, ...]]]  # (dtype by safetensors' name, shape) by key
+Progress = Callable[[int, int], None]
 
 
 def save_model(model: nn.Module, checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Path:
-    """Writes a model that was loaded from a checkpoint, and perhaps changed since, with the file's metadata and markers."""
-    tensors = {key: value.cpu() for key, value in model.state_dict().items()}
+    """Writes a model that was loaded from a checkpoint, and perhaps changed since, with the file's metadata and markers.
+
+    Raises NonFiniteError if it holds NaN or infinity by now, and OutputError.
+    """
+    for key, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise NonFiniteError(f"save: {key} holds NaN or infinity; what changed it?")
+    tensors = dict(model.state_dict())
     tensors |= {key: read_stored(checkpoint, key) for key in MARKERS if key in checkpoint.entries}
-    names = {dtype: name for name, dtype in STORED.items()}
-    planned = {key: (names[value.dtype], tuple(value.shape)) for key, value in tensors.items()}
-    return write_checkpoint(Path(path), planned, tensors.__getitem__, described(checkpoint))
-
-
-def is_unneeded(key: str) -> bool:
-    """Spare keys, but not the markers that say how a model was trained."""
-    return is_spare(key) and key not in MARKERS
+    planned = {key: (NAMES[value.dtype], tuple(value.shape)) for key, value in tensors.items()}
+    return write_checkpoint(path, planned, lambda key: [tensors[key].cpu()], described(checkpoint))
 
 
 def described(checkpoint: Checkpoint) -> dict[str, str]:
@@ -119,30 +85,73 @@ def described(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def write_checkpoint(
-    path: Path, planned: Mapping[str, tuple[str, tuple[int, ...]]], read: Callable[[str], Tensor], metadata: Mapping[str, str]
+    path: str | os.PathLike[str],
+    planned: Planned,
+    read: Callable[[str], Iterable[Tensor]],
+    metadata: Mapping[str, str],
+    progress: Progress | None = None,
+    counted: bool = False,
 ) -> Path:
-    """Writes a .safetensors file of these (dtype, shape) by key, with the tensors that `read` hands over one by one."""
+    """Writes a .safetensors file; returns its path.
+
+    read: gives the numbers of a tensor in their order, in pieces of any size.  progress: is told (bytes done, bytes in all).
+    counted: puts the next free number behind the name, so that nothing is replaced.
+    Raises OutputError, and what `read` raises; the target is then what it was.
+    """
+    path = Path(path)
     if path.suffix != ".safetensors":
         raise OutputError(f"output {path}: expected a name that ends in .safetensors")
     check_place(path)
     head = header(planned, metadata)
-    check_room(path, len(head) + sum(Entry(*facts, 0).nbytes for facts in planned.values()))
-    with replacing(path) as draft:
+    total = sum(Entry(*facts, 0).nbytes for facts in planned.values())
+    check_room(path, len(head) + total)
+    with drafting(path) if counted else replacing(path) as draft:
         with draft.open("wb") as file:
             file.write(head)
-            content = hashlib.sha256()
-            for key in sorted(planned):
-                data = bytes_of(read(key), planned[key])
-                content.update(data)
-                file.write(data)
+            pieces = (bytes_of(piece) for key in sorted(planned) for piece in checked(read(key), key, planned[key]))
+            content = write_hashed(file, pieces, lambda done: progress(done, total) if progress else None)
             if NO_HASH.encode() in head:  # its place was kept free in the header
                 file.seek(head.index(NO_HASH.encode()))
-                file.write(f"0x{content.hexdigest()}".encode())
+                file.write(f"0x{content}".encode())
         read_back(draft, planned)
-    return path
+        return numbered(draft, path) if counted else path
 
 
-def header(planned: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+def checked(pieces: Iterable[Tensor], key: str, planned: tuple[str, tuple[int, ...]]) -> Iterator[Tensor]:
+    """The pieces; an assertion if they are not what the header says."""
+    dtype, shape = planned
+    count = 0
+    for piece in pieces:
+        assert piece.element_size() == PLAIN[dtype], (key, piece.dtype, dtype)
+        count += piece.numel()
+        yield piece
+    assert count == math.prod(shape), (key, count, shape)
+
+
+def write_hashed(file: BinaryIO, pieces: Iterable[memoryview], tell: Callable[[int], None]) -> str:
+    """Writes the pieces and returns the sha256 of them all.  A disk that fails in the background fails here."""
+    content = hashlib.sha256()
+    waiting: deque[Future[None]] = deque()
+    flushed: Future[None] | None = None
+    done = unflushed = 0
+    with ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as flushing:
+        for piece in pieces:
+            waiting.append(hashing.submit(content.update, piece))
+            if len(waiting) > AHEAD:
+                waiting.popleft().result()
+            file.write(piece)
+            done, unflushed = done + len(piece), unflushed + len(piece)
+            if unflushed >= FLUSH and (flushed is None or flushed.done()):
+                if flushed:
+                    flushed.result()
+                flushed, unflushed = flushing.submit(os.fsync, file.fileno()), 0
+            tell(done)
+    if flushed:
+        flushed.result()
+    return content.hexdigest()
+
+
+def header(planned: Planned, metadata: Mapping[str, str]) -> bytes:
     """Length and JSON of the header, tensors in alphabetical order without gaps, filled up to a multiple of 8 bytes."""
     table: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -156,15 +165,12 @@ def header(planned: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping
     return struct.pack("<Q", len(text)) + text
 
 
-def bytes_of(tensor: Tensor, planned: tuple[str, tuple[int, ...]]) -> memoryview:
-    """The numbers of a tensor as the file holds them: little-endian, the last dimension contiguous."""
-    dtype, shape = planned
-    assert tuple(tensor.shape) == shape, (tensor.shape, shape)
-    assert tensor.element_size() == PLAIN[dtype], (tensor.dtype, dtype)
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+def bytes_of(numbers: Tensor) -> memoryview:
+    """As the file holds them: little-endian, the last dimension contiguous."""
+    return memoryview(numbers.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def read_back(draft: Path, planned: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+def read_back(draft: Path, planned: Planned) -> None:
     written = {key: (entry.dtype, entry.shape) for key, entry in open_checkpoint(draft).entries.items()}
     if written != dict(planned):
         raise OSError("what was written is not what was read back")

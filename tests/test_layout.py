@@ -14,19 +14,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    ["errors", "shapes", "ops", "pickled", "cache", "places"],
+    ["errors", "shapes", "ops", "pickled", "cache", "places", "arithmetic", "cli_options"],
     ["layers", "atomic", "tokenizer", "schedule", "samplers", "torch_file", "device", "picture", "preview"],
     ["clip", "unet", "vae", "denoiser", "checkpoint"],
     ["tensors", "family"],
-    ["upload", "inspection", "request", "prompt", "blueprint", "taesd", "tiling", "fused"],
+    ["upload", "inspection", "request", "prompt", "blueprint", "taesd", "tiling", "fused", "blocks"],
     ["runtime"],
     ["recipe", "model", "codec", "saving", "library"],
-    ["guidance", "merging", "importing"],
+    ["guidance", "converting", "differing", "importing"],
+    ["merging"],
     ["image"],
     ["pipeline"],
     ["comparing"],
+    ["cli_files", "cli_models"],
     ["cli"],
-    ["cli_models"],
 ]
 
 

@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from families import SMALL
+from helpers import manifest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import minisd
+from minisd.arithmetic import dare, generator_for, slerp, ties
+from minisd.blocks import block_ratios, blocks_of, group_of, part_of
 from minisd.blueprint import random_weights
+from minisd.checkpoint import file_sha256
 from minisd.cli import main
 from minisd.family import CONV_IN
-from minisd.merging import merge, part_of
+from minisd.merging import legacy_hash, merge, repeat
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +32,7 @@ def models(tmp_path_factory):
 
 def test_weighted_sum_against_float64(models, tmp_path):
     a, b, *_ = models
-    path = merge(a, b, tmp_path / "m.safetensors", 0.3)
+    path = merge([a, b], tmp_path / "m.safetensors", 0.3)
     found, first, second = load_file(path), load_file(a), load_file(b)
     assert found.keys() == first.keys()
     for key, value in found.items():
@@ -39,13 +44,13 @@ def test_weighted_sum_against_float64(models, tmp_path):
 
 @pytest.mark.parametrize("ratio", [0, 1])
 def test_ratios_0_and_1_are_the_sources_to_the_bit(models, tmp_path, ratio):
-    found, source = load_file(merge(*models[:2], tmp_path / "m.safetensors", ratio)), load_file(models[ratio])
+    found, source = load_file(merge(models[:2], tmp_path / "m.safetensors", ratio)), load_file(models[ratio])
     assert all(torch.equal(found[key].view(torch.int16), source[key].view(torch.int16)) for key in source)
 
 
 def test_add_difference_and_ratios_by_part(models, tmp_path):
     a, b, c, _ = models
-    path = merge(a, b, tmp_path / "m.safetensors", 0.5, base=c, by_part={"vae": 0, "text": 2})
+    path = merge([a, b], tmp_path / "m.safetensors", 0.5, base=c, by_part={"vae": 0, "text": 2})
     found, first, second, third = load_file(path), load_file(a), load_file(b), load_file(c)
     for key, value in found.items():
         ratio = {"unet": 0.5, "vae": 0, "text": 2}[part_of(key)]
@@ -55,12 +60,12 @@ def test_add_difference_and_ratios_by_part(models, tmp_path):
 
 def test_inpainting_with_an_ordinary_model_keeps_the_extra_channels(models, tmp_path):
     inpaint = models[3]
-    found = load_file(merge(inpaint, models[1], tmp_path / "m.safetensors", 0.5))[CONV_IN]
+    found = load_file(merge([inpaint, models[1]], tmp_path / "m.safetensors", 0.5))[CONV_IN]
     own, other = load_file(inpaint)[CONV_IN], load_file(models[1])[CONV_IN]
     assert torch.equal(found[:, 4:], own[:, 4:])
     assert torch.allclose(found[:, :4].float(), (own[:, :4].float() + other.float()) / 2, atol=1e-3)
     with pytest.raises(minisd.CheckpointError, match="name the inpainting model first"):
-        merge(models[1], inpaint, tmp_path / "n.safetensors")
+        merge([models[1], inpaint], tmp_path / "n.safetensors")
 
 
 def test_command_line_and_recipe(models, tmp_path, capsys):
@@ -69,7 +74,8 @@ def test_command_line_and_recipe(models, tmp_path, capsys):
     assert capsys.readouterr().out == f"{out}\n"
     with safe_open(out, framework="pt") as file:
         metadata = file.metadata()
-    assert json.loads(metadata["minisd.merge"])["ratios"] == {"unet": 0.25, "text": 0.25, "vae": 0.0}
+    recipe = json.loads(metadata["minisd.merge"])
+    assert (recipe["ratios"], recipe["by_part"]) == ([0.25], {"vae": 0.0})
     assert metadata["modelspec.merged_from"] == "a.safetensors, b.safetensors"
     assert metadata["modelspec.title"] == "mix"
 
@@ -77,20 +83,245 @@ def test_command_line_and_recipe(models, tmp_path, capsys):
 def test_writing_over_a_source_is_safe(models, tmp_path):
     target = tmp_path / "a.safetensors"
     target.write_bytes(models[0].read_bytes())
-    wanted = load_file(merge(*models[:2], tmp_path / "m.safetensors"))
-    found = load_file(merge(target, models[1], target))
+    wanted = load_file(merge(models[:2], tmp_path / "m.safetensors"))
+    found = load_file(merge([target, models[1]], target))
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 def test_what_cannot_be_mixed_is_told_and_nothing_written(models, tmp_path):
     other = SMALL["sd2"].write(tmp_path / "sd2.safetensors")
     with pytest.raises(minisd.CheckpointError, match=r"is Stable Diffusion 2\.x, expected Stable Diffusion 1\.x"):
-        merge(models[0], other, tmp_path / "m.safetensors")
+        merge([models[0], other], tmp_path / "m.safetensors")
     weights = load_file(models[1])
     weights["model.diffusion_model.out.2.bias"][0] = float("inf")
     save_file(weights, tmp_path / "inf.safetensors")
     with pytest.raises(minisd.CheckpointError, match=r"inf\.safetensors: 'model\.diffusion_model\.out\.2\.bias': holds NaN"):
-        merge(models[0], tmp_path / "inf.safetensors", tmp_path / "m.safetensors")
-    with pytest.raises(minisd.UsageError, match="ratio of the unet: expected a number from -10 to 10, found nan"):
-        merge(*models[:2], tmp_path / "m.safetensors", float("nan"))
+        merge([models[0], tmp_path / "inf.safetensors"], tmp_path / "m.safetensors")
+    with pytest.raises(minisd.UsageError, match="ratio: expected a number from -10 to 10, found nan"):
+        merge(models[:2], tmp_path / "m.safetensors", float("nan"))
     assert not (tmp_path / "m.safetensors").exists()
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """As near as float16 can say it, after arithmetic in float32."""
+    return bool((found.double() - wanted).abs().max() <= 2**-11 * wanted.abs().max() + 1e-6)
+
+
+def test_three_models_and_equal_shares(models, tmp_path):
+    tensors = [load_file(path) for path in models[:3]]
+    for ratios, shares in (((), (1 / 3, 1 / 3, 1 / 3)), ((0.5, -0.25), (0.75, 0.5, -0.25)), ((0, 1), (0, 0, 1))):
+        found = load_file(merge(models[:3], tmp_path / "m.safetensors", ratios))
+        for key, value in found.items():
+            assert close(value, sum(share * each[key].double() for share, each in zip(shares, tensors, strict=True))), key
+
+
+def test_with_a_base_what_two_models_learned_is_added_up(models, tmp_path):
+    a, b, c, _ = models
+    found = load_file(merge([a, b, c], tmp_path / "m.safetensors", (0.5, 0.25), base=a))
+    first, second, third = load_file(a), load_file(b), load_file(c)
+    for key, value in found.items():
+        one, two, three = (each[key].double() for each in (first, second, third))
+        assert close(value, one + 0.5 * (two - one) + 0.25 * (three - one)), key
+
+
+def test_pieces_do_not_matter(models, tmp_path, monkeypatch):
+    wanted = load_file(merge(models[:2], tmp_path / "m.safetensors", 0.3))
+    monkeypatch.setattr("minisd.tensors.PIECE", 1000)
+    found = load_file(merge(models[:2], tmp_path / "m.safetensors", 0.3))
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_ratios_by_block(models, tmp_path):
+    spec = "input.0-1=0, middle=1, output=0.25, time_embed=0.75, output.1=0.5"
+    path = merge(models[:2], tmp_path / "m.safetensors", 0.125, blocks=spec, by_part={"vae": 1})
+    found, first, second = load_file(path), load_file(models[0]), load_file(models[1])
+    ratios = {"input.0": 0, "input.1": 0, "middle": 1, "time_embed": 0.75, "output.1": 0.5}
+    for key, value in found.items():
+        group = group_of(key)
+        ratio = 1 if part_of(key) == "vae" else ratios.get(group, 0.25 if group.startswith("output") else 0.125)
+        assert close(value, (1 - ratio) * first[key].double() + ratio * second[key].double()), key
+        if ratio in (0, 1):
+            assert torch.equal(value, (first, second)[ratio][key]), key
+
+
+@pytest.mark.parametrize(("name", "inputs", "outputs"), [("sd15", 12, 12), ("sdxl-base", 9, 9)])
+def test_blocks_and_presets_of_the_published_models(name, inputs, outputs):
+    keys = manifest(name)
+    assert blocks_of(keys) == [*(f"input.{i}" for i in range(inputs)), "middle", *(f"output.{i}" for i in range(outputs))]
+    count = inputs + 1 + outputs
+    grad_v = list(block_ratios("grad_v", keys).values())
+    assert grad_v[: inputs + 1] == pytest.approx([1 - i / inputs for i in range(inputs + 1)])  # 1, 0.9167, 0.8333, … for SD 1.x
+    assert grad_v == pytest.approx(grad_v[::-1])
+    assert list(block_ratios("grad_a", keys).values()) == pytest.approx([1 - value for value in grad_v])
+    if count == 25:  # the second number in SuperMerger's file
+        assert list(block_ratios("smoothstep", keys).values())[1] == pytest.approx(0.00506365740740741)
+        assert list(block_ratios("cosine", keys).values())[1] == pytest.approx(0.995722430686905)
+    numbers = ",".join(str(i / 100) for i in range(count))
+    assert list(block_ratios(numbers, keys).values()) == [i / 100 for i in range(count)]
+    assert block_ratios("input.3=0.5", keys) == {"input.3": 0.5}
+    for spec in (
+        "grad_x",
+        "0,1",
+        "input.12=1",
+        "input.3-12=0",
+        "middle.1=0",
+        "input.1=x",
+        "input.1=nan",
+        "a=b",
+        "=",
+        "input.=1",
+        "out.1=1",
+    ):
+        with pytest.raises(minisd.UsageError, match=r"^blocks: expected"):
+            block_ratios(spec, keys)
+
+
+def test_slerp_against_float64(models, tmp_path):
+    found = load_file(merge(models[:2], tmp_path / "m.safetensors", 0.3, method="slerp"))
+    first, second = load_file(models[0]), load_file(models[1])
+    for key in ("model.diffusion_model.out.2.weight", "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"):
+        a, b = first[key].double(), second[key].double()
+        angle = torch.arccos((a * b).sum() / a.norm() / b.norm())
+        wanted = (torch.sin(0.7 * angle) * a + torch.sin(0.3 * angle) * b) / torch.sin(angle)
+        assert close(found[key], wanted)
+        assert float(found[key].double().norm()) == pytest.approx(float(a.norm()), rel=0.1)  # a mean of random weights is shorter
+
+
+def test_slerp_goes_straight_where_there_is_no_circle():
+    a = torch.tensor([1.0, 2.0, 3.0])
+    assert torch.allclose(slerp(a, 2 * a, 0.25), 1.25 * a)
+    assert torch.allclose(slerp(a, torch.zeros(3), 0.25), 0.75 * a)
+    assert torch.allclose(slerp(a, -a, 0.25), 0.5 * a)
+
+
+def test_ties_by_hand():
+    """Each keeps its 2 largest changes of 4; where they disagree the larger sum has the say."""
+    base = torch.tensor([1.0, 1.0, 1.0, 1.0])
+    one, two = base + torch.tensor([4.0, -3.0, 1.0, 0.0]), base + torch.tensor([2.0, 5.0, 0.0, 1.0])
+    assert ties([one, two], base, 1.0, 0.5).tolist() == [1 + 3.0, 1 + 5.0, 1.0, 1.0]
+    assert ties([one, two], base, 0.5, 0.5).tolist() == [1 + 1.5, 1 + 2.5, 1.0, 1.0]
+    assert ties([one, two], base, 1.0, 0.25).tolist() == [1 + 4.0, 1 + 5.0, 1.0, 1.0]
+    assert ties([one], base, 1.0, 1.0).tolist() == one.tolist()
+
+
+def test_dare_keeps_a_part_of_the_changes_and_their_sum_on_average():
+    a, b, base = torch.zeros(100_000), torch.full((100_000,), 3.0), torch.full((100_000,), 1.0)
+    found = dare(a, [b], [0.5], base, 0.1, generator_for(0, "w"))
+    assert set(found.tolist()) == {0.0, 10.0}
+    assert float(found.mean()) == pytest.approx(1.0, rel=0.05)
+    assert torch.equal(found, dare(a, [b], [0.5], base, 0.1, generator_for(0, "w")))
+    assert not torch.equal(found, dare(a, [b], [0.5], base, 0.1, generator_for(0, "v")))
+    assert not torch.equal(found, dare(a, [b], [0.5], base, 0.1, generator_for(1, "w")))
+
+
+@pytest.mark.parametrize("method", ["ties", "dare"])
+def test_ties_and_dare_of_files(models, tmp_path, method):
+    a, b, c, _ = models
+    found = load_file(merge([a, b], tmp_path / "m.safetensors", base=c, method=method, density=1))
+    first, second, third = load_file(a), load_file(b), load_file(c)
+    key = "model.diffusion_model.out.2.weight"
+    one, two, base = (each[key].double() for each in (first, second, third))
+    if method == "dare":  # all changes: the weighted sum
+        assert close(found[key], one + two - base)
+    else:
+        changes = torch.stack([one - base, two - base])
+        agrees = changes.sign() == changes.sum(0).sign()
+        assert close(found[key], base + (changes * agrees).sum(0) / agrees.sum(0).clamp(min=1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "mean"}, "method: expected one of weighted, slerp, ties, dare, found 'mean'"),
+        ({"method": "slerp", "base": 2}, "exactly two models and no base for slerp"),
+        ({"method": "ties"}, "base: ties mixes what models learned"),
+        ({"ratios": (0.1, 0.2)}, "ratio: expected 1, one for each model but the first, found 2"),
+        ({"by_part": {"clip": 1}}, "part: expected one of unet, text, vae, found 'clip'"),
+        ({"density": 0.5}, "density: expected above 0 to 1, for ties or dare"),
+        ({"method": "dare", "base": 2, "density": 0}, "density: expected above 0"),
+        ({"ratios": 11}, "ratio: expected a number from -10 to 10, found 11"),
+        ({"blocks": {"middle": float("inf")}}, "ratio: expected a number"),
+    ],
+)
+def test_wrong_options_are_told(models, tmp_path, options, message):
+    options = {name: models[value] if name == "base" else value for name, value in options.items()}
+    with pytest.raises(minisd.UsageError, match=message):
+        merge(models[:2], tmp_path / "m.safetensors", **options)
+    with pytest.raises(minisd.UsageError, match="two models or more"):
+        merge(models[:1], tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_overflow_is_not_blamed_on_a_source(models, tmp_path):
+    weights = load_file(models[1])
+    weights["model.diffusion_model.out.2.bias"][0] = 60000.0
+    save_file(weights, tmp_path / "large.safetensors")
+    with pytest.raises(minisd.UsageError, match=r"merge: model\.diffusion_model\.out\.2\.bias becomes too large for F16"):
+        merge([models[0], tmp_path / "large.safetensors"], tmp_path / "m.safetensors", 5)
+    merge([models[0], tmp_path / "large.safetensors"], tmp_path / "m.safetensors", 5, dtype=torch.bfloat16)
+
+
+def test_a_linear_and_a_convolutional_vae_attention_mix(models, tmp_path):
+    """Both kinds of file are published; they hold the same numbers."""
+    weights = load_file(models[1])
+    key = "first_stage_model.decoder.mid.attn_1.q.weight"
+    assert weights[key].dim() == 4
+    weights[key] = weights[key].flatten(1)
+    save_file(weights, tmp_path / "b.safetensors")
+    found = load_file(merge([models[0], tmp_path / "b.safetensors"], tmp_path / "m.safetensors", 0.5))
+    wanted = load_file(merge(models[:2], tmp_path / "n.safetensors", 0.5))
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_a_merge_is_repeated_from_its_result(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    a, b, c = (shutil.copy(path, tmp_path) for path in models[:3])
+    options = {"method": "dare", "blocks": "grad_v", "density": 0.3, "seed": 7, "dtype": torch.float32}
+    first = merge([a, b], tmp_path / "m.safetensors", base=c, **options)
+    assert main(["merge", "--from", str(first), "-o", str(tmp_path / "n.safetensors")]) == 0
+    found, wanted = load_file(tmp_path / "n.safetensors"), load_file(first)
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    with pytest.raises(minisd.CheckpointError, match=r"was made from a\.safetensors, which was looked for beside it; found none"):
+        repeat(first, tmp_path / "o.safetensors", [models[0].parent / "none"])
+    shutil.copy(models[1], a)
+    with pytest.raises(minisd.CheckpointError, match=r"found another file of that name: .*a\.safetensors"):
+        repeat(first, tmp_path / "o.safetensors")
+    assert main(["merge", str(b), str(c), "--from", str(first), "-o", str(tmp_path / "o.safetensors")]) == 2
+    assert "found both" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "nonsense", "[]", "{}", "[" * 100_000, "null",
+        '{"sources": [{"name": "../a.safetensors"}]}',
+        '{"method": "weighted", "by_part": {}, "density": null, "seed": 0, "ratios": [0.5], "by_block": {}, "dtype": null,'
+        ' "sources": [{"name": "../secret", "bytes": 1, "legacy_hash": "0", "sha256": null}], "with_base": false}',
+        '{"method": 5, "by_part": 7, "density": "x", "seed": [], "ratios": ["a"], "by_block": {}, "dtype": null,'
+        ' "sources": [], "with_base": false}',
+    ],
+)  # fmt: skip
+def test_recipes_that_lie_are_told(models, tmp_path, recipe):
+    path = tmp_path / "m.safetensors"
+    save_file(load_file(models[0]), path, {"minisd.merge": recipe})
+    with pytest.raises((minisd.CheckpointError, minisd.UsageError)):
+        repeat(path, tmp_path / "n.safetensors")
+    save_file(load_file(models[0]), path)
+    with pytest.raises(minisd.CheckpointError, match=r"carries no minisd\.merge, the recipe of a merge"):
+        repeat(path, tmp_path / "n.safetensors")
+
+
+def test_a1111_reads_its_recipe(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    digest = file_sha256(models[0])
+    path = merge([models[0], models[1]], tmp_path / "m.safetensors", 0.3, base=models[2], dtype=torch.float16)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    recipe = json.loads(metadata["sd_merge_recipe"])
+    assert (recipe["interp_method"], recipe["multiplier"], recipe["save_as_half"]) == ("Add difference", 0.3, True)
+    assert (recipe["primary_model_hash"], recipe["secondary_model_hash"]) == (
+        digest,
+        None,
+    )  # what is not known is not read for it
+    known = {"name": "a.safetensors", "legacy_hash": legacy_hash(models[0]), "sd_merge_recipe": None}
+    assert json.loads(metadata["sd_merge_models"]) == {digest: known}

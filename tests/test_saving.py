@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,10 +18,11 @@ from safetensors.torch import load_file, save_file
 
 import minisd
 from minisd import saving
+from minisd.atomic import numbered
 from minisd.blueprint import random_weights
 from minisd.cli import main
+from minisd.converting import convert, save
 from minisd.inspection import inspect
-from minisd.saving import convert
 
 FAST = {"steps": 2, "width": 64, "height": 64}
 
@@ -167,10 +170,122 @@ def test_every_call_that_fails_leaves_the_old_file_and_no_draft(small, tmp_path,
         pytest.fail("it never stopped failing")
 
 
+def test_a_disk_that_fails_in_the_background_is_noticed(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "FLUSH", 1)
+    original, calls = os.fsync, []
+
+    def failing_once(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 1:
+            raise OSError(5, "Input/output error")
+        return original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing_once)
+    with pytest.raises(minisd.OutputError, match="Input/output error"):
+        convert(small, tmp_path / "new.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["small.safetensors"]
+
+
+def test_a_small_piece_makes_the_same_file(small, tmp_path, monkeypatch):
+    wanted = convert(small, tmp_path / "a.safetensors").read_bytes()
+    monkeypatch.setattr("minisd.tensors.PIECE", 3)
+    monkeypatch.setattr(saving, "FLUSH", 1)
+    assert convert(small, tmp_path / "a.safetensors").read_bytes() == wanted
+
+
+def test_numbers_too_large_for_a_dtype_are_refused(tmp_path):
+    save_file({"w": torch.tensor([1e6])}, tmp_path / "x.safetensors")
+    with pytest.raises(minisd.CheckpointError, match=r"'w': holds numbers too large for torch.float16 \(choose bfloat16"):
+        convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", torch.float16)
+    assert not (tmp_path / "y.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+def test_float8_is_storage_for_matrices_and_draws(tiny, tmp_path, capsys, name):
+    out = tmp_path / "small.safetensors"
+    assert main(["convert", str(tiny.checkpoint.path), "-o", str(out), "--dtype", name]) == 0
+    assert re.fullmatch(r"minisd: relative change: text \d\.\d\d%, vae 0\.00%, unet \d\.\d\d%\n", capsys.readouterr().err)
+    found, before = load_file(out), load_file(tiny.checkpoint.path)
+    for key, value in found.items():
+        matrix = value.dim() > 1 and not key.startswith("first_stage_model")
+        assert value.dtype == (getattr(torch, name) if matrix else torch.float16), key
+        assert torch.equal(value, before[key].to(value.dtype)), key
+    pipe = minisd.load(out, device="cpu")
+    assert all(torch.equal(value, found[key].to(value.dtype)) for key, value in pipe.model.state_dict().items())
+    picture = pipe("a star", seed=0, **FAST).images[0]
+    assert picture.tobytes() != tiny("a star", seed=0, **FAST).images[0].tobytes()
+
+
+def test_float8_stops_at_its_largest_number(tmp_path):
+    save_file({"model.diffusion_model.w": torch.tensor([[1e3, -1e3, 1.0]])}, tmp_path / "x.safetensors")
+    found = load_file(convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", torch.float8_e4m3fn))
+    assert found["model.diffusion_model.w"].float().tolist() == [[448.0, -448.0, 1.0]]
+
+
+def test_save_counts_as_comfyui_does(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("mix_00007_.safetensors", "mix_x_.safetensors", "mixer_00009_.safetensors", "mix_2_.png"):
+        (tmp_path / "checkpoints" / name).touch()
+    for number in (8, 9):
+        assert main(["save", "-m", str(tiny.checkpoint.path), "--filename-prefix", "checkpoints/mix"]) == 0
+        assert capsys.readouterr().out == f"checkpoints/mix_{number:05}_.safetensors\n"
+    assert minisd.load(tmp_path / "checkpoints" / "mix_00009_.safetensors", device="cpu").family.name == "sd1"
+    assert save(tiny.checkpoint.path, "new/folder/[x]", folder=tmp_path).name == "[x]_00001_.safetensors"
+    assert save(tiny.checkpoint.path, "new/folder/[x]", folder=tmp_path).name == "[x]_00002_.safetensors"
+
+
+@pytest.mark.parametrize("prefix", ["../out", "/etc/out", "", "a/..", "a/../../b", "x\ny", "checkpoints/../../x"])
+def test_prefixes_that_lead_elsewhere_are_refused(tiny, tmp_path, prefix):
+    with pytest.raises(minisd.UsageError, match="filename prefix: expected folder and name below"):
+        save(tiny.checkpoint.path, prefix, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_saves_at_once_get_two_numbers(small, tmp_path):
+    drafts = [tmp_path / f"draft{i}" for i in range(8)]
+    for draft in drafts:
+        draft.write_text(draft.name)
+    with ThreadPoolExecutor(8) as pool:
+        places = list(pool.map(lambda draft: numbered(draft, tmp_path / "mix.safetensors"), drafts))
+    assert sorted(place.name for place in places) == [f"mix_{i:05}_.safetensors" for i in range(1, 9)]
+    assert [place.read_text() for place in places] == [draft.name for draft in drafts]
+
+
+def test_numbers_work_where_there_are_no_links(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", unsupported)
+    (tmp_path / "draft").write_text("x")
+    assert numbered(tmp_path / "draft", tmp_path / "mix.safetensors").read_text() == "x"
+
+
+def test_text_encoders_of_another_checkpoint(tmp_path):
+    a, b = (tmp_path / f"{name}.safetensors" for name in "ab")
+    for seed, path in enumerate((a, b)):
+        save_file(random_weights(SMALL["sdxl"].shapes(), seed=seed), path)
+    found = load_file(convert(a, tmp_path / "c.safetensors", text=b))
+    first, second = load_file(a), load_file(b)
+    for key, value in found.items():
+        assert torch.equal(value, (second if key.startswith("conditioner") else first)[key]), key
+    other = SMALL["sd1"].write(tmp_path / "sd1.safetensors")
+    with pytest.raises(minisd.CheckpointError, match=r"expected text encoders as in .*a\.safetensors, found \d+ keys"):
+        convert(a, tmp_path / "d.safetensors", text=other)
+
+
+def test_a_pipeline_that_broke_is_not_saved(tmp_path):
+    pipe = minisd.load(SMALL["sd1"].write(tmp_path / "x.safetensors"), device="cpu", dtype="float32")
+    pipe.unet.out[2].bias.fill_(float("nan"))
+    with pytest.raises(minisd.NonFiniteError, match=r"save: model\.diffusion_model\.out\.2\.bias holds NaN"):
+        pipe.save(tmp_path / "y.safetensors")
+    assert not (tmp_path / "y.safetensors").exists()
+
+
 KILLS = """
 import os, random, signal, sys, time, torch
 from safetensors.torch import load_file
-from minisd.saving import convert
+from minisd.converting import convert, save
 
 torch.set_num_threads(1)  # a process that forks must have one thread only
 source, target, rng = sys.argv[1], sys.argv[2], random.Random(0)

@@ -1,0 +1,69 @@
+"""The formulas of merging, each on one tensor of every model.  All of them take and give float32 (or float64, in tests).
+
+weighted sum       A + sum of r_i (B_i - A), with a base A + sum of r_i (B_i - base)
+slerp              along the circle from A to B, by r of the angle between them                       Shoemake 1985
+TIES               base + r * (mean of the large changes that agree in sign)              Yadav et al., arXiv:2306.01708
+DARE               the weighted sum over a random part of the changes, enlarged             Yu et al., arXiv:2311.03099
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def weighted(a: Tensor, others: Sequence[Tensor], ratios: Sequence[float], base: Tensor | None = None) -> Tensor:
+    """Without a base (1 - sum of r_i) A + sum of r_i B_i, which is B, to the bit, where its ratio is 1 and the others' 0."""
+    result = a * (1 - sum(ratios)) if base is None else a - sum(ratios) * base
+    for other, ratio in zip(others, ratios, strict=True):
+        result.add_(other, alpha=ratio)
+    return result
+
+
+def slerp(a: Tensor, b: Tensor, ratio: float) -> Tensor:
+    """Straight where the two point the same way, or one is zero: the circle says nothing there."""
+    cosine = torch.nn.functional.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0).clamp(-1, 1)
+    angle = torch.arccos(cosine)
+    if not 1e-3 < float(angle) < torch.pi - 1e-3 or not (a.any() and b.any()):
+        return weighted(a, [b], [ratio])
+    share_a, share_b = torch.sin((1 - ratio) * angle) / torch.sin(angle), torch.sin(ratio * angle) / torch.sin(angle)
+    return float(share_a) * a + float(share_b) * b
+
+
+def ties(models: Sequence[Tensor], base: Tensor, ratio: float, density: float) -> Tensor:
+    """Trim, elect, merge: of each model's change the `density` largest part; of these, by number, the mean of those with the
+    sign that has the larger sum."""
+    changes = torch.stack([trimmed(model - base, density) for model in models])  # (M, ...)
+    sign = changes.sum(dim=0).sign()
+    agreeing = changes * (changes.sign() == sign)
+    count = (agreeing != 0).sum(dim=0).clamp(min=1)
+    return base + ratio * agreeing.sum(dim=0) / count
+
+
+def trimmed(change: Tensor, density: float) -> Tensor:
+    """The largest part of the numbers, by magnitude; the rest zero."""
+    kept = round(density * change.numel())
+    if kept == 0:
+        return torch.zeros_like(change)
+    limit = change.abs().flatten().kthvalue(change.numel() - kept + 1).values
+    return torch.where(change.abs() >= limit, change, 0)
+
+
+def dare(
+    a: Tensor, others: Sequence[Tensor], ratios: Sequence[float], base: Tensor, density: float, generator: torch.Generator
+) -> Tensor:
+    """A + sum of r_i * (a random `density` part of B_i - base) / density: the sum stays the same on average."""
+    result = a.clone()
+    for other, ratio in zip(others, ratios, strict=True):
+        kept = torch.rand(a.shape, generator=generator) < density
+        result += ratio / density * torch.where(kept, other - base, 0)
+    return result
+
+
+def generator_for(seed: int, key: str) -> torch.Generator:
+    """The same for a tensor of this name whatever was drawn before it."""
+    digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,13 @@ def check_place(path: Path) -> None:
         raise OutputError(f"output {path}: the folder {folder} does not exist; make it first")
     if not os.access(folder, os.W_OK):
         raise OutputError(f"output {path}: cannot be written; choose another place")
+
+
+def check_room(path: Path, size: int) -> None:
+    """Raises OutputError unless so many bytes, and a few more, are free where this file is to stand."""
+    free = shutil.disk_usage(path.resolve().parent).free
+    if free < size * 1.05:
+        raise OutputError(f"output {path}: needs {size:,} bytes, {free:,} are free; make room or choose another disk")
 
 
 @contextlib.contextmanager

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .cli_files import convert, diff, inspect, merge, save
-from .cli_options import add_output_options, size
+from .cli_models import compare, compare_again, models
+from .cli_options import add_device, check_output, free_path, one_line, size, with_progress
 from .errors import MinisdError
 
 if TYPE_CHECKING:
-    from .pipeline import Pipeline, Result
-    from .request import Request
+    from .pipeline import Pipeline, Result, Step
 
 EPILOG = """\
 commands:
@@ -34,6 +34,9 @@ commands:
   minisd merge A B -o OUT     mix checkpoints
   minisd convert FILE -o OUT  write it anew as .safetensors: another dtype, pruned, with another VAE
   minisd save -m FILE         put a checkpoint together from parts, under the next free number
+  minisd compare "PROMPT" …   checkpoints against seeds, or over other settings: one picture
+  minisd models               what models there are on this machine, and their short names
+  minisd models add FILE      import one
   minisd bench WHAT           how fast this machine draws, beside its limits and diffusers
 
 examples:
@@ -78,7 +81,7 @@ def draw_parser() -> argparse.ArgumentParser:
 
 def add_files(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("model files")
-    files.add_argument("-m", "--model", metavar="FILE", help="a single-file checkpoint (default: the tiny one in the box)")
+    files.add_argument("-m", "--model", metavar="FILE", help="a checkpoint, or its name in minisd models (default: tiny)")
     files.add_argument(
         "--vae", metavar="FILE", action="append", help="the VAE of another file; TAESD's two halves: --vae A --vae B"
     )
@@ -131,17 +134,6 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument("--aesthetic", type=float, default=6.0, metavar="S", help="0 to 10, what the refiner aims at (default: 6)")
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, … (default: a GPU if there is one)")
-    parser.add_argument(
-        "--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the fastest that the device computes well)"
-    )
-    parser.add_argument(
-        "--offload", action="store_true", help="keep the parts in main memory until they work: slower, for a small GPU"
-    )
-    add_output_options(parser)
-
-
 def draw(argv: Sequence[str]) -> int:
     args = draw_parser().parse_args(argv)
     output = args.output or free_path(Path("out.png"))
@@ -179,7 +171,8 @@ def draw(argv: Sequence[str]) -> int:
         target_size=args.target_size,
         aesthetic_score=args.aesthetic,
     )
-    result = with_progress(pipe, request, refiner, args.preview)
+    look = Preview(pipe, args.preview) if args.preview else None
+    result = with_progress(pipe.stream(request, refiner), look)
     status = report(result, output, args.json)
     if args.grid:
         save_png(grid(result.images), args.grid, result.metadata[0])
@@ -196,6 +189,8 @@ def again(argv: Sequence[str]) -> int:
     from .recipe import read_recipe, repeat
 
     recipe = read_recipe(args.picture)
+    if "compare" in recipe:
+        return compare_again(recipe, args)
     output = args.output or free_path(args.picture.with_stem(f"{args.picture.stem}-again"))
     check_output(output)
     from .pipeline import load
@@ -209,7 +204,7 @@ def again(argv: Sequence[str]) -> int:
     }
     pipe = load(args.model or recipe.get("model_path"), **common, **files)
     refiner = load(recipe["refiner_path"], **common) if recipe.get("refiner_path") else None
-    return report(with_progress(pipe, repeat(recipe, pipe.checkpoint.path), refiner), output, args.json)
+    return report(with_progress(pipe.stream(repeat(recipe, pipe.checkpoint.path), refiner)), output, args.json)
 
 
 def bench(argv: Sequence[str]) -> int:
@@ -226,45 +221,24 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "convert": convert,
     "merge": merge,
     "diff": diff,
+    "compare": compare,
+    "models": models,
     "bench": bench,
 }
 
 
-def check_output(path: Path) -> None:
-    from .image import check_writable
+class Preview:
+    """Shows the picture in the making in a file, no more often than the eye wants."""
 
-    check_writable(path)
+    def __init__(self, pipe: Pipeline, path: Path) -> None:
+        self.pipe, self.path, self.drawn = pipe, path, time.monotonic()
 
+    def __call__(self, step: Step) -> None:
+        from .image import save_png
 
-def free_path(path: Path) -> Path:
-    """The path itself, or the first of path-2, path-3, … that does not exist: a picture nobody named replaces none."""
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_stem(f"{path.stem}-{number}")
-    return free
-
-
-def with_progress(pipe: Pipeline, request: Request, refiner: Pipeline | None = None, preview: Path | None = None) -> Result:
-    """Runs a request with a bar on stderr that shows the time per step; no bar where stderr is no terminal."""
-    from tqdm import tqdm
-
-    from .image import save_png
-
-    steps = pipe.stream(request, refiner)
-    look = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
-    drawn = time.monotonic()
-    with tqdm(desc="drawing", unit="step", bar_format=look, disable=None) as bar:
-        while True:
-            try:
-                step = next(steps)
-                bar.total = step.total
-                bar.update()
-                if preview and time.monotonic() - drawn >= 0.5:  # seconds; no more often than the eye wants
-                    save_png(pipe.preview(step.denoised)[0], preview, None)
-                    drawn = time.monotonic()
-            except StopIteration as stop:
-                return stop.value  # type: ignore[no-any-return]
+        if time.monotonic() - self.drawn >= 0.5:  # seconds
+            save_png(self.pipe.preview(step.denoised)[0], self.path, None)
+            self.drawn = time.monotonic()
 
 
 def report(result: Result, output: Path, as_json: bool) -> int:
@@ -293,10 +267,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains while it exits
         return 141
-
-
-def one_line(error: Any) -> str:
-    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

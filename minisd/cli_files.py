@@ -28,8 +28,9 @@ def inspect(argv: Sequence[str]) -> int:
     add_output_options(parser)
     args = parser.parse_args(argv)
     from .inspection import as_text, inspect
+    from .library import resolve
 
-    facts = inspect(args.file, args.hash, args.check, args.tree, args.size)
+    facts = inspect(resolve(args.file), args.hash, args.check, args.tree, args.size)
     print(json.dumps(facts) if args.json else as_text(facts))
     return 0
 
@@ -46,9 +47,10 @@ def convert(argv: Sequence[str]) -> int:
     from .converting import convert
 
     dtype = stored_dtype(args.dtype)
+    source, vae, text = files(args.file, args.vae, args.text)
     with byte_bar("converting") as tell:
-        path = convert(args.file, args.output, dtype, args.prune, args.vae, args.text, tell)
-    return written(path, args.file if dtype and dtype.itemsize == 1 else None)
+        path = convert(source, args.output, dtype, args.prune, vae, text, tell)
+    return written(path, source if dtype and dtype.itemsize == 1 else None)
 
 
 def save(argv: Sequence[str]) -> int:
@@ -67,9 +69,10 @@ def save(argv: Sequence[str]) -> int:
     from .converting import save
 
     dtype = stored_dtype(args.dtype)
+    source, vae, text = files(args.model, args.vae, args.text)
     with byte_bar("saving") as tell:
-        path = save(args.model, args.filename_prefix, dtype, args.vae, args.text, tell)
-    return written(path, args.model if dtype and dtype.itemsize == 1 else None)
+        path = save(source, args.filename_prefix, dtype, vae, text, tell)
+    return written(path, source if dtype and dtype.itemsize == 1 else None)
 
 
 def add_writing_options(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +80,13 @@ def add_writing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", metavar="FILE", help="with the VAE of this file")
     parser.add_argument("--text", metavar="FILE", help="with the text encoders of this checkpoint")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def files(source: str, vae: str | None, text: str | None) -> tuple[Path, Path | None, Path | None]:
+    """The paths of what was named by path or by name."""
+    from .library import resolve
+
+    return resolve(source), resolve(vae, "vae") if vae else None, resolve(text) if text else None
 
 
 def stored_dtype(name: str | None) -> torch.dtype | None:
@@ -87,7 +97,7 @@ def stored_dtype(name: str | None) -> torch.dtype | None:
     return STORABLE[name] if name else None
 
 
-def written(path: Path, source: str | None) -> int:
+def written(path: Path, source: Path | None) -> int:
     """Says where the result is and, where it was made coarser from `source`, by how much."""
     if source is not None:
         from .differing import diff
@@ -124,14 +134,16 @@ def merge(argv: Sequence[str]) -> int:
     parser.add_argument("--from", dest="recipe", metavar="FILE", help="repeat the merge that made this file, from its sources")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
+    from .library import resolve
     from .merging import PARTS, merge, repeat
 
     by_part = {part: value for part in PARTS if (value := getattr(args, f"{part}_ratio")) is not None}
-    options = (args.ratio, args.base, args.method, by_part, args.blocks, args.density, args.seed, stored_dtype(args.dtype))
+    models, base = [resolve(model) for model in args.models], resolve(args.base) if args.base else None
+    options = (args.ratio, base, args.method, by_part, args.blocks, args.density, args.seed, stored_dtype(args.dtype))
     with byte_bar("merging") as tell:
         if args.recipe is None:
-            print(merge(args.models, args.output, *options, progress=tell))
-        elif args.models or any(options[:2]) or by_part or args.blocks:
+            print(merge(models, args.output, *options, progress=tell))
+        elif models or any(options[:2]) or by_part or args.blocks:
             raise UsageError("merge: expected models and ratios, or --from FILE, which has its own; found both")
         else:
             print(repeat(args.recipe, args.output, progress=tell))
@@ -148,9 +160,10 @@ def diff(argv: Sequence[str]) -> int:
     add_output_options(parser)
     args = parser.parse_args(argv)
     from .differing import as_text, diff, heat_map
+    from .library import resolve
 
     with byte_bar("comparing") as tell:
-        facts = diff(args.a, args.b, tell)
+        facts = diff(resolve(args.a), resolve(args.b), tell)
     if args.plot:
         from .image import check_writable, save_png
 

@@ -11,9 +11,8 @@ import os
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -28,7 +27,9 @@ from .errors import CheckpointError, UsageError
 from .family import Recognition, Training
 from .guidance import guided, shrunk
 from .image import save_png, to_pil
+from .library import resolve
 from .model import StableDiffusion, averaged, load_model, load_vae
+from .places import tiny_checkpoint
 from .preview import LinearDecoder, fit_decoder
 from .prompt import encode
 from .recipe import recipe_of
@@ -38,6 +39,8 @@ from .samplers import SAMPLERS, Denoise, Noise, Steps
 from .saving import save_model
 from .schedule import TRAINING_STEPS, Continuous, Schedule, noise_levels, scaled_linear, start_scale, zero_terminal
 from .taesd import TinyAutoencoder
+
+Outcome = TypeVar("Outcome")  # what a generator of steps returns
 
 
 def load(
@@ -51,8 +54,8 @@ def load(
 ) -> Pipeline:
     """Opens a checkpoint and makes it ready to draw.
 
-    path: a single-file checkpoint (.safetensors or .ckpt) of SD 1.x, SD 2.x, SDXL or its refiner; without one, the tiny one
-        in the box.
+    path: a single-file checkpoint (.safetensors or .ckpt) of SD 1.x, SD 2.x, SDXL or its refiner, or as a text the short name
+        of one in the library (library.py); without one, the tiny one in the box.
     device: "cpu", "cuda", …; by default a GPU if there is one.
     dtype: float32, bfloat16 or float16; by default float16 on a GPU, bfloat16 on a CPU that computes it, else float32.
     vae: a file whose VAE takes the place of the checkpoint's: a VAE alone, another checkpoint, or the tiny TAESD (whose two
@@ -66,7 +69,7 @@ def load(
     kind = to_dtype(dtype, where)
     ops.chosen()  # a wrong MINISD_KERNELS is told before anything is read
     one_of("prediction", prediction, (None, "epsilon", "v"))
-    checkpoint = open_checkpoint(path if path is not None else tiny_checkpoint())
+    checkpoint = open_checkpoint(resolve(path) if path is not None else tiny_checkpoint())
     if ema:
         checkpoint = averaged(checkpoint)
     with memory_errors():
@@ -75,7 +78,7 @@ def load(
             recognition = replace(recognition, training=replace(recognition.training, prediction=prediction))
         pipe = Pipeline(model, recognition, checkpoint, where, kind)
         if vae is not None:
-            pipe.replace_vae(*([vae] if isinstance(vae, str | os.PathLike) else vae))
+            pipe.replace_vae(*(resolve(file, "vae") for file in ([vae] if isinstance(vae, str | os.PathLike) else vae)))
     return pipe
 
 
@@ -318,16 +321,10 @@ def paste(image: Image.Image, canvas: Canvas | None) -> Image.Image:
     return Image.composite(image, to_pil(canvas.pixels[0]), Image.fromarray((canvas.mask[0, 0] * 255).byte().numpy()))
 
 
-def finish(steps: Generator[Step, None, Result]) -> Result:
-    """Runs `Pipeline.stream` to its end."""
+def finish(steps: Generator[Step, None, Outcome]) -> Outcome:
+    """Runs `Pipeline.stream` to its end, or another generator of steps."""
     while True:
         try:
             next(steps)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
-
-
-def tiny_checkpoint() -> Path:
-    """The trained checkpoint that minisd carries: beside the package when installed, in weights/ in a checkout."""
-    installed = Path(str(resources.files("minisd"))) / "weights" / "tiny.safetensors"
-    return installed if installed.exists() else Path(__file__).parents[1] / "weights" / "tiny.safetensors"

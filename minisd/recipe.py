@@ -53,11 +53,23 @@ def parameters_text(recipe: Mapping[str, Any]) -> str:
         "Eta": recipe["eta"] or None,
         "Refiner": recipe.get("refiner"),
         "Refiner switch at": recipe["high_noise_frac"] if recipe.get("refiner") else None,
+        **compared_text(recipe),
         "Version": f"minisd {recipe['version']}",
     }
     last = ", ".join(f"{name}: {quote(value)}" for name, value in fields.items() if value is not None)
     negative = f"\nNegative prompt: {recipe['negative_prompt']}" if recipe["negative_prompt"] else ""
     return f"{recipe['prompt']}{negative}\n{last}"
+
+
+def compared_text(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """What changes from cell to cell of a comparison, as A1111 writes it of a grid (A1111 scripts/xyz_grid.py)."""
+    if "compare" not in recipe:
+        return {}
+    fields = {"Script": "X/Y/Z plot"}
+    for name in ("x", "y"):
+        axis = recipe["compare"][name]
+        fields |= {f"{name.upper()} Type": axis["type"], f"{name.upper()} Values": ", ".join(map(str, axis["values"]))}
+    return fields
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,7 +23,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from .atomic import check_place, drafting, numbered, replacing
+from .atomic import check_place, check_room, drafting, numbered, replacing
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import CheckpointError, NonFiniteError, OutputError
 from .family import MARKERS, recognise
@@ -176,12 +175,6 @@ def header(planned: Planned, metadata: Mapping[str, str]) -> bytes:
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-def check_room(path: Path, size: int) -> None:
-    free = shutil.disk_usage(path.resolve().parent).free
-    if free < size * 1.05:
-        raise OutputError(f"output {path}: needs {size:,} bytes, {free:,} are free; make room or choose another disk")
 
 
 def bytes_of(numbers: Tensor) -> memoryview:

@@ -2,6 +2,7 @@
 
     python scripts/bench.py tiles     decoding 1024x1024 pixels in bands of rows against whole: difference, memory, time
     python scripts/bench.py cli       the command line on the tiny checkpoint; --help and inspect
+    python scripts/bench.py library   minisd models over 200 checkpoints with the keys of SD 1.x and SDXL, first and second time
 
 No download: the weights are random.
 """
@@ -9,6 +10,8 @@ No download: the weights are random.
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -91,12 +94,42 @@ def bench_cli(repeats: int) -> None:
         print(f"  {empty:6.3f} s  python -c pass, for scale")
 
 
+def bench_library(repeats: int) -> None:
+    """Whole processes; the checkpoints are files of holes, of which only the headers take space and are read."""
+    from minisd.blueprint import sd15, sdxl
+    from minisd.saving import header
+    from minisd.shapes import Entry
+
+    kinds = [{key: ("F16", shape) for key, shape in shapes.items()} for shapes in (sd15(), sdxl())]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "models").mkdir()
+        for i in range(200):
+            planned = kinds[i % 2]
+            head = header(planned, {"number": str(i)})
+            with Path(folder, "models", f"mix{i:03}.safetensors").open("wb") as file:
+                file.write(head)
+                file.truncate(len(head) + sum(Entry(*facts, 0).nbytes for facts in planned.values()))
+        cache = Path(folder) / "cache"
+        environment = os.environ | {"MINISD_MODELS": f"{folder}/models", "XDG_CACHE_HOME": str(cache)}
+        command = [sys.executable, "-m", "minisd.cli", "models"]
+        run = partial(subprocess.run, command, check=True, capture_output=True, env=environment)
+
+        def first() -> None:
+            shutil.rmtree(cache, ignore_errors=True)
+            run()
+
+        print(f"  {median(first, repeats):6.3f} s  minisd models, 200 checkpoints, first time")
+        print(f"  {median(run, repeats):6.3f} s  second time")
+        known = partial(subprocess.run, [*command, "list", "--json"], check=True, capture_output=True, env=environment)
+        print(f"  {median(known, repeats):6.3f} s  the same with --json")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["tiles", "cli"])
+    parser.add_argument("what", choices=["tiles", "cli", "library"])
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    {"tiles": bench_tiles, "cli": bench_cli}[args.what](args.repeats)
+    {"tiles": bench_tiles, "cli": bench_cli, "library": bench_library}[args.what](args.repeats)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,14 @@ def manifest(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def recognised(folder: Path, shapes: dict[str, tuple[int, ...]], values: dict[str, list[float]] | None = None, **metadata: str):
-    """What minisd says of a file with these shapes: a file of holes, which takes no space on the disk."""
-    path = folder / "shapes.safetensors"
+    """What minisd says of a file with these shapes."""
+    return recognise(open_checkpoint(write_holes(folder / "shapes.safetensors", shapes, values, **metadata)))
+
+
+def write_holes(
+    path: Path, shapes: dict[str, tuple[int, ...]], values: dict[str, list[float]] | None = None, **metadata: str
+) -> Path:
+    """A file of holes with these shapes, which takes no space on the disk."""
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     offset, places = 0, {}
     for key, shape in shapes.items():
@@ -54,7 +60,7 @@ def recognised(folder: Path, shapes: dict[str, tuple[int, ...]], values: dict[st
             file.seek(8 + len(text) + places[key])
             file.write(struct.pack(f"<{len(numbers)}f", *numbers))
         file.truncate(8 + len(text) + offset)
-    return recognise(open_checkpoint(path))
+    return path
 
 
 @dataclass(frozen=True)

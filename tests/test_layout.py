@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    ["errors", "shapes", "ops", "pickled", "cache", "cli_options"],
+    ["errors", "shapes", "ops", "pickled", "cache", "places", "arithmetic", "cli_options"],
     ["layers", "atomic", "tokenizer", "schedule", "samplers", "torch_file", "device", "picture", "preview"],
     ["clip", "unet", "vae", "denoiser", "checkpoint"],
     ["tensors", "family"],
@@ -22,12 +22,13 @@ LEVELS = [
     ["runtime"],
     ["recipe", "model", "codec", "saving"],
     ["tree"],
-    ["inspection", "arithmetic"],
-    ["guidance", "converting", "differing"],
-    ["merging"],
+    ["inspection"],
+    ["guidance", "converting", "differing", "library"],
+    ["merging", "importing"],
     ["image"],
     ["pipeline"],
-    ["cli_files"],
+    ["comparing"],
+    ["cli_files", "cli_models"],
     ["cli"],
 ]
 

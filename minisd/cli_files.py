@@ -99,10 +99,10 @@ def stored_dtype(name: str | None) -> torch.dtype | None:
 
 def written(path: Path, source: Path | None) -> int:
     """Says where the result is and, where it was made coarser from `source`, by how much."""
-    if source is not None:
-        from .differing import diff
+    if source is not None and not path.samefile(source):
+        from .differing import diff, percent
 
-        changes = [f"{part} {facts['change']:.2%}" for part, facts in diff(source, path)["parts"].items()]
+        changes = [f"{part} {percent(facts['change'])}" for part, facts in diff(source, path)["parts"].items()]
         print(f"minisd: relative change: {', '.join(changes)}", file=sys.stderr)
     print(path)
     return 0

@@ -204,7 +204,7 @@ def test_numbers_too_large_for_a_dtype_are_refused(tmp_path):
 def test_float8_is_storage_for_matrices_and_draws(tiny, tmp_path, capsys, name):
     out = tmp_path / "small.safetensors"
     assert main(["convert", str(tiny.checkpoint.path), "-o", str(out), "--dtype", name]) == 0
-    assert re.fullmatch(r"minisd: relative change: text \d\.\d\d%, vae 0\.00%, unet \d\.\d\d%\n", capsys.readouterr().err)
+    assert re.fullmatch(r"minisd: relative change: text \d\.\d+%, vae same, unet \d\.\d+%\n", capsys.readouterr().err)
     found, before = load_file(out), load_file(tiny.checkpoint.path)
     for key, value in found.items():
         matrix = value.dim() > 1 and not key.startswith("first_stage_model")

@@ -188,6 +188,16 @@ def known_sha256(path: Path) -> str | None:
     return str(found) if found else None
 
 
+def data_sha256(path: Path) -> str | None:
+    """The sha256 of what follows the header of a .safetensors file (AutoV3, ModelSpec's hash); None for other files."""
+    with path.open("rb") as file:
+        head = file.read(9)
+        if head[8:] != b"{":
+            return None
+        file.seek(8 + int.from_bytes(head[:8], "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def state_of(path: Path) -> str:
     """Tells a file and what is in it from all others, without reading it.  Raises OSError."""
     stat = path.stat()

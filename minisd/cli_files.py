@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cli_options import add_output_options, byte_bar
+from .cli_options import add_output_options, byte_bar, size
 from .errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,13 +22,15 @@ def inspect(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="minisd inspect", description="What a checkpoint is, from its header alone.")
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--check", action="store_true", help="also look for NaN and infinity (reads the whole file)")
-    parser.add_argument("--hash", action="store_true", help="also the model hash (reads the whole file)")
+    parser.add_argument("--hash", action="store_true", help="also the model hashes (reads the whole file)")
+    parser.add_argument("--tree", action="store_true", help="also block by block; with --check also how large the numbers are")
+    parser.add_argument("--size", type=size, metavar="WxH", help="of the picture whose arithmetic --tree counts")
     add_output_options(parser)
     args = parser.parse_args(argv)
     from .inspection import as_text, inspect
     from .library import resolve
 
-    facts = inspect(resolve(args.file), args.hash, args.check)
+    facts = inspect(resolve(args.file), args.hash, args.check, args.tree, args.size)
     print(json.dumps(facts) if args.json else as_text(facts))
     return 0
 

@@ -22,6 +22,7 @@ TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16
 TORCH |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 STORED = TORCH | {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 STORED |= {"BOOL": torch.bool}
+NUMBERS = 256 << 10  # of a piece that is computed with, so that it and its results stay in the processor's cache
 PIECE = 2 << 20  # bytes; 0.5, 1 and 2 MiB measured the same, 4 MiB up to 1.4 times slower
 
 
@@ -90,15 +91,15 @@ def read_stored(checkpoint: Checkpoint, key: str) -> Tensor:
 
 
 def stored_pieces(checkpoint: Checkpoint, key: str) -> Iterator[Tensor]:
-    """The numbers of a tensor as the file holds them, in pieces of PIECE numbers, (N,) each; of one with strides all at once."""
+    """The numbers of a tensor as the file holds them, in pieces of NUMBERS, (N,) each; of one with strides all at once."""
     entry = checkpoint.entries[key]
     if entry.stride is not None or entry.dtype not in STORED:
         yield read_stored(checkpoint, key).flatten()
         return
     dtype = STORED[entry.dtype]
     with opened_again(checkpoint) as file:
-        for first in range(0, entry.numel, PIECE):
-            piece = torch.empty(min(PIECE, entry.numel - first), dtype=dtype)
+        for first in range(0, entry.numel, NUMBERS):
+            piece = torch.empty(min(NUMBERS, entry.numel - first), dtype=dtype)
             read_exactly(file, piece, entry.offset + first * dtype.itemsize)
             yield piece
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import struct
@@ -10,15 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import REDUCED, manifest, write_checkpoint
+from helpers import FULL, REDUCED, manifest, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 import minisd
-from minisd.checkpoint import file_sha256, open_checkpoint
-from minisd.family import SD1, is_spare
+from minisd.checkpoint import Checkpoint, file_sha256, open_checkpoint
+from minisd.family import SD1, is_spare, recognise
 from minisd.inspection import as_text, inspect
 from minisd.model import build
+from minisd.shapes import Entry
 from minisd.tensors import convert, load_tensors
+from minisd.tree import arithmetic, part_in_words
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +101,7 @@ def test_missing_and_unknown_keys_are_counted(small, tmp_path):
 
 def test_integer_weights_are_refused(small, tmp_path):
     path = variant(small, tmp_path, lambda w: w.update({"model.diffusion_model.out.2.bias": torch.zeros(4, dtype=torch.int32)}))
-    assert "'model.diffusion_model.out.2.bias': expected F64, F32, F16, BF16, found I32" in refused(path)
+    assert "'model.diffusion_model.out.2.bias': expected F64, F32, F16, BF16, F8_E4M3, F8_E5M2, found I32" in refused(path)
 
 
 UNET = "model.diffusion_model.input_blocks.0.0.weight"
@@ -289,3 +292,43 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
 
     os.mkfifo(tmp_path / "pipe.safetensors")
     assert "is not a regular file" in refused(tmp_path / "pipe.safetensors")
+
+
+def test_the_tree_of_a_checkpoint_accounts_for_all_of_it(reduced_file):
+    facts = inspect(reduced_file, check=True, with_tree=True, size=(64, 128))
+    blocks = facts["blocks"].values()
+    known = [key for key in facts["parts"] if key != "unused"]
+    for what in ("tensors", "parameters", "bytes"):
+        assert sum(block[what] for block in blocks) == sum(facts["parts"][part][what] for part in known)
+    weights = load_file(reduced_file)
+    middle = torch.cat([value.double().flatten() for key, value in weights.items() if ".middle_block." in key])
+    assert facts["blocks"]["middle"]["rms"] == pytest.approx(float(middle.square().mean().sqrt()), rel=1e-5)
+    assert facts["blocks"]["middle"]["max"] == float(middle.abs().max())
+    assert facts["flops"]["picture"] == sum(block["flops"] for block in blocks)
+    assert "a picture of 64x128 in 20 steps with guidance" in as_text(facts)
+
+
+def test_arithmetic_of_sd15():
+    """803 GFLOPs for a picture's pass through the UNet at 64x64 latents, twice a step; two texts of 77 tokens through 85 million
+    weights of matrices; the first convolution by hand."""
+    checkpoint = Checkpoint(Path("x"), {key: Entry("F16", shape, 0) for key, shape in FULL.shapes().items()}, {}, 0, 0)
+    counted = arithmetic(checkpoint, recognise(checkpoint), (512, 512))
+    assert counted["input.0"] == 20 * 2 * 2 * 64 * 64 * 9 * 4 * 320
+    unet = sum(flops for group, flops in counted.items() if part_in_words(group) == "UNet" and group)
+    assert unet / 20 / 2 == pytest.approx(803e9, rel=0.001)
+    text = sum(flops for group, flops in counted.items() if group.startswith("text"))
+    assert text == pytest.approx(2 * 2 * 77 * 85e6, rel=0.03)
+
+
+def test_hashes_of_the_tensors_alone(tmp_path):
+    save_file({"w": torch.ones(3)}, tmp_path / "a.safetensors")
+    save_file({"w": torch.ones(3)}, tmp_path / "b.safetensors", {"note": "another header"})
+    a, b = (inspect(tmp_path / f"{name}.safetensors", with_hash=True) for name in "ab")
+    assert a["data_sha256"] == b["data_sha256"] == hashlib.sha256(torch.ones(3).numpy().tobytes()).hexdigest()
+    assert a["sha256"] != b["sha256"]
+    assert (a["autov3"], a["content"]) == (a["data_sha256"][:12], None)
+    for promise, kept in ((f"0x{a['data_sha256']}", True), ("0x00", False)):
+        save_file({"w": torch.ones(3)}, tmp_path / "c.safetensors", {"modelspec.hash_sha256": promise})
+        facts = inspect(tmp_path / "c.safetensors", with_hash=True)
+        assert facts["content"] is kept
+        assert ("NOT what the metadata says" in as_text(facts)) is not kept

@@ -126,7 +126,7 @@ def test_with_a_base_what_two_models_learned_is_added_up(models, tmp_path):
 
 def test_pieces_do_not_matter(models, tmp_path, monkeypatch):
     wanted = load_file(merge(models[:2], tmp_path / "m.safetensors", 0.3))
-    monkeypatch.setattr("minisd.tensors.PIECE", 1000)
+    monkeypatch.setattr("minisd.tensors.NUMBERS", 1000)
     found = load_file(merge(models[:2], tmp_path / "m.safetensors", 0.3))
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 

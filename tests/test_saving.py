@@ -188,7 +188,7 @@ def test_a_disk_that_fails_in_the_background_is_noticed(small, tmp_path, monkeyp
 
 def test_a_small_piece_makes_the_same_file(small, tmp_path, monkeypatch):
     wanted = convert(small, tmp_path / "a.safetensors").read_bytes()
-    monkeypatch.setattr("minisd.tensors.PIECE", 3)
+    monkeypatch.setattr("minisd.tensors.NUMBERS", 3)
     monkeypatch.setattr(saving, "FLUSH", 1)
     assert convert(small, tmp_path / "a.safetensors").read_bytes() == wanted
 

@@ -91,7 +91,9 @@ def first_bytes(path: Path) -> tuple[bytes, int, int]:
     """(the first 64 bytes, size, time of the last change) of a file; CheckpointError if there are none."""
     try:
         if path.is_dir():
-            raise CheckpointError(path, "is a folder, expected a .safetensors or .ckpt file", "name the file in it")
+            theirs = (path / "model_index.json").exists()
+            hint = f"convert it first: minisd convert {path} -o NAME.safetensors" if theirs else "name the file in it"
+            raise CheckpointError(path, "is a folder, expected a .safetensors or .ckpt file", hint)
         if path.exists() and not path.is_file():  # a pipe would keep us waiting for its first byte
             raise CheckpointError(path, "is not a regular file, expected a .safetensors or .ckpt file", "name the file itself")
         with path.open("rb") as file:

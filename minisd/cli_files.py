@@ -39,15 +39,23 @@ def convert(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="minisd convert", description="Write a checkpoint anew as .safetensors: another dtype, pruned, with another VAE."
     )
-    parser.add_argument("file", metavar="FILE", help="a .safetensors or .ckpt checkpoint")
+    parser.add_argument("file", metavar="FILE", help="a .safetensors or .ckpt checkpoint, or a folder of diffusers")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
+    parser.add_argument("--diffusers", action="store_true", help="to a folder of diffusers instead")
     add_writing_options(parser)
     parser.add_argument("--prune", action="store_true", help="leave out what nobody needs to draw")
     args = parser.parse_args(argv)
     from .converting import convert
+    from .diffusers_folder import from_folder, to_folder
 
     dtype = stored_dtype(args.dtype)
     source, vae, text = files(args.file, args.vae, args.text)
+    if source.is_dir() or args.diffusers:
+        if args.prune or vae or text:
+            raise UsageError("--prune, --vae, --text: expected with files on both sides; convert once more")
+        with byte_bar("converting") as tell:
+            print((from_folder if source.is_dir() else to_folder)(source, args.output, dtype, tell))
+        return 0
     with byte_bar("converting") as tell:
         path = convert(source, args.output, dtype, args.prune, vae, text, tell)
     return written(path, source if dtype and dtype.itemsize == 1 else None)
@@ -136,6 +144,7 @@ def merge(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     from .library import resolve
     from .merging import PARTS, merge, repeat
+    from .places import model_files
 
     by_part = {part: value for part in PARTS if (value := getattr(args, f"{part}_ratio")) is not None}
     models, base = [resolve(model) for model in args.models], resolve(args.base) if args.base else None
@@ -146,7 +155,9 @@ def merge(argv: Sequence[str]) -> int:
         elif models or any(options[:2]) or by_part or args.blocks:
             raise UsageError("merge: expected models and ratios, or --from FILE, which has its own; found both")
         else:
-            print(repeat(args.recipe, args.output, progress=tell))
+            merged = resolve(args.recipe)
+            folders = [merged.parent, Path(), *{file.path.parent: None for file in model_files()}]
+            print(repeat(merged, args.output, folders, tell))
     return 0
 
 

@@ -297,4 +297,6 @@ def found_again(source: Mapping[str, Any], folders: Iterable[Path], merged: Path
         if same and source["sha256"] in (None, file_sha256(path)):
             return path
     where = f"found another file of that name: {candidates[0]}" if candidates else "found none"
-    raise CheckpointError(merged, f"was made from {name}, which was looked for beside it; {where}", "name the models to merge")
+    raise CheckpointError(
+        merged, f"was made from {name}, which was looked for by name and content; {where}", "name the models to merge"
+    )

@@ -281,7 +281,9 @@ def test_a_merge_is_repeated_from_its_result(models, tmp_path, monkeypatch, caps
     assert main(["merge", "--from", str(first), "-o", str(tmp_path / "n.safetensors")]) == 0
     found, wanted = load_file(tmp_path / "n.safetensors"), load_file(first)
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
-    with pytest.raises(minisd.CheckpointError, match=r"was made from a\.safetensors, which was looked for beside it; found none"):
+    with pytest.raises(
+        minisd.CheckpointError, match=r"was made from a\.safetensors, which was looked for by name and content; found none"
+    ):
         repeat(first, tmp_path / "o.safetensors", [models[0].parent / "none"])
     shutil.copy(models[1], a)
     with pytest.raises(minisd.CheckpointError, match=r"found another file of that name: .*a\.safetensors"):

@@ -1,0 +1,222 @@
+"""Raw checkpoints and diffusers folders: there and back without a changed bit, and diffusers itself draws the same picture."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from families import SMALL
+from helpers import assert_close, manifest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import minisd
+from minisd import diffusers_folder
+from minisd.cli import main
+from minisd.diffusers_folder import REST, from_folder, to_folder
+from minisd.diffusers_names import is_open, names_of, places
+from minisd.family import SD2, is_spare, ranking
+from minisd.shapes import Shapes
+
+POSITIONS = "text_model.embeddings.position_ids"
+
+
+def same(a, b) -> bool:
+    first, second = load_file(a), load_file(b)
+    return first.keys() == second.keys() and all(
+        first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]) for key in first
+    )
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_there_and_back_changes_no_bit(name, tmp_path):
+    source = SMALL[name].write(tmp_path / "a.safetensors")
+    spare = {"alphas_cumprod": torch.rand(7)}
+    if not is_open(SMALL[name].family.towers[0]):
+        spare[f"{SMALL[name].family.towers[0].name}.{POSITIONS}"] = torch.arange(77)[None]
+    save_file(load_file(source) | spare, source, {"format": "pt", "note": "kept"})
+    folder = to_folder(source, tmp_path / "folder")
+    back = from_folder(folder, tmp_path / "b.safetensors")
+    assert same(source, back)
+    with safe_open(back, framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "note": "kept"}
+    assert not [path for path in tmp_path.iterdir() if "tmp" in path.name]
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd15-inpainting", "instruct-pix2pix", "sd21-base", "sdxl-base", "sdxl-refiner"])
+def test_every_key_of_the_published_files_has_a_place(name, tmp_path):
+    """And its way back is its own."""
+    shapes = Shapes(manifest(name))
+    family = ranking(shapes)[0]
+    for place in places(family):
+        keys = [key.removeprefix(place.prefix) for key in shapes if key.startswith(place.prefix) and not is_spare(key)]
+        links = names_of(place, keys, raw=True).forward(keys)
+        theirs = {name for link in links for name in link.theirs}
+        assert len(theirs) == sum(len(link.theirs) for link in links)
+        lost = set(keys) - {link.raw for link in links}
+        assert all(place.tower in SD2.towers and ".resblocks.23." in key for key in lost), lost
+        back = {link.raw: link for link in names_of(place, theirs, raw=False).backward(theirs)}
+        assert {link.raw: link for link in links} == back
+
+
+PIPELINES = {
+    "sd1": "StableDiffusionPipeline",
+    "sd2": "StableDiffusionPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sdxl-v": "StableDiffusionXLPipeline",
+    "playground": "StableDiffusionXLPipeline",
+    "cosxl": "StableDiffusionXLPipeline",
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_diffusers_opens_it_and_draws_the_same(name, tmp_path):
+    import diffusers
+
+    source = SMALL[name].write(tmp_path / "a.safetensors")
+    folder = to_folder(source, tmp_path / "folder")
+    theirs = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    assert type(theirs).__name__ == json.loads((folder / "model_index.json").read_text())["_class_name"]
+    for place in places(SMALL[name].family):  # every weight of theirs came from the file, and none was left over
+        loaded = getattr(theirs, place.folder).state_dict()
+        (path,) = (folder / place.folder).glob("*.safetensors")
+        written = {key.removeprefix("text_model."): value for key, value in load_file(path).items()}
+        loaded = {key.removeprefix("text_model."): value for key, value in loaded.items() if "position_ids" not in key}
+        assert loaded.keys() == written.keys(), place.folder
+        assert all(torch.equal(loaded[key], written[key]) for key in written), place.folder
+    if name not in PIPELINES:
+        return
+    assert type(theirs).__name__ == PIPELINES[name]
+    theirs.set_progress_bar_config(disable=True)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    common = {"guidance_scale": 5.0, "negative_prompt": "blurry", "width": 64, "height": 64, "latents": latents}
+    prompt = "a photograph of an astronaut riding a horse"
+    wanted = theirs(prompt, num_inference_steps=4, output_type="latent", **common).images
+    found = minisd.load(source, device="cpu", dtype="float32")(prompt, steps=4, **common).latents
+    assert_close(found, wanted, 1e-3)
+
+
+def test_the_tokenizer_is_clips(tmp_path):
+    from transformers import CLIPTokenizer
+
+    from minisd.tokenizer import tokenize
+
+    folder = to_folder(SMALL["sdxl"].write(tmp_path / "a.safetensors"), tmp_path / "folder")
+    prompts = ["a photograph of an astronaut riding a horse", "", "Ärger's 日本 🎨  x" * 3]
+    for name, pad in (("tokenizer", 49_407), ("tokenizer_2", 0)):
+        theirs = CLIPTokenizer.from_pretrained(folder / name)
+        ids = theirs(prompts, padding="max_length", max_length=77, truncation=True).input_ids
+        assert ids == tokenize(prompts, pad)
+
+
+def test_without_the_rest_only_the_rest_is_lost(tmp_path):
+    source = SMALL["sdxl-v"].write(tmp_path / "a.safetensors")
+    folder = to_folder(source, tmp_path / "folder")
+    (folder / REST).unlink()
+    pipe = minisd.load(from_folder(folder, tmp_path / "b.safetensors"), device="cpu")
+    assert (pipe.training.prediction, pipe.training.zero_terminal) == ("v", True)
+    wanted, found = load_file(source), load_file(tmp_path / "b.safetensors")
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted if not is_spare(key))
+
+
+def test_shards_old_names_and_half_precision(tmp_path):
+    """What older folders look like."""
+    source = SMALL["sd1"].write(tmp_path / "a.safetensors")
+    folder = to_folder(source, tmp_path / "folder")
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(unet)
+    names, shards = sorted(weights), {}
+    for i, part in enumerate((names[::2], names[1::2]), start=1):
+        shards |= dict.fromkeys(part, f"diffusion_pytorch_model-{i:05}-of-00002.safetensors")
+        save_file({key: weights[key] for key in part}, unet.with_name(shards[part[0]]))
+    unet.with_name("diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    unet.unlink()
+    vae = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = load_file(vae)
+    for new, name in old.items():
+        weights = {key.replace(f"attentions.0.{new}.", f"attentions.0.{name}."): value for key, value in weights.items()}
+    save_file(weights, vae.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    vae.unlink()
+    assert same(source, from_folder(folder, tmp_path / "b.safetensors"))
+
+
+def test_the_command_line_and_dtypes(tmp_path, capsys):
+    source, folder = SMALL["sd1"].write(tmp_path / "a.safetensors"), tmp_path / "folder"
+    assert main(["convert", str(source), "-o", str(folder), "--diffusers", "--dtype", "float16"]) == 0
+    assert capsys.readouterr().out == f"{folder}\n"
+    assert load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == torch.float16
+    assert main(["convert", str(folder), "-o", str(tmp_path / "b.safetensors"), "--dtype", "bfloat16"]) == 0
+    found, wanted = load_file(tmp_path / "b.safetensors"), load_file(source)
+    assert all(torch.equal(found[key], wanted[key].half().bfloat16()) for key in wanted)
+    capsys.readouterr()
+    for options in (["--prune"], ["--vae", str(source)]):
+        assert main(["convert", str(folder), "-o", str(tmp_path / "c.safetensors"), *options]) == 2
+        assert main(["convert", str(source), "-o", str(tmp_path / "c"), "--diffusers", *options]) == 2
+    assert main([str(folder), "-m", str(folder)]) == 3
+    assert f"minisd convert {folder} -o NAME.safetensors" in capsys.readouterr().err
+
+
+def test_what_is_no_such_folder_is_told(tmp_path):
+    source = SMALL["sd1"].write(tmp_path / "a.safetensors")
+    folder = to_folder(source, tmp_path / "folder")
+
+    def changed(change):
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder, copy)
+        change(copy)
+        with pytest.raises(minisd.CheckpointError) as caught:
+            from_folder(copy, tmp_path / "b.safetensors")
+        assert not (tmp_path / "b.safetensors").exists()
+        return str(caught.value)
+
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert "expected model_index.json" in changed(lambda f: (f / "model_index.json").unlink())
+    assert "expected diffusion_pytorch_model.safetensors, found none (is it complete?)" in changed(
+        lambda f: (f / weights).unlink()
+    )
+    assert "are programs" in changed(lambda f: (f / weights).rename(f / "unet/diffusion_pytorch_model.bin"))
+    assert "cannot be read as JSON" in changed(lambda f: (f / "text_encoder/config.json").write_text("{"))
+    assert "expected a JSON object" in changed(lambda f: (f / "text_encoder/config.json").write_text("[]"))
+    assert "no place for: strange" in changed(
+        lambda f: save_file(load_file(f / weights) | {"strange": torch.ones(1)}, f / weights)
+    )
+    index = "unet/diffusion_pytorch_model.safetensors.index.json"
+
+    def outside(f):
+        (f / weights).unlink()
+        (f / index).write_text(json.dumps({"weight_map": {"a": "../../../etc/passwd"}}))
+
+    assert "names files outside of its folder" in changed(outside)
+    spoilt = load_file(folder / weights)
+    spoilt["conv_in.bias"][0] = float("nan")
+    assert "holds NaN" in changed(lambda f: save_file(spoilt, f / weights))
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    source = SMALL["sd1"].write(tmp_path / "a.safetensors")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    with pytest.raises(minisd.OutputError, match="full: exists already; choose another name"):
+        to_folder(source, tmp_path / "full")
+    (tmp_path / "empty").mkdir()
+    to_folder(source, tmp_path / "empty")
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusers_folder, "sync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(minisd.OutputError, match="No space left on device"):
+            to_folder(source, tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "empty", "full"]
+
+
+def test_distilled_unets_have_no_plain_config(tmp_path):
+    """SSD-1B has other depths on the way up than on the way down."""
+    weights = load_file(SMALL["sdxl"].write(tmp_path / "a.safetensors"))
+    fewer = {key: value for key, value in weights.items() if ".output_blocks.2.1.transformer_blocks.1." not in key}
+    assert len(fewer) < len(weights)
+    save_file(fewer, tmp_path / "b.safetensors")
+    with pytest.raises(minisd.CheckpointError, match="has a UNet that diffusers' plain config cannot describe"):
+        to_folder(tmp_path / "b.safetensors", tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()

@@ -7,7 +7,6 @@ next piece is computed, one thread hashes the last and another brings what is wr
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import hashlib
 import json
@@ -28,7 +27,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .errors import CheckpointError, NonFiniteError, OutputError
 from .family import MARKERS, recognise
 from .shapes import PLAIN, Entry
-from .tensors import STORED, read_stored
+from .tensors import STORED, one_thread, read_stored
 
 NAMES = {dtype: name for name, dtype in STORED.items()}
 AHEAD = 16  # pieces that may wait for their hash
@@ -116,17 +115,6 @@ def write_checkpoint(
                 file.write(f"0x{content}".encode())
         read_back(draft, planned)
         return numbered(draft, path) if counted else path
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Keeps torch, whose threads wait for each other busily, out of the way of hashing and of the disk: 1.6 times as fast."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def checked(pieces: Iterable[Tensor], key: str, planned: tuple[str, tuple[int, ...]]) -> Iterator[Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -130,30 +129,13 @@ def bench(
         row("diffusers, torch.compile reduce-overhead", lambda: compiled(theirs, call, given), clock.back_to_back)
 
 
-def write_configs(folder: Path) -> None:
-    """What `from_single_file(config=…)` wants: the configuration of SD 1.5 as a diffusers folder, without weights."""
-    from ..tokenizer import bpe, merges_text
+def write_configs(path: Path, folder: Path) -> None:
+    """What `from_single_file(config=…)` wants: the small files of a diffusers folder, without weights."""
+    from ..checkpoint import open_checkpoint
+    from ..diffusers_configs import small_files
+    from ..family import recognise
 
-    def write(name: str, content: object) -> None:
+    checkpoint = open_checkpoint(path)
+    for name, text in small_files(checkpoint, recognise(checkpoint)).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-
-    parts = {
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-    }
-    nothing = {"safety_checker": [None, None], "feature_extractor": [None, None]}
-    write("model_index.json", {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.35.0"} | nothing | parts)
-    write("unet/config.json", {"_class_name": "UNet2DConditionModel"} | UNETS["SD 1.5"])
-    write("vae/config.json", {"_class_name": "AutoencoderKL"} | VAE)
-    text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    text |= {"projection_dim": 768, "vocab_size": 49408}
-    write("text_encoder/config.json", {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"} | text)
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-    write("scheduler/scheduler_config.json", {"_class_name": "EulerDiscreteScheduler"} | betas)
-    write("tokenizer/vocab.json", bpe().get_vocab())
-    write("tokenizer/merges.txt", "#version: 0.2\n" + merges_text())
-    write("tokenizer/tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77})
+        (folder / name).write_text(text, encoding="utf-8")

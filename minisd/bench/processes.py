@@ -66,6 +66,11 @@ def bench_load(report: Report, args: Any) -> None:
     """Fresh processes, in turn, with the file in the page cache; imports and the start of CUDA are not counted."""
     device, dtype = str(report.clock.device), str(report.clock.dtype)
     with checkpoint(report, args) as path, tempfile.TemporaryDirectory() as folder:
+        size = path.stat().st_size
+        report.table(
+            f"opening a {size / 1e9:.2f} GB file to ready modules on {device}; peak is host memory",
+            ("time s", "GB/s", "peak GB", "to ours"),
+        )
         setups = {f"minisd, {dtype}": "import minisd.pipeline\nrun = lambda: minisd.load({path!r}, {device!r}, {dtype})"}
         if peers.INSTALLED and args.peers:
             peers.write_configs(path, Path(folder))
@@ -76,11 +81,6 @@ def bench_load(report: Report, args: Any) -> None:
             else:
                 report.note(f"diffusers in float32, its default, is left out: it needs {needed / 1e9:.0f} GB of memory")
         setups["as much new memory, zeroed"] = "run = lambda: torch.zeros({size} // 2, dtype={dtype}, device={device!r})"
-        size = path.stat().st_size
-        report.table(
-            f"opening a {size / 1e9:.2f} GB file to ready modules on {device}; peak is host memory",
-            ("time s", "GB/s", "peak GB", "to ours"),
-        )
         runs: dict[str, list[tuple[float, float]]] = {name: [] for name in setups}
         for _ in range(min(args.repeats, 5) + 1):  # the first brings the file into the page cache
             for name, setup in setups.items():

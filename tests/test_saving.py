@@ -40,6 +40,9 @@ def test_save_then_load_is_the_same_model_for_every_family(name, tmp_path):
     before, after = load_file(source), load_file(saved)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+    if SMALL[name].extra_channels == 0:
+        pictures = [minisd.load(path, device="cpu")("a star", seed=0, **FAST).images[0].tobytes() for path in (source, saved)]
+        assert pictures[0] == pictures[1]
     ours, theirs = inspect(source), inspect(saved)
     assert all(ours[fact] == theirs[fact] for fact in ("family", "task", "prediction", "native_size", "unused"))
 
@@ -128,6 +131,27 @@ def test_a_full_disk_is_told_before_writing(small, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
     with pytest.raises(minisd.OutputError, match=r"needs \d+ bytes, 100 are free"):
         convert(small, tmp_path / "new.safetensors")
+
+
+LIMITED = """
+import resource, signal, sys
+from minisd.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+sys.exit(main(["convert", sys.argv[1], "-o", sys.argv[2]]))
+"""
+
+
+def test_a_file_that_may_not_grow_leaves_the_old_one(tiny, tmp_path):
+    """As with a quota: the system stops the write half-way."""
+    target = tmp_path / "x.safetensors"
+    target.write_bytes(b"old")
+    arguments = [sys.executable, "-c", LIMITED, str(tiny.checkpoint.path), str(target)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (6, "")
+    assert re.fullmatch(r"minisd: error: output \S+: could not be written: File too large\n", done.stderr)
+    assert target.read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 @pytest.mark.parametrize("call", ["fsync", "open", "replace", "chmod", "write", "listdir"])

@@ -138,7 +138,7 @@ def merge(argv: Sequence[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--density", type=float, metavar="D", help="ties, dare: the part of the changes to keep (0.2, 0.1)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="dare: of the choice (default: 0)")
-    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: the first model's)")
+    parser.add_argument("--dtype", metavar="NAME", help=f"{DTYPE} (default: the first model's)")
     parser.add_argument("--from", dest="recipe", metavar="FILE", help="repeat the merge that made this file, from its sources")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
@@ -166,7 +166,7 @@ def diff(argv: Sequence[str]) -> int:
     parser.add_argument("a", metavar="A")
     parser.add_argument("b", metavar="B")
     parser.add_argument(
-        "--plot", type=Path, metavar="PNG", help="a picture of it: the blocks of the UNet, brighter where they differ"
+        "--plot", type=Path, metavar="PNG", help="a picture of it: the blocks of the UNet, darker where they differ"
     )
     add_output_options(parser)
     args = parser.parse_args(argv)

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from .atomic import check_place, check_room, running, sync
 from .checkpoint import Checkpoint, open_checkpoint
-from .converting import rounded
+from .converting import FLOAT8, rounded, stored_as
 from .diffusers_configs import small_files
 from .diffusers_names import Link, Place, count, is_matrix, names_of, places
-from .errors import CheckpointError, OutputError
+from .errors import CheckpointError, OutputError, UsageError
 from .family import REFINER, SD1, SD2, SDXL, VAE, Family, is_spare, listing, recognise
-from .saving import NAMES, Progress, write_checkpoint
+from .saving import NAMES, NO_HASH, Progress, write_checkpoint
 from .tensors import TORCH, read_stored
 
 REST = "minisd.safetensors"
@@ -47,9 +47,12 @@ def to_folder(
     """Writes a checkpoint as a folder that diffusers' `from_pretrained` opens; returns its path.
 
     dtype: of the weights; by default that of the file.  The folder appears whole or not at all.
-    Raises CheckpointError (the source, also where diffusers has no config for its shape), OutputError (the target exists).
+    Raises CheckpointError (the source, also where diffusers has no config for its shape), UsageError (the dtype), OutputError
+    (the target exists).
     """
     checkpoint, target = open_checkpoint(source), Path(target)
+    if dtype in FLOAT8:
+        raise UsageError("dtype: expected float32, bfloat16 or float16 for a folder of diffusers, found float8")
     found = recognise(checkpoint)
     links = {place: links_of(place, checkpoint, found.family) for place in places(found.family)}
     texts = small_files(checkpoint, found)
@@ -123,7 +126,12 @@ def from_folder(
     rest = open_checkpoint(folder / REST) if (folder / REST).exists() else None
     markers, metadata = training_of(folder) if rest is None else ((), dict(rest.metadata))
     kept = [key for key in rest.entries if key not in origin] if rest else []
-    planned = {key: (stored_name(found.dtype, dtype), found.shape) for key, found in origin.items()}
+    planned = {
+        key: (stored_name(found.dtype, stored_as(key, len(found.shape), dtype) if dtype else None), found.shape)
+        for key, found in origin.items()
+    }
+    if "modelspec.hash_sha256" in metadata:
+        metadata["modelspec.hash_sha256"] = NO_HASH  # to be found out again
     planned |= {key: (rest.entries[key].dtype, rest.entries[key].shape) for key in kept if rest}
     planned |= dict.fromkeys(markers, ("F32", (0,)))
 

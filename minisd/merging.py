@@ -22,7 +22,7 @@ from torch import Tensor
 from .arithmetic import dare, generator_for, slerp, ties, weighted
 from .blocks import block_of, block_ratios, part_of
 from .checkpoint import Checkpoint, file_sha256, known_sha256, open_checkpoint
-from .converting import narrowed
+from .converting import narrowed, stored_as
 from .errors import CheckpointError, UsageError
 from .family import CONV_IN, is_spare, listing, recognise
 from .saving import NAMES, Progress, described, write_checkpoint
@@ -32,6 +32,7 @@ PARTS = ("unet", "text", "vae")
 METHODS = ("weighted", "slerp", "ties", "dare")
 DENSITY = {"ties": 0.2, "dare": 0.1}  # of the papers
 RECIPE = "minisd.merge"  # its key in the metadata
+THEIRS = ("sd_merge_recipe", "sd_merge_models")  # A1111's, which say how this very file was made
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def merge(
     for other in models[1:]:
         check_alike(models[0], other)
     planned = {
-        key: (NAMES[dtype] if dtype and entry.dtype in TORCH else entry.dtype, entry.shape)
+        key: (NAMES[stored_as(key, len(entry.shape), dtype)] if dtype and entry.dtype in TORCH else entry.dtype, entry.shape)
         for key, entry in models[0].entries.items()
     }
 
@@ -94,7 +95,8 @@ def merge(
                 raise why_not_finite(models, key, planned[key][0])
             yield result
 
-    metadata = described(models[0]) | {"modelspec.title": Path(target).stem} | notes(models, recipe, base is not None, dtype)
+    own = {key: value for key, value in described(models[0]).items() if key not in THEIRS}
+    metadata = own | {"modelspec.title": Path(target).stem} | notes(models, recipe, base is not None, dtype)
     return write_checkpoint(target, planned, read, metadata, progress)
 
 

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 import minisd
 from minisd import diffusers_folder
 from minisd.cli import main
+from minisd.converting import convert
 from minisd.diffusers_folder import REST, from_folder, to_folder
 from minisd.diffusers_names import is_open, names_of, places
 from minisd.family import SD2, is_spare, ranking
+from minisd.inspection import inspect
 from minisd.shapes import Shapes
 
 POSITIONS = "text_model.embeddings.position_ids"
@@ -36,12 +38,21 @@ def test_there_and_back_changes_no_bit(name, tmp_path):
     spare = {"alphas_cumprod": torch.rand(7)}
     if not is_open(SMALL[name].family.towers[0]):
         spare[f"{SMALL[name].family.towers[0].name}.{POSITIONS}"] = torch.arange(77)[None]
-    save_file(load_file(source) | spare, source, {"format": "pt", "note": "kept"})
+    save_file(load_file(source) | spare, tmp_path / "plain.safetensors", {"format": "pt", "note": "kept"})
+    convert(tmp_path / "plain.safetensors", source)  # which adds the hash of all tensors
+    (tmp_path / "plain.safetensors").unlink()
     folder = to_folder(source, tmp_path / "folder")
     back = from_folder(folder, tmp_path / "b.safetensors")
     assert same(source, back)
-    with safe_open(back, framework="pt") as file:
-        assert file.metadata() == {"format": "pt", "note": "kept"}
+    with safe_open(source, framework="pt") as before, safe_open(back, framework="pt") as after:
+        assert before.metadata() == after.metadata()
+        assert after.metadata()["note"] == "kept"
+    assert inspect(back, with_hash=True)["content"] is True
+    coarse = inspect(from_folder(folder, tmp_path / "b.safetensors", torch.float8_e4m3fn), with_hash=True)
+    assert coarse["content"] is True
+    assert {"F8_E4M3", "F16"} <= {dtype for part in coarse["parts"].values() for dtype in part["dtypes"]}
+    with pytest.raises(minisd.UsageError, match="found float8"):
+        to_folder(source, tmp_path / "coarse", torch.float8_e4m3fn)
     assert not [path for path in tmp_path.iterdir() if "tmp" in path.name]
 
 

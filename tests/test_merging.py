@@ -16,6 +16,7 @@ from minisd.blocks import block_ratios, blocks_of, group_of, part_of
 from minisd.blueprint import random_weights
 from minisd.checkpoint import file_sha256
 from minisd.cli import main
+from minisd.differing import diff
 from minisd.family import CONV_IN
 from minisd.merging import legacy_hash, merge, repeat
 
@@ -327,3 +328,22 @@ def test_a1111_reads_its_recipe(models, tmp_path, monkeypatch):
     )  # what is not known is not read for it
     known = {"name": "a.safetensors", "legacy_hash": legacy_hash(models[0]), "sd_merge_recipe": None}
     assert json.loads(metadata["sd_merge_models"]) == {digest: known}
+
+
+def test_a_recipe_of_another_merge_is_not_handed_on(models, tmp_path):
+    first = merge(models[:2], tmp_path / "a.safetensors", 0.5)
+    second = merge([first, models[2]], tmp_path / "b.safetensors", 0.5, method="slerp")
+    with safe_open(second, framework="pt") as file:
+        metadata = file.metadata()
+    assert "sd_merge_recipe" not in metadata
+    assert json.loads(metadata["minisd.merge"])["method"] == "slerp"
+
+
+def test_a_merge_in_float8_keeps_the_vae_and_vectors_finer(models, tmp_path):
+    found = load_file(merge(models[:2], tmp_path / "m.safetensors", 0.5, dtype=torch.float8_e4m3fn))
+    again = load_file(merge([tmp_path / "m.safetensors"] * 2, tmp_path / "n.safetensors", 0.5))
+    for key, value in found.items():
+        matrix = value.dim() > 1 and part_of(key) != "vae"
+        assert value.dtype == (torch.float8_e4m3fn if matrix else torch.float16), key
+        assert torch.equal(again[key].float(), value.float()), key
+    assert diff(tmp_path / "m.safetensors", tmp_path / "n.safetensors")["parts"]["unet"]["change"] == 0

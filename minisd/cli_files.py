@@ -173,12 +173,13 @@ def diff(argv: Sequence[str]) -> int:
     from .differing import as_text, diff, heat_map
     from .library import resolve
 
-    with byte_bar("comparing") as tell:
-        facts = diff(resolve(args.a), resolve(args.b), tell)
     if args.plot:
         from .image import check_writable, save_png
 
         check_writable(args.plot)
+    with byte_bar("comparing") as tell:
+        facts = diff(resolve(args.a), resolve(args.b), tell)
+    if args.plot:
         save_png(heat_map(facts), args.plot, None)
     print(json.dumps(facts) if args.json else as_text(facts))
     return 0

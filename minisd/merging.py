@@ -79,6 +79,8 @@ def merge(
     recipe = settled(Recipe(method, given, by_part or {}, by_block, density, seed), len(sources) - 1, base is not None)
     for other in models[1:]:
         check_alike(models[0], other)
+    if len({other.entries[CONV_IN].shape for other in models[1:]}) > 1:
+        raise UsageError("merge: expected the models beside the first to take the same input, found inpainting models and others")
     planned = {
         key: (NAMES[stored_as(key, len(entry.shape), dtype)] if dtype and entry.dtype in TORCH else entry.dtype, entry.shape)
         for key, entry in models[0].entries.items()

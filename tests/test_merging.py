@@ -65,6 +65,9 @@ def test_inpainting_with_an_ordinary_model_keeps_the_extra_channels(models, tmp_
     own, other = load_file(inpaint)[CONV_IN], load_file(models[1])[CONV_IN]
     assert torch.equal(found[:, 4:], own[:, 4:])
     assert torch.allclose(found[:, :4].float(), (own[:, :4].float() + other.float()) / 2, atol=1e-3)
+    with pytest.raises(minisd.UsageError, match="found inpainting models and others"):
+        merge([inpaint, models[1]], tmp_path / "n.safetensors", base=inpaint)
+    merge([inpaint, models[1]], tmp_path / "n.safetensors", base=models[2], method="dare")
     with pytest.raises(minisd.CheckpointError, match="name the inpainting model first"):
         merge([models[1], inpaint], tmp_path / "n.safetensors")
 

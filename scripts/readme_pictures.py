@@ -5,6 +5,7 @@ python scripts/readme_pictures.py
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -20,7 +21,17 @@ def cells() -> list[tuple[Path, list[str]]]:
     return [(ROOT / path, shlex.split(command)) for path, command in CELL.findall((ROOT / "README.md").read_text())]
 
 
+def merged() -> None:
+    """The picture of two checkpoints and what lies halfway between them, which takes two commands."""
+    (first, second) = re.findall(r"^minisd (.*half\.safetensors.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    main(shlex.split(first))
+    main([*shlex.split(second), "-o", "weights/samples/merge.png"])
+    Path("half.safetensors").unlink()
+
+
 if __name__ == "__main__":
+    os.chdir(ROOT)  # the commands name files of the checkout
     for path, arguments in cells():
         path.parent.mkdir(parents=True, exist_ok=True)
         main([*arguments, "-o", str(path)])
+    merged()

@@ -9,9 +9,9 @@ import json
 from typing import Any
 
 from .checkpoint import Checkpoint
-from .diffusers_names import Level, Place, count, is_open, places, raw_levels
+from .diffusers_names import Level, Place, count, is_open, places, raw_levels, unused_layers
 from .errors import CheckpointError
-from .family import REFINER, SD2, SDXL, UNET, VAE, Family, Recognition
+from .family import REFINER, SDXL, UNET, VAE, Recognition
 from .shapes import Shapes, below
 from .tokenizer import END, END_ID, LENGTH, START, START_ID, bpe, merges_text
 
@@ -49,7 +49,7 @@ def small_files(checkpoint: Checkpoint, found: Recognition) -> dict[str, str]:
     for place in places(family)[2:]:
         assert place.tower is not None
         suffix = place.folder.removeprefix("text_encoder")
-        configs[f"{place.folder}/config.json"] = text_config(checkpoint, place, family)
+        configs[f"{place.folder}/config.json"] = text_config(checkpoint, place)
         texts |= tokenizer(f"tokenizer{suffix}", "!" if is_open(place.tower) else END)
         index[place.folder] = ["transformers", "CLIPTextModelWithProjection" if place.tower.pooled else "CLIPTextModel"]
         index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
@@ -162,13 +162,13 @@ def vae_config(checkpoint: Checkpoint, found: Recognition) -> dict[str, Any]:
     return config
 
 
-def text_config(checkpoint: Checkpoint, place: Place, family: Family) -> dict[str, Any]:
+def text_config(checkpoint: Checkpoint, place: Place) -> dict[str, Any]:
     assert place.tower is not None
     shapes = below(checkpoint.shapes, place.tower.name)
     if is_open(place.tower):
         width, layers = shapes["ln_final.weight"][0], count(shapes, "transformer.resblocks.")
         inner, words = shapes["transformer.resblocks.0.mlp.c_fc.weight"][0], shapes["token_embedding.weight"][0]
-        layers -= family is SD2
+        layers -= unused_layers(place.tower, layers)
     else:
         inside = below(shapes, "text_model") or shapes
         width, layers = inside["final_layer_norm.weight"][0], count(inside, "encoder.layers.")

@@ -29,7 +29,7 @@ from .diffusers_names import Link, Place, count, is_matrix, names_of, places
 from .errors import CheckpointError, OutputError, UsageError
 from .family import REFINER, SD1, SD2, SDXL, VAE, Family, is_spare, listing, recognise
 from .saving import NAMES, NO_HASH, Progress, write_checkpoint
-from .tensors import TORCH, read_stored
+from .tensors import TORCH, check_floats, read_stored
 
 REST = "minisd.safetensors"
 OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.18
@@ -79,11 +79,12 @@ def links_of(place: Place, checkpoint: Checkpoint, family: Family) -> list[Link]
         names.links = [link for link in names.links if link.raw != "text_projection"]
     links = [Link(place.prefix + link.raw, link.theirs, link.transposed) for link in names.forward(keys)]
     lost = {place.prefix + key for key in keys} - {link.raw for link in links}
-    if family is SD2 and place.tower:  # theirs ends with the last layer that is used
+    if family is SD2 and place.tower:  # theirs ends with the last layer that is used, which is not the last there is
         last = f"{place.prefix}transformer.resblocks.{count(keys, 'transformer.resblocks.') - 1}."
         lost = {key for key in lost if not key.startswith(last) and not key.endswith(".text_projection")}
     if lost:
         raise CheckpointError(checkpoint.path, f"has {len(lost)} tensors that diffusers has no place for{listing(sorted(lost))}")
+    check_floats(checkpoint, {link.raw: checkpoint.entries[link.raw] for link in links})
     return links
 
 
@@ -174,6 +175,9 @@ def raw_origin(folder: Path) -> dict[str, Found]:
             raise CheckpointError(
                 folder / place.folder, f"has {len(strange)} tensors that minisd has no place for{listing(sorted(strange))}"
             )
+        for name in known:
+            file, key = tensors[name]
+            check_floats(file, {key: file.entries[key]})
         for link in links:
             shapes = [file.entries[name].shape for file, name in map(tensors.__getitem__, link.theirs)]
             shape = tuple(reversed(shapes[0])) if link.transposed else (sum(each[0] for each in shapes), *shapes[0][1:])

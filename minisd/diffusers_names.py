@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from .family import SD2, UNET, VAE, Family, Tower
+from .family import SD2, UNET, VAE, Family, Tower, text_skip
 
 
 @dataclass(frozen=True)
@@ -215,8 +215,13 @@ def names_of(place: Place, keys: Collection[str], raw: bool) -> Names:
     assert place.tower is not None
     if is_open(place.tower):
         layers = count(keys, "transformer.resblocks." if raw else "text_model.encoder.layers.")
-        return open_names(layers - 1 if raw and place.tower in SD2.towers else layers)  # theirs is SD 2's without its last layer
+        return open_names(layers - unused_layers(place.tower, layers) if raw else layers)
     return clip_names(not raw or any(key.startswith("text_model.") for key in keys))
+
+
+def unused_layers(tower: Tower, layers: int) -> int:
+    """How many of a raw text encoder's last layers theirs lacks: SD 2's ends with the one that is used."""
+    return text_skip(tower, layers) if tower in SD2.towers else 0
 
 
 def count(keys: Collection[str], prefix: str) -> int:

@@ -222,6 +222,39 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "empty", "full"]
 
 
+def test_sd2_without_its_last_text_layer_keeps_all_others(tmp_path, monkeypatch):
+    """Some merges dropped the 24th, which nobody needs; what is then the last is needed."""
+    from minisd import family
+
+    weights = load_file(SMALL["sd2"].write(tmp_path / "a.safetensors"))
+    save_file({key: value for key, value in weights.items() if ".resblocks.2." not in key}, tmp_path / "b.safetensors")
+    monkeypatch.setattr(
+        "minisd.diffusers_names.text_skip", lambda tower, layers: 0 if layers == 2 else family.text_skip(tower, layers)
+    )
+    folders = [to_folder(tmp_path / f"{name}.safetensors", tmp_path / name) for name in "ab"]
+    first, second = (load_file(folder / "text_encoder" / "model.safetensors") for folder in folders)
+    assert first.keys() == second.keys()
+    configs = [json.loads((folder / "text_encoder" / "config.json").read_text())["num_hidden_layers"] for folder in folders]
+    assert configs == [2, 2]
+
+
+def test_integers_are_refused_both_ways(tmp_path):
+    source = SMALL["sd1"].write(tmp_path / "a.safetensors")
+    folder = to_folder(source, tmp_path / "folder")
+    for path, key, call in (
+        (
+            folder / "unet" / "diffusion_pytorch_model.safetensors",
+            "conv_in.bias",
+            lambda: from_folder(folder, tmp_path / "b.safetensors"),
+        ),
+        (source, "model.diffusion_model.out.2.bias", lambda: to_folder(source, tmp_path / "other")),
+    ):
+        weights = load_file(path)
+        save_file(weights | {key: weights[key].int()}, path)
+        with pytest.raises(minisd.CheckpointError, match="found I32"):
+            call()
+
+
 def test_distilled_unets_have_no_plain_config(tmp_path):
     """SSD-1B has other depths on the way up than on the way down."""
     weights = load_file(SMALL["sdxl"].write(tmp_path / "a.safetensors"))

@@ -32,7 +32,7 @@ def same(a, b) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ["sd1", "sd1-inpaint", "sd2", "sdxl-v", "sdxl-refiner"])
 def test_there_and_back_changes_no_bit(name, tmp_path):
     source = SMALL[name].write(tmp_path / "a.safetensors")
     spare = {"alphas_cumprod": torch.rand(7)}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def weighted(a: Tensor, others: Sequence[Tensor], ratios: Sequence[float], base: Tensor | None = None) -> Tensor:
-    """Without a base (1 - sum of r_i) A + sum of r_i B_i, which is B, to the bit, where its ratio is 1 and the others' 0."""
+    """Without a base (1 - sum of r_i) A + sum of r_i B_i, with one A + sum of r_i (B_i - base)."""
     result = a * (1 - sum(ratios)) if base is None else a - sum(ratios) * base
     for other, ratio in zip(others, ratios, strict=True):
         result.add_(other, alpha=ratio)

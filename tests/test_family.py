@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from minisd import blueprint
 from minisd.checkpoint import CheckpointError
 from minisd.denoiser import Conditioning
+from minisd.diffusers_names import raw_levels, unet_names
 from minisd.family import FAMILIES, SD1, UNET
 from minisd.inspection import as_text, inspect
 from minisd.prompt import with_sizes
@@ -106,15 +107,54 @@ def test_distilled_unets_equal_those_of_diffusers(name):
         mid_block_type="UNetMidBlock2D",
         transformer_layers_per_block=[0, [down[1]] * 2, [down[2]] * 2],
         reverse_transformer_layers_per_block=[*up, 0],
-        attention_head_dim=(1, 2, 4),
-        cross_attention_dim=128,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=1600,
+        **THEIRS,
     )
     named = {f"{UNET}.{key}": value for key, value in weights.items()}
     theirs.load_state_dict(convert_ldm_unet_checkpoint(named, dict(theirs.config)))
+    compare(ours, theirs)
+
+
+@pytest.mark.parametrize(("name", "depth", "middle"), [("KOALA 700M", 5, 0), ("KOALA 1B", 6, 6)])
+@torch.no_grad()
+def test_koala_equals_that_of_diffusers(name, depth, middle, tmp_path):
+    """One block a level and, in the smaller one, no middle at all (ComfyUI supported_models.py, model_detection.py)."""
+    from diffusers import UNet2DConditionModel
+
+    shapes = blueprint.unet(64, (1, 2, 4), 1, (0, 2, depth), 128, middle=middle, linear=True, vector=1600)
+    shapes = Shapes({key: shape for key, shape in shapes.items() if middle or not key.startswith("middle_block.")})
+    texts = blueprint.clip_text(64, 2, vocabulary=50), blueprint.open_text(64, 2, 64, vocabulary=50)
+    whole = blueprint.assemble(FAMILIES[2], shapes, blueprint.vae((32, 64), (32, 64), (2, 3)), *texts)
+    assert any(f"distilled like {name}" in reason for reason in recognised(tmp_path, whole).reasons)
+    weights = blueprint.random_weights(shapes)
+    ours = UNet(shapes)
+    ours.load_state_dict(weights)
+    theirs = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(64, 128, 256),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        mid_block_type="UNetMidBlock2DCrossAttn" if middle else None,
+        transformer_layers_per_block=[1, 2, depth],
+        **THEIRS,
+    )
+    names = unet_names(raw_levels(shapes, "input_blocks", "op"), raw_levels(shapes, "output_blocks", "conv"))
+    theirs.load_state_dict({link.theirs[0]: weights[link.raw] for link in names.forward(weights)})
+    compare(ours, theirs)
+
+
+THEIRS = {
+    "attention_head_dim": (1, 2, 4),
+    "cross_attention_dim": 128,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 1600,
+}
+
+
+def compare(ours: UNet, theirs: torch.nn.Module) -> None:
+    """One forward of each, as SDXL's."""
     random = torch.Generator().manual_seed(0)
     x, context, pooled = (torch.randn(shape, generator=random) for shape in ((1, 4, 8, 8), (1, 77, 128), (1, 64)))
     t, sizes = torch.tensor([500.0]), torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]])

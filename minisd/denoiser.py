@@ -101,7 +101,7 @@ class Denoiser:
         x = torch.cat([x] * len(self.conditions))
         if told.extra is not None:
             x = torch.cat([x, told.extra], dim=1)
-        t = t.to(x.device).expand(len(x))
+        t = torch.full((len(x),), float(t), device=x.device)  # a copy from the CPU would wait for the GPU
         return self.unet(x.to(told.context.dtype), t, told.context, told.vector).float().chunk(len(self.conditions))
 
 

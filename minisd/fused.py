@@ -94,7 +94,6 @@ class TransformerBlock:
     def __init__(self, block: unet.BasicTransformerBlock) -> None:
         self.block, self.heads = block, block.attn1.heads
         self.qkv = joined(block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
-        self.kv = joined(block.attn2.to_k, block.attn2.to_v)
         self.proj: nn.Linear = block.ff.net[0].proj  # type: ignore[assignment, union-attr]
 
     def __call__(self, x: Tensor, change: Tensor | None, keys_values: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,31 +151,32 @@ class FusedUNet:
         self.down = [layers_of(block) for block in network.input_blocks]
         self.middle = layers_of(network.middle_block)
         self.up = [layers_of(block) for block in network.output_blocks]
-        self.resblocks = [module for module in network.modules() if isinstance(module, unet.ResBlock)]
-        self.shift_sizes = [len(block.in_layers[2].bias) for block in self.resblocks]  # type: ignore[arg-type]
+        resblocks = [module for module in network.modules() if isinstance(module, unet.ResBlock)]
+        projections: list[nn.Linear] = [block.emb_layers[1] for block in resblocks]  # type: ignore[misc]
+        biases = [layer.bias.float() + block.in_layers[2].bias for layer, block in zip(projections, resblocks, strict=True)]  # type: ignore[operator]
+        self.shift, self.shift_bias, self.shift_sizes = joined(*projections), torch.cat(biases), [len(bias) for bias in biases]
         layers = [part for block in (*self.down, self.middle, *self.up) for part in block]
-        self.crosses = [block.kv for part in layers if isinstance(part, Transformer) for block in part.blocks]
+        crosses = [block.block.attn2 for part in layers if isinstance(part, Transformer) for block in part.blocks]
+        self.keys_values_sizes = [2 * len(cross.to_k.weight) for cross in crosses]
+        self.kv = joined(*(layer for cross in crosses for layer in (cross.to_k, cross.to_v)))
 
-    def shifts(self, t: Tensor, y: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def shifts(self, t: Tensor, y: Tensor | None) -> Tensor:
         """What each ResBlock adds in the middle, bias included, side by side, for every timestep: t (N,), y (B, A) ->
         (N, B, sum of channels), float32; without y it is the same for each picture, (N, 1, sum)."""
         network = self.network
-        emb = network.time_embed(unet.timestep_embedding(t, network.channels).to(dtype))[:, None]  # (N, 1, E)
+        emb = network.time_embed(unet.timestep_embedding(t, network.channels).to(self.shift.dtype))[:, None]  # (N, 1, E)
         if network.label_emb is not None:
             emb = emb + network.label_emb(y)
-        return torch.cat(
-            [block.emb_layers(emb).float() + block.in_layers[2].bias.float() for block in self.resblocks],  # type: ignore[operator, union-attr]
-            dim=-1,
-        )
+        return F.linear(F.silu(emb), self.shift).float() + self.shift_bias
 
-    def keys_values(self, context: Tensor) -> list[Tensor]:
-        """What each cross-attention makes of the prompt: (B, S, D) -> (B, S, 2*C) each."""
-        return [F.linear(context, weight) for weight in self.crosses]
+    def keys_values(self, context: Tensor) -> Tensor:
+        """What all cross-attentions make of the prompt, side by side: (B, S, D) -> (B, S, sum of 2*C)."""
+        return F.linear(context, self.kv)
 
-    def __call__(self, x: Tensor, shift: Tensor, keys_values: Sequence[Tensor]) -> Tensor:
+    def __call__(self, x: Tensor, shift: Tensor, keys_values: Tensor) -> Tensor:
         """x (B, C, H, W), shift (B or 1, sum of channels), a row of `shifts`, and `keys_values` -> (B, C', H, W)."""
         shifts = iter(shift.expand(len(x), -1).split(self.shift_sizes, dim=1))
-        prompt = iter(keys_values)
+        prompt = iter(keys_values.split(self.keys_values_sizes, dim=2))
         skips: list[Tensor] = []
         for block in self.down:
             x = walk(block, x, shifts, prompt)

@@ -149,7 +149,7 @@ class Pipeline:
 
     @cached_property
     def runtime(self) -> Runtime | None:
-        """What draws plain requests at full speed, where the UNet lives on a GPU; set it to None, and nothing is recorded."""
+        """What draws at full speed, where the UNet lives on a GPU; set it to None, and nothing is fused or recorded."""
         on_gpu = next(self.unet.parameters()).device.type == "cuda"
         return Runtime(self.unet, graphs=True) if on_gpu else None
 
@@ -247,8 +247,9 @@ class Pipeline:
         kind = (self.training.prediction, self.training.sigma_data, plan.request.eta)
         if self.runtime and mask is None and plain(told.guide, *kind):
             return self.runtime.sample(x, sigmas, told.conditions, told.guide, self.schedule, self.training.prediction)
-        network = (self.unet, self.schedule, self.training.prediction, self.training.sigma_data)
-        denoise: Denoise = Denoiser(*network, told.conditions, told.guide)
+        unet = self.runtime.network(told.conditions) if self.runtime else self.unet
+        how = (self.schedule, self.training.prediction, self.training.sigma_data)
+        denoise: Denoise = Denoiser(unet, *how, told.conditions, told.guide)
         if mask is not None and known is not None:
             denoise = keeping(denoise, shrunk(mask, x), known)
         return SAMPLERS[plan.request.sampler].run(denoise, x, sigmas, noise, plan.request.eta)

@@ -6,13 +6,14 @@ that chooses the next row of the tables.  The first step of a new shape runs ker
 so brings all kernels to life; then the sequence is recorded, and from the second step on replayed.  Nothing in the loop waits
 for the GPU or asks for memory.
 
-samplers.py, denoiser.py and unet.py are the definition.  Here is the part of it that needs no decisions on the way: Euler or
-DDIM without fresh noise, predictions of noise or of v, guidance without rescaling.  `plain` says whether a request is of that
-kind; all others go the plain way.
+samplers.py, denoiser.py and unet.py are the definition.  `sample` is the part of it that needs no decisions on the way: Euler or
+DDIM without fresh noise, predictions of noise or of v, guidance without rescaling; `plain` says whether a request is of that
+kind.  All others go the plain way, with the network alone recorded (`network`).
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .denoiser import ClassifierFree, Conditioning, Guide, stacked, unguided
+from .denoiser import ClassifierFree, Conditioning, Guide, Unet, stacked, unguided
 from .fused import FusedDecoder, FusedUNet
 from .samplers import Steps
 from .schedule import Schedule
@@ -38,6 +39,60 @@ def plain(guide: Guide, prediction: str, sigma_data: float, eta: float) -> bool:
     return guided and prediction in ("epsilon", "v") and sigma_data == 1 and eta == 0
 
 
+def recorded(run: Callable[[], Tensor], pool: Any) -> Callable[[], Tensor]:
+    """The kernels of a call as a CUDA graph, without running them; all have run before.
+
+    Returns what runs them; its result lies in the same memory each time.  Where there is no memory for it, the call itself.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            result = run()
+    except torch.OutOfMemoryError:
+        warnings.warn("no memory to record a CUDA graph: going on without, which is slower", stacklevel=2)
+        return run
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+class Recorder:
+    """A function of tensors (or None), as one CUDA graph for each combination of their shapes.
+
+    The first call runs kernel by kernel and brings all kernels to life, the second is recorded, those after it are replayed.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], graphs: bool, pool: Any = None) -> None:
+        self.function, self.graphs, self.pool = function, graphs, pool
+        self.seen: set[tuple[object, ...]] = set()
+        self.recordings: dict[tuple[object, ...], tuple[list[Tensor | None], Callable[[], Tensor]]] = {}
+
+    def __call__(self, *given: Tensor | None, roomy: bool = True) -> Tensor:
+        """function(*given), in memory of its own.  roomy: whether there is memory to record it."""
+        key = (ops.chosen(), *(None if x is None else (x.shape, x.dtype) for x in given))
+        if key not in self.recordings:
+            if not (self.graphs and roomy and key in self.seen):
+                self.seen.add(key)
+                return self.function(*given)
+            while len(self.recordings) >= KEPT:
+                del self.recordings[next(iter(self.recordings))]
+            held = [None if x is None else x.clone() for x in given]
+            self.recordings[key] = held, recorded(lambda: self.function(*held), self.pool)
+        held, replay = self.recordings[key]
+        for target, source in zip(held, given, strict=True):
+            if target is not None and source is not None:
+                target.copy_(source)
+        return replay().clone()
+
+
+def versions(network: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Changes when a weight is replaced or written to."""
+    return tuple((weight.data_ptr(), weight._version) for weight in network.parameters())
+
+
 @dataclass
 class Buffers:
     """The memory that the steps of one shape work in."""
@@ -46,20 +101,42 @@ class Buffers:
     model_input: Tensor  # (B or 2*B, C', h, w), channels-last, in the network's dtype
     table: Tensor  # (N, 6), float32: see kernels/guided_step.py
     shifts: Tensor  # (N, B' or 1, sum of channels), float32: see FusedUNet.shifts
-    keys_values: list[Tensor]
+    keys_values: Tensor  # (B or 2*B, S, sum of 2*C): see FusedUNet.keys_values
     step: Tensor  # (1,), int64
-    replay: Callable[[], None] | None = None
+    replay: Callable[[], Tensor] | None = None
 
 
 class Runtime:
     """Draws with one UNet.  `graphs`: record steps, which only a GPU can."""
 
     def __init__(self, network: UNet, graphs: bool) -> None:
-        self.network, self.graphs = network, graphs
+        self.unet, self.graphs = network, graphs
         self.fused: FusedUNet | None = None
         self.weights: tuple[tuple[int, int], ...] = ()
         self.shapes: dict[tuple[object, ...], Buffers] = {}
         self.pool = torch.cuda.graph_pool_handle() if graphs else None
+
+    def prepared(self) -> FusedUNet:
+        """The fused network, made anew if somebody has changed the weights."""
+        if self.fused is None or self.weights != versions(self.unet):
+            self.shapes.clear()
+            self.fused = fused = FusedUNet(self.unet)
+            self.weights = versions(self.unet)
+            self.calls = Recorder(lambda x, t, y, prompt: fused(x, fused.shifts(t, y)[0], prompt), self.graphs, self.pool)
+        return self.fused
+
+    @torch.no_grad()
+    def network(self, conditions: Sequence[Conditioning]) -> Unet:
+        """The UNet for any sampler, to be called with these conditions, and at one timestep for the whole batch."""
+        told = stacked(conditions)
+        keys_values = self.prepared().keys_values(told.context)
+        calls = self.calls
+
+        @torch.no_grad()
+        def predict(x: Tensor, t: Tensor, context: Tensor, y: Tensor | None) -> Tensor:
+            return calls(x, t[:1], y, keys_values)
+
+        return predict
 
     @torch.no_grad()
     def sample(
@@ -72,130 +149,80 @@ class Runtime:
         fused, told = self.prepared(), stacked(conditions)
         scale = guide.scale if isinstance(guide, ClassifierFree) else 1.0
         table = ops.kernels().coefficients(sigmas, scale, prediction == "v").to(x.device)
-        shifts = fused.shifts(schedule.timestep(sigmas[:-1]).float().to(x.device), told.vector, told.context.dtype)
+        shifts = fused.shifts(schedule.timestep(sigmas[:-1]).float().to(x.device), told.vector)
         keys_values = fused.keys_values(told.context)
-        buffers = self.buffers(x, told, table, shifts, keys_values)
 
-        buffers.table[: len(table)].copy_(table)
-        buffers.shifts[: len(shifts)].copy_(shifts)
-        for target, source in zip(buffers.keys_values, keys_values, strict=True):
-            target.copy_(source)
-        buffers.step.zero_()
-        buffers.state[0].copy_(x)
-        copies, channels = len(conditions), x.shape[1]
-        buffers.model_input[:, :channels].copy_((x / float((sigmas[0] ** 2 + 1).sqrt())).repeat(copies, 1, 1, 1))
-        if told.extra is not None:
-            buffers.model_input[:, channels:].copy_(told.extra)
-
-        trail = torch.empty(len(table), *buffers.state.shape, device=x.device)
-        for here in trail:
-            if buffers.replay is not None:
-                buffers.replay()
-            else:
-                step(fused, buffers)
-                if self.graphs:
-                    buffers.replay = recorded(lambda: step(fused, buffers), self.pool)
-            here.copy_(buffers.state)
-            yield here[0], here[1]
-
-    def prepared(self) -> FusedUNet:
-        """The fused network, made anew if somebody has changed the weights."""
-        if self.fused is None or self.weights != versions(self.network):
-            self.shapes.clear()
-            self.fused = FusedUNet(self.network)
-            self.weights = versions(self.network)
-        return self.fused
-
-    def buffers(self, x: Tensor, told: Conditioning, table: Tensor, shifts: Tensor, keys_values: list[Tensor]) -> Buffers:
-        """Those of this shape: the ones of the last time, with their recording, or new ones."""
         rows = max(64, 1 << (len(table) - 1).bit_length())  # so that another number of steps needs no other recording
         key = (x.shape, told.context.shape, told.context.dtype, shifts.shape[1:], rows, ops.chosen())
-        found = self.shapes.pop(key, None) or self.new_buffers(x, told, rows, shifts, keys_values)
-        self.shapes[key] = found  # the last of the row is the one used last
-        if len(self.shapes) > KEPT:
-            del self.shapes[next(iter(self.shapes))]
-        return found
+        # Taken out of the row while in use: two streams of one pipeline may run in turns.
+        buffers = self.shapes.pop(key, None) or self.new_buffers(x, told, rows, shifts, keys_values)
+        try:
+            buffers.table[: len(table)].copy_(table)
+            buffers.shifts[: len(shifts)].copy_(shifts)
+            buffers.keys_values.copy_(keys_values)
+            buffers.step.zero_()
+            buffers.state[0].copy_(x)
+            copies, channels = len(conditions), x.shape[1]
+            buffers.model_input[:, :channels].copy_((x / float((sigmas[0] ** 2 + 1).sqrt())).repeat(copies, 1, 1, 1))
+            if told.extra is not None:
+                buffers.model_input[:, channels:].copy_(told.extra)
 
-    def new_buffers(self, x: Tensor, told: Conditioning, rows: int, shifts: Tensor, keys_values: list[Tensor]) -> Buffers:
-        shape = (len(told.context), self.network.in_channels, *x.shape[2:])
+            trail = torch.empty(len(table), *buffers.state.shape, device=x.device)
+            for here in trail:
+                if buffers.replay is not None:
+                    buffers.replay()
+                else:
+                    step(fused, buffers)
+                    if self.graphs:
+                        buffers.replay = recorded(lambda: step(fused, buffers), self.pool)
+                here.copy_(buffers.state)
+                yield here[0], here[1]
+        finally:
+            if self.fused is fused:
+                self.shapes[key] = buffers  # the last of the row is the one used last
+            while len(self.shapes) > KEPT:
+                del self.shapes[next(iter(self.shapes))]
+
+    def new_buffers(self, x: Tensor, told: Conditioning, rows: int, shifts: Tensor, keys_values: Tensor) -> Buffers:
+        shape = (len(told.context), self.unet.in_channels, *x.shape[2:])
         model_input = torch.empty(shape, device=x.device, dtype=told.context.dtype, memory_format=torch.channels_last)
         return Buffers(
             state=torch.zeros(2, *x.shape, device=x.device),
             model_input=model_input,
             table=torch.zeros(rows, 6, device=x.device),
             shifts=torch.zeros(rows, *shifts.shape[1:], device=x.device),
-            keys_values=[torch.empty_like(each) for each in keys_values],
+            keys_values=torch.empty_like(keys_values),
             step=torch.zeros(1, device=x.device, dtype=torch.int64),
         )
 
 
-def step(fused: FusedUNet, buffers: Buffers) -> None:
-    """One step, all of it on the device."""
+def step(fused: FusedUNet, buffers: Buffers) -> Tensor:
+    """One step, all of it on the device; returns the state."""
     latents, denoised = buffers.state
     shift = buffers.shifts.index_select(0, buffers.step)[0]
     prediction = fused(buffers.model_input, shift, buffers.keys_values)
     channels = latents.shape[1]
     ops.guided_step(latents, prediction, buffers.table, buffers.step, buffers.model_input[:, :channels], denoised)
     buffers.step.add_(1)
-
-
-def recorded(run: Callable[[], None], pool: Any) -> Callable[[], None]:
-    """The kernels of a call as a CUDA graph, without running them; all have run before.  Returns what runs them."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        run()
-    return graph.replay
-
-
-def versions(network: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Changes when a weight is replaced or written to."""
-    return tuple((weight.data_ptr(), weight._version) for weight in network.parameters())
-
-
-@dataclass
-class Recording:
-    latents: Tensor
-    replay: Callable[[], None]
-    image: Tensor
+    return buffers.state
 
 
 class Decoder:
     """`AutoencoderKL.decode` at full speed: fused, and from the second picture of a shape on as a CUDA graph.
 
-    The first brings all kernels to life.  A recording keeps the memory of a decode, so there is none where that is scarce.
+    A recording keeps the memory of a decode, so there is none where that is scarce.
     """
 
     def __init__(self, network: AutoencoderKL, graphs: bool) -> None:
         self.network, self.graphs = network, graphs
-        self.fused: FusedDecoder | None = None
+        self.calls: Recorder | None = None
         self.weights: tuple[tuple[int, int], ...] = ()
-        self.seen: set[tuple[object, ...]] = set()
-        self.recordings: dict[tuple[object, ...], Recording] = {}
 
     def __call__(self, latents: Tensor) -> Tensor:  # (B, C, h, w) -> (B, 3, H, W)
-        if self.fused is None or self.weights != versions(self.network):
-            self.seen.clear()
-            self.recordings.clear()
-            self.fused = FusedDecoder(self.network)
+        if self.calls is None or self.weights != versions(self.network):
+            self.calls = Recorder(FusedDecoder(self.network), self.graphs)
             self.weights = versions(self.network)
-        key = (latents.shape, latents.dtype, ops.chosen())
-        if self.graphs and key in self.seen and key not in self.recordings and roomy(self.network, latents):
-            while len(self.recordings) >= KEPT:
-                del self.recordings[next(iter(self.recordings))]
-            self.recordings[key] = record_decoding(self.fused, latents)
-        self.seen.add(key)
-        if key not in self.recordings:
-            return self.fused(latents)
-        recording = self.recordings[key]
-        recording.latents.copy_(latents)
-        recording.replay()
-        return recording.image.clone()  # the next replay writes over it
-
-
-def record_decoding(fused: FusedDecoder, latents: Tensor) -> Recording:
-    given, images = latents.clone(), []
-    replay = recorded(lambda: images.append(fused(given)), None)
-    return Recording(given, replay, images[0])
+        return self.calls(latents, roomy=self.graphs and roomy(self.network, latents))
 
 
 def roomy(network: AutoencoderKL, latents: Tensor) -> bool:

@@ -9,12 +9,13 @@ import pytest
 import torch
 from families import SMALL
 from helpers import relative_error
+from PIL import Image
 
 import minisd
 from minisd import blueprint, ops
 from minisd.fused import FusedDecoder, FusedUNet
 from minisd.request import Request, noise_source, settle
-from minisd.runtime import Decoder, Runtime, plain
+from minisd.runtime import Decoder, Runtime, plain, recorded
 from minisd.shapes import below
 from minisd.unet import UNet
 from minisd.vae import AutoencoderKL
@@ -65,11 +66,13 @@ def compare(pipe: minisd.Pipeline, request: Request, limit: float = LIMIT) -> No
 
 
 PICTURE = np.full((64, 64, 3), 128, dtype=np.uint8)
+HALF = np.zeros((64, 64), dtype=np.uint8)
+HALF[:, 32:] = 255
 REQUESTS = {
     "sd1": {},
     "sd1, no guidance": {"guidance_scale": 1.0},
     "sd1, uneven": {"width": 72, "height": 56},
-    "sd1, ddim": {"sampler": "ddim"},
+    "sd1, ddim": {"sampler": "ddim", "spacing": "trailing"},
     "sd1, three pictures, two chunks": {"num_images": 3, "prompt": "a star " * 100},
     "sd2": {},
     "sdxl": {},
@@ -87,11 +90,7 @@ def test_every_step_equals_the_plain_way(case, files):
 
 
 def test_a_mask_beside_the_latents_goes_the_fast_way(files):
-    from PIL import Image
-
-    mask = np.zeros((64, 64), dtype=np.uint8)
-    mask[:, 32:] = 255
-    options = {"init_image": Image.fromarray(PICTURE), "mask": Image.fromarray(mask), "strength": 1.0}
+    options = {"init_image": Image.fromarray(PICTURE), "mask": Image.fromarray(HALF), "strength": 1.0}
     pipe = load(files["sd1-inpaint"], DEVICE)
     with ops.using("torch"):
         compare(pipe, Request("a star", width=64, height=64, steps=3, seed=1, **options))
@@ -135,7 +134,8 @@ def test_fusing_keeps_keys_values_and_memory():
     fused = FusedUNet(network)
     assert set(network.state_dict()) == set(weights)
     assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())
-    assert fused.crosses[0].untyped_storage().data_ptr() in {p.untyped_storage().data_ptr() for p in network.parameters()}
+    stores = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    assert {fused.kv.untyped_storage().data_ptr(), fused.shift.untyped_storage().data_ptr()} < stores
 
 
 def test_steps_are_memory_of_their_own(files):
@@ -175,6 +175,77 @@ def test_changed_weights_are_noticed(files):
     assert relative_error(steps(pipe, request)[-1][0], before[-1][0]) > 1e-3
 
 
+UNPLAIN = {
+    "sd1, fresh noise": {"sampler": "ddim", "eta": 1.0, "spacing": "trailing"},
+    "sd1, mask": {"init_image": Image.fromarray(PICTURE), "mask": Image.fromarray(HALF)},
+    "sd1-edit": {"init_image": Image.fromarray(PICTURE)},
+    "playground": {},
+    "sdxl-refiner, rescaled, two pictures": {"guidance_rescale": 0.7, "num_images": 2},
+}
+
+
+@pytest.mark.parametrize("case", UNPLAIN)
+def test_all_others_call_the_recorded_network(case, files, monkeypatch):
+    """Recorded for real on a GPU; on a CPU a recording is the call itself, over the memory that a recording reads."""
+    if not CUDA:
+        monkeypatch.setattr("minisd.runtime.recorded", lambda run, pool: run)
+        monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
+    pipe = load(files[case.split(",")[0]], DEVICE)
+    options = {"prompt": "a red circle", "width": 64, "height": 64, "steps": 4, "seed": 1} | UNPLAIN[case]
+    with ops.using("torch"):
+        pipe.runtime = None
+        wanted = steps(pipe, Request(**options))
+        pipe.runtime = Runtime(pipe.unet, graphs=True)
+        found = steps(pipe, Request(**options))
+    assert len(pipe.runtime.calls.recordings) == 1
+    assert len(found) == len(wanted) == 4
+    for (x, denoised), (true_x, true_denoised) in zip(found, wanted, strict=True):
+        assert relative_error(x, true_x) <= LIMIT
+        assert relative_error(denoised, true_denoised) <= LIMIT
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance_rescale": 0.7}])
+def test_two_streams_of_one_pipeline_run_in_turns(options, files):
+    pipe = load(files["sd1"], DEVICE)
+    pipe.runtime = runtime = Runtime(pipe.unet, graphs=CUDA)
+    requests = [Request(prompt, width=64, height=64, steps=3, seed=1, **options) for prompt in ("a red star", "a blue circle")]
+    wanted = [steps(pipe, request) for request in requests]
+    plans = [settle(request, pipe.facts()) for request in requests]
+    streams = []
+    with torch.no_grad():
+        for plan in plans:
+            sigmas = pipe.sigmas(plan)
+            x = pipe.start(plan, slice(0, 1), sigmas, None)
+            streams.append(pipe.sample(plan, slice(0, 1), x, sigmas, None, noise_source(plan.seeds, x)))
+        turns = list(zip(*streams, strict=True))
+    for number, turn in enumerate(turns):
+        for stream, (x, _) in enumerate(turn):
+            assert torch.equal(x, wanted[stream][number][0])
+    assert len(runtime.shapes) <= 1
+
+
+def test_a_recording_without_memory_is_the_call_itself(monkeypatch):
+    class NoRoom:
+        def __init__(self, graph, pool): ...
+
+        def __enter__(self): ...
+
+        def __exit__(self, *_):
+            return False
+
+    def run():
+        if not ran:
+            ran.append(1)
+            raise torch.OutOfMemoryError("no memory")
+        return torch.ones(1)
+
+    ran: list[int] = []
+    monkeypatch.setattr("torch.cuda.CUDAGraph", object)
+    monkeypatch.setattr("torch.cuda.graph", NoRoom)
+    with pytest.warns(UserWarning, match="no memory to record"):
+        assert recorded(run, None) is run
+
+
 def test_what_is_not_plain_goes_the_plain_way():
     from minisd.denoiser import ClassifierFree, TextAndImage, unguided
 
@@ -212,7 +283,7 @@ def test_codec_decodes_with_the_fast_decoder_what_is_in_its_dtype(files):
         pipe.codec.decoder = Decoder(pipe.vae, graphs=CUDA)
         for _ in range(3):
             assert relative_error(pipe.codec.decode(latents), wanted) <= LIMIT
-    assert pipe.codec.decoder.fused is not None
+    assert pipe.codec.decoder.calls is not None
 
 
 @pytest.mark.gpu
@@ -225,7 +296,8 @@ def test_recorded_decoding_equals_eager(files):
     for _ in range(3):
         assert torch.equal(decoder(first), wanted[0])
         assert torch.equal(decoder(second), wanted[1])
-    assert decoder.recordings
+    assert decoder.calls is not None
+    assert len(decoder.calls.recordings) == 1
 
 
 @pytest.mark.gpu

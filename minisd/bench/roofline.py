@@ -94,7 +94,7 @@ def bench(report: Report, args: Any) -> None:
         network(*inputs)
     laid_out(network, clock.device)
     fused = FusedUNet(network)
-    shift, keys_values = fused.shifts(given.t[:1], given.y, clock.dtype)[0], fused.keys_values(given.context)
+    shift, keys_values = fused.shifts(given.t[:1], given.y)[0], fused.keys_values(given.context)
     seconds, launches, names = measured(lambda: fused(given.x, shift, keys_values), clock.is_cuda)
     where = "GPU" if clock.is_cuda else "CPU"
     report.table(

@@ -33,7 +33,7 @@ def bench_unet(report: Report, args: Any) -> None:
     report.table(title(report, f"{model.name} UNet step, batch 2, {side}x{side} latents"), COLUMNS)
     network, given = random_unet(model, clock.device, clock.dtype), step_input(model, side, clock.device, clock.dtype)
     fused = FusedUNet(network)
-    shift, keys_values = fused.shifts(given.t[:1], given.y, clock.dtype)[0], fused.keys_values(given.context)
+    shift, keys_values = fused.shifts(given.t[:1], given.y)[0], fused.keys_values(given.context)
 
     def plain() -> Tensor:
         return network(given.x, given.t, given.context, given.y)

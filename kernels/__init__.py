@@ -11,9 +11,11 @@ For tests and benchmarks every file of KERNELS keeps the same protocol, `name` b
     make(shape, device, dtype)          keyword arguments with random values (torch.manual_seed)
     name(**arguments)                   runs the kernel; guided_step alone changes its arguments, and returns those it changed
     reference(**arguments)              the same in plain PyTorch, in the dtype of the arguments (float64 for a true value)
-    library(**arguments)                name -> callable without arguments: the alternatives that PyTorch offers
+    library(**arguments)                name -> callable without arguments: the alternatives that PyTorch offers (a partial:
+                                        those that run another kernel of ours)
     traffic(shape, element_size)        bytes that must move to and from memory
     flops(shape)                        floating-point operations
+    tiles(shape)                        where a choice is worth timing: the values that the wrapper's argument `tile` may take
 """
 
 from . import add_bias as _add_bias

@@ -36,7 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .checks import check, descriptor, expect, jit, tl
 
 
-class Block(NamedTuple):
+class Tile(NamedTuple):
     queries: int
     keys: int
     warps: int
@@ -46,16 +46,16 @@ class Block(NamedTuple):
 # By head dimension, half precision, for an H100 or H200.  64 and 128 follow PyTorch's FlexAttention there, 40 is alike.
 # The others are the largest that the assembler fits into registers without spills (compiled, not yet timed): a program holds
 # BLOCK_M x (D1 + D2) sums and BLOCK_M x BLOCK_N scores, in fp32.  At 512 the sums alone are half of an SM's registers.
-BLOCKS = {
-    40: Block(128, 128, 4, 3),
-    64: Block(128, 128, 4, 3),
-    80: Block(64, 64, 4, 3),  # 256 programs for SD 1.5's 1024 queries; 128 rows would make 128, one short of each SM
-    128: Block(128, 64, 8, 3),
-    160: Block(64, 64, 4, 2),
-    256: Block(64, 32, 8, 2),
-    512: Block(64, 32, 8, 2),
+TILES = {
+    40: Tile(128, 128, 4, 3),
+    64: Tile(128, 128, 4, 3),
+    80: Tile(64, 64, 4, 3),  # 256 programs for SD 1.5's 1024 queries; 128 rows would make 128, one short of each SM
+    128: Tile(128, 64, 8, 3),
+    160: Tile(64, 64, 4, 2),
+    256: Tile(64, 32, 8, 2),
+    512: Tile(64, 32, 8, 2),
 }
-SINGLE = Block(32, 16, 4, 1)  # float32 has no matrix units that are exact: right, not fast
+SINGLE = Tile(32, 16, 4, 1)  # float32 has no matrix units that are exact: right, not fast
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -134,12 +134,13 @@ def strides_of(name: str, x: Tensor) -> tuple[int, ...]:
     return (*strides[:3], 1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, tile: Tile | None = None) -> Tensor:
     """softmax(q k^T scale) v for each head; scale is D**-0.5 unless given.
 
     q (B, H, L, D), k and v (B, H, S, D), D at most 512; the last dimension has stride 1, the others multiples of 16 bytes, so
     they may be views of one fused projection (B, L, 3*H*D).  -> (B, H, L, D), the view of a contiguous (B, L, H, D), in q's
-    dtype.  Scores and sums are in float32.  ValueError for other shapes, dtypes, strides or devices.
+    dtype.  Scores and sums are in float32.  tile: by default that of TILES.
+    ValueError for other shapes, dtypes, strides or devices.
     """
     check("q", q, (None, None, None, None))
     b, heads, length, d = q.shape
@@ -150,19 +151,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     expect(scale > 0, "scale", "a positive number", scale)
 
     keys, (d1, d2) = k.shape[2], split(d)
-    block = SINGLE if q.dtype == torch.float32 else BLOCKS[min(size for size in BLOCKS if size >= d)]
-    block_n = min(block.keys, max(16, 1 << (keys - 1).bit_length()))
-    tiles = [
+    if tile is None:
+        tile = SINGLE if q.dtype == torch.float32 else TILES[min(size for size in TILES if size >= d)]
+    block_n = min(tile.keys, max(16, 1 << (keys - 1).bit_length()))
+    tensors = [
         descriptor(x, tuple(x.shape), strides_of(name, x), (1, 1, rows, columns))
-        for name, x, rows in (("q", q, block.queries), ("k", k, block_n), ("v", v, block_n))
+        for name, x, rows in (("q", q, tile.queries), ("k", k, block_n), ("v", v, block_n))
         for columns in (d1, d2)
     ]
     out = torch.empty(b, length, heads, d, device=q.device, dtype=q.dtype)
-    grid = (-(-length // block.queries), heads, b)
+    grid = (-(-length // tile.queries), heads, b)
     attention_kernel[grid](
-        *tiles, out, length, keys, heads, scale * 1.4426950408889634,  # log2(e)
-        D=d, D1=d1, D2=d2, BLOCK_M=block.queries, BLOCK_N=block_n, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=block.warps, num_stages=block.stages,
+        *tensors, out, length, keys, heads, scale * 1.4426950408889634,  # log2(e)
+        D=d, D1=d1, D2=d2, BLOCK_M=tile.queries, BLOCK_N=block_n, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out.transpose(1, 2)
 
@@ -207,6 +209,14 @@ def make(shape: Shape, device: torch.device | str, dtype: torch.dtype) -> dict[s
     else:
         (q,), (k, v) = heads(shape.queries, 1), heads(shape.keys, 2)
     return {"q": q, "k": k, "v": v}
+
+
+def tiles(shape: Shape) -> list[Tile]:
+    """What is worth timing in half precision."""
+    if shape.dim > 256:
+        return [Tile(64, keys, 8, stages) for keys in (16, 32) for stages in (1, 2, 3)]
+    sizes = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 4), (128, 128, 8)]
+    return [Tile(*size, stages) for size in sizes for stages in (2, 3)]
 
 
 def traffic(shape: Shape, element_size: int) -> int:

@@ -13,13 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check, expect, jit, rows_of, tl
+
+
+class Tile(NamedTuple):
+    rows: int
+    columns: int
+    warps: int
+
+
+TILE = Tile(8, 256, 4)
 
 
 def reference(x: Tensor) -> Tensor:
@@ -43,7 +52,7 @@ def geglu_kernel(x, y, rows, columns, x_row, ROWS: tl.constexpr, BLOCK: tl.const
     tl.store(y + row * columns + column, (value * gelu(gate)).to(y.dtype.element_ty), mask=mask)
 
 
-def geglu(x: Tensor) -> Tensor:
+def geglu(x: Tensor, tile: Tile = TILE) -> Tensor:
     """(..., 2*C) -> (..., C), contiguous: the first half times the exact (erf) GELU of the second, made in float32.
 
     ValueError for an odd last dimension and for other dtypes, strides or devices.
@@ -53,8 +62,8 @@ def geglu(x: Tensor) -> Tensor:
     rows, x_row = rows_of("x", x)
     columns = x.shape[-1] // 2
     y = torch.empty(*x.shape[:-1], columns, device=x.device, dtype=x.dtype)
-    grid = (-(-columns // 256), -(-rows // 8))
-    geglu_kernel[grid](x, y, rows, columns, x_row, ROWS=8, BLOCK=256, num_warps=4)
+    grid = (-(-columns // tile.columns), -(-rows // tile.rows))
+    geglu_kernel[grid](x, y, rows, columns, x_row, ROWS=tile.rows, BLOCK=tile.columns, num_warps=tile.warps)
     return y
 
 
@@ -77,6 +86,11 @@ SHAPES = [
 
 def make(shape: Shape, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
     return {"x": torch.randn(shape.rows, 2 * shape.columns, device=device, dtype=dtype)}
+
+
+def tiles(shape: Shape) -> list[Tile]:
+    """What is worth timing."""
+    return [Tile(*each) for each in ((4, 256, 4), (8, 256, 4), (8, 256, 8), (16, 256, 8), (4, 512, 4), (8, 512, 8), (2, 1024, 4))]
 
 
 def traffic(shape: Shape, element_size: int) -> int:

@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,14 @@ from torch import Tensor
 
 from .checks import check, expect, jit, pixels_of, tl
 
-PROGRAMS = 3 * 132  # three for each SM of an H200; another GPU changes the speed, not the result
-ROWS = 32  # pixels loaded at once: with 128 channels and 256 threads, two 16-byte loads a thread and two more on their way
+
+class Tile(NamedTuple):
+    rows: int  # pixels loaded at once: of 128 channels, with 256 threads, two 16-byte loads a thread and two more on their way
+    programs: int  # about so many; another GPU changes the speed, not the result
+    warps: int
+
+
+TILE = Tile(32, 3 * 132, 8)  # three programs for each SM of an H200
 
 
 def reference(
@@ -200,6 +206,7 @@ def group_norm(
     silu: bool = False,
     shift: Tensor | None = None,
     skip: Tensor | None = None,
+    tile: Tile = TILE,
 ) -> Tensor:
     """GroupNorm of [x + shift, skip] over `groups` groups, then SiLU if asked for.
 
@@ -229,17 +236,17 @@ def group_norm(
     span = channel_span(width, groups)
     unit = 8 if span % 8 == 0 else 1
     blocks = ceil(channels / span)
-    chunk = ROWS * ceil(pixels / ceil(PROGRAMS / (b * blocks)) / ROWS)
+    chunk = tile.rows * ceil(pixels / ceil(tile.programs / (b * blocks)) / tile.rows)
     chunks = ceil(pixels / chunk)
     grid = (chunks, blocks, b)
     means, m2s = torch.empty(2, b, chunks, groups, device=x.device, dtype=torch.float32)
     y = torch.empty(b, channels, height, width_px, device=x.device, dtype=x.dtype, memory_format=torch.channels_last)
     sizes = (pixels, chunk, groups, c1, c2, width, span // unit)
     strides = (x_row, x_batch, skip_row, skip_batch, shift_batch)
-    tile = {"UNIT": unit, "ROWS": ROWS, "BLOCK_C": max(128, 1 << (span - 1).bit_length()), "num_warps": 8}
-    tile["BLOCK_G"] = 16 if span // width <= 16 else 32
-    partial_kernel[grid](x, skip, shift, means, m2s, *sizes, *strides, **tile)
-    apply_kernel[grid](x, skip, shift, means, m2s, weight, bias, y, *sizes, eps, *strides, SILU=silu, PARTS=64, **tile)
+    blocking = {"UNIT": unit, "ROWS": tile.rows, "BLOCK_C": max(128, 1 << (span - 1).bit_length()), "num_warps": tile.warps}
+    blocking["BLOCK_G"] = 16 if span // width <= 16 else 32
+    partial_kernel[grid](x, skip, shift, means, m2s, *sizes, *strides, **blocking)
+    apply_kernel[grid](x, skip, shift, means, m2s, weight, bias, y, *sizes, eps, *strides, SILU=silu, PARTS=64, **blocking)
     return y
 
 
@@ -288,6 +295,11 @@ def make(shape: Shape, device: torch.device | str, dtype: torch.dtype) -> dict[s
         "shift": torch.randn(shape.batch, shape.channels, device=device, dtype=dtype) if shape.shift else None,
         "skip": image(shape.skip) if shape.skip else None,
     }
+
+
+def tiles(shape: Shape) -> list[Tile]:
+    """What is worth timing."""
+    return [Tile(rows, each * 132, warps) for rows, warps in ((16, 4), (32, 4), (32, 8), (64, 8)) for each in (1, 2, 3, 6)]
 
 
 def elements(shape: Shape) -> int:

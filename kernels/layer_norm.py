@@ -18,13 +18,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check, expect, jit, rows_of, tl
+
+
+class Tile(NamedTuple):
+    numbers: int  # of a program: as many whole rows, at least one
+    warps: int
+
+
+TILE, WIDE = Tile(2048, 4), Tile(2048, 16)  # WIDE: of rows longer than that
 
 
 def reference(
@@ -64,8 +72,9 @@ def layer_norm_kernel(
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None, residual_bias: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None, residual_bias: Tensor | None = None,
+    tile: Tile | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """LayerNorm over the last dimension: y, or (sum, y) with a residual, where sum = x + residual + residual_bias.
 
     x and residual (..., C), C up to 16384, weight, bias and residual_bias (C,) -> (..., C), contiguous, in x's dtype.
@@ -87,22 +96,11 @@ def layer_norm(
         _, residual_row = rows_of("residual", residual)
         total = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     block = 1 << (channels - 1).bit_length()
-    tile = max(1, 2048 // block)
-    grid = (-(-rows // tile),)
+    tile = tile or (TILE if block <= TILE.numbers else WIDE)
+    rows_each = max(1, tile.numbers // block)
     sizes = (rows, channels, x_row, residual_row)
-    layer_norm_kernel[grid](
-        x,
-        residual,
-        residual_bias,
-        weight,
-        bias,
-        total,
-        y,
-        *sizes,
-        eps,
-        ROWS=tile,
-        BLOCK_C=block,
-        num_warps=4 if block <= 2048 else 16,
+    layer_norm_kernel[(-(-rows // rows_each),)](
+        x, residual, residual_bias, weight, bias, total, y, *sizes, eps, ROWS=rows_each, BLOCK_C=block, num_warps=tile.warps
     )
     return y if total is None else (total, y)
 
@@ -137,6 +135,11 @@ def make(shape: Shape, device: torch.device | str, dtype: torch.dtype) -> dict[s
     if shape.residual:
         arguments |= {"residual": randn(shape.rows, c), "residual_bias": randn(c)}
     return arguments
+
+
+def tiles(shape: Shape) -> list[Tile]:
+    """What is worth timing."""
+    return [Tile(numbers, warps) for numbers, warps in ((1024, 2), (1024, 4), (2048, 2), (2048, 4), (2048, 8), (4096, 8))]
 
 
 def traffic(shape: Shape, element_size: int) -> int:

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,19 @@ from .geglu import geglu, gelu
 from .geglu import reference as geglu_reference
 
 GROUP_M = 8
+
+
+class Tile(NamedTuple):
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int  # tiles of x and of the weight on their way at once
+
+
+TALL = Tile(128, 128, 64, 8, 3)
+LOW = Tile(64, 128, 64, 4, 4)
+SINGLE = Tile(64, 64, 32, 4, 3)  # float32
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -60,10 +74,11 @@ def linear_geglu_kernel(
     tl.store(out, (value * gelu(gate)).to(y.dtype.element_ty), mask=(rows < m)[:, None] & (columns < n)[None, :])
 
 
-def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, tile: Tile | None = None) -> Tensor:
     """geglu(linear(x)): x (..., K), weight (2*N, K), bias (2*N,) -> (..., N), contiguous; sums and activation in float32.
 
-    The copy engine wants rows that start at multiples of 16 bytes.  ValueError for other shapes, dtypes, strides or devices.
+    The copy engine wants rows that start at multiples of 16 bytes.  tile: by default one that fits the shape.
+    ValueError for other shapes, dtypes, strides or devices.
     """
     check("x", x, (None,) * x.dim())
     k = x.shape[-1]
@@ -79,16 +94,17 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         expect(aligned, name, "rows that start at multiples of 16 bytes", f"{row} elements apart, at {tensor.data_ptr() % 16}")
 
     half = x.element_size() == 2
-    # The large layers make 640 or 1280 tiles of 128x128 for 132 SMs; where there are fewer, half as tall ones fit better.
-    block_m, block_n, block_k = (64 if m * n < 640 * 128 * 128 else 128, 128, 64) if half else (64, 64, 32)
+    if tile is None:
+        # The large layers make 640 or 1280 tiles of 128x128 for 132 SMs; where there are fewer, half as tall ones fit better.
+        tile = SINGLE if not half else TALL if m * n >= 640 * TALL.m * TALL.n else LOW
     y = torch.empty(*x.shape[:-1], n, device=x.device, dtype=x.dtype)
-    rows_x = descriptor(x, (m, k), (x_row, 1), (block_m, block_k))
-    rows_w = descriptor(weight, (2 * n, k), (k, 1), (block_n, block_k))
-    grid = (-(-m // block_m) * -(-n // block_n),)
+    rows_x = descriptor(x, (m, k), (x_row, 1), (tile.m, tile.k))
+    rows_w = descriptor(weight, (2 * n, k), (k, 1), (tile.n, tile.k))
+    grid = (-(-m // tile.m) * -(-n // tile.n),)
     linear_geglu_kernel[grid](
         rows_x, rows_w, bias, y, m, n, k,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=GROUP_M, PRECISION="tf32" if half else "ieee",
-        num_warps=8 if block_m == 128 else 4, num_stages=4 if block_m == 64 else 3,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP_M=GROUP_M, PRECISION="tf32" if half else "ieee",
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y
 
@@ -118,6 +134,12 @@ def make(shape: Shape, device: torch.device | str, dtype: torch.dtype) -> dict[s
     return {"x": randn(shape.m, shape.k), "weight": randn(2 * shape.n, shape.k) * shape.k**-0.5, "bias": randn(2 * shape.n)}
 
 
+def tiles(shape: Shape) -> list[Tile]:
+    """What is worth timing in half precision."""
+    sizes = [(128, 128, 64, 8), (128, 64, 64, 4), (128, 64, 64, 8), (64, 128, 64, 4), (256, 64, 64, 8)]
+    return [Tile(*size, stages) for size in sizes for stages in (3, 4)]
+
+
 def traffic(shape: Shape, element_size: int) -> int:
     return (shape.m * shape.k + 2 * shape.n * shape.k + shape.m * shape.n) * element_size
 
@@ -128,4 +150,8 @@ def flops(shape: Shape) -> int:
 
 def library(**arguments: Any) -> dict[str, Callable[[], Any]]:
     x, weight, bias = arguments["x"], arguments["weight"], arguments["bias"]
-    return {"PyTorch": lambda: reference(x, weight, bias), "linear, then geglu.py": lambda: geglu(F.linear(x, weight, bias))}
+    return {"PyTorch": lambda: reference(x, weight, bias), "linear, then geglu.py": partial(linear_then_geglu, x, weight, bias)}
+
+
+def linear_then_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return geglu(F.linear(x, weight, bias))

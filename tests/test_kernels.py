@@ -25,7 +25,7 @@ from torch import Tensor
 
 from minisd import kernels, samplers
 from minisd.kernels import checks
-from minisd.kernels.attention import BLOCKS
+from minisd.kernels.attention import TILES
 from minisd.kernels.guided_step import coefficients
 from minisd.kernels.guided_step import reference as guided_reference
 from minisd.kernels.upsample_conv import phase_weights, plain, whole_weights
@@ -276,8 +276,8 @@ def test_attention_keeps_samples_apart():
 
 
 def test_attention_has_a_block_size_for_every_head_dimension():
-    assert max(BLOCKS) == 512
-    assert list(BLOCKS) == sorted(BLOCKS)
+    assert max(TILES) == 512
+    assert list(TILES) == sorted(TILES)
 
 
 # --- upsample_conv --------------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
         "--peers", type=peer_kinds, default=list(PEERS), metavar="KINDS", help="some of eager,graph,compiled, or ''"
     )
     made.add_argument("--ablate", action="store_true", help="with unet and vae: also each kernel switched alone")
+    made.add_argument("--tiles", action="store_true", help="with kernels: also other tile sizes, to choose by")
     made.add_argument("--full", action="store_true", help="the real shapes on a CPU, too")
     made.add_argument("--repeats", type=positive, metavar="N", help="measurements of each (default: 20, on a CPU 5)")
     made.add_argument("--minutes", type=float, default=9.5, metavar="M", help="with all: when to stop (default: 9.5)")

@@ -13,6 +13,7 @@ from ..device import name_of
 from ..errors import UsageError
 from ..ops import kernels
 from .report import Report
+from .timing import Run
 
 COLUMNS = ("variant", "time us", "TB/s", "TFLOP/s", "of ceiling", "error", "to ours")
 SMALL = {"size": 16, "rows": 256, "queries": 256, "keys": 256, "m": 256}  # on a CPU, where a kernel runs in the interpreter
@@ -23,11 +24,11 @@ def bench(report: Report, args: Any) -> None:
     if args.name is not None and args.name not in known:
         raise UsageError(f"bench kernels: expected one of {', '.join(known)}, found {args.name!r}")
     for name in [args.name] if args.name else known:
-        bench_kernel(report, name, args.full)
+        bench_kernel(report, name, args.full, args.tiles)
 
 
 @torch.no_grad()
-def bench_kernel(report: Report, name: str, full: bool) -> None:
+def bench_kernel(report: Report, name: str, full: bool, tiles: bool) -> None:
     module, clock = kernels().KERNELS[name], report.clock
     title = f"{name}, {name_of(clock.dtype)}: error is relative to float64, to ours is time over that of the kernel"
     report.table(title, COLUMNS)
@@ -37,17 +38,12 @@ def bench_kernel(report: Report, name: str, full: bool) -> None:
             torch.manual_seed(0)
             arguments = module.make(shape, clock.device, clock.dtype)
             wanted = outputs(module.reference(**double(arguments)))
-            own = copied(arguments) if name == "guided_step" else arguments  # that one changes what it is given
-            runs = {"minisd": partial(getattr(kernels(), name), **own)} if runs_here(clock.device) else {}
-            alternatives = module.library(**arguments)
-            # One that ends in a file's name is another kernel of ours, and runs where they do.
-            runs |= {variant: run for variant, run in alternatives.items() if runs or not variant.endswith(".py")}
             ours = None
-            for variant, run in runs.items():
+            for variant, run in variants(name, shape, arguments, clock.device, tiles).items():
                 with report.attempt(f"{shape.label}: {variant}"):
                     # Before the clock starts: the sampler's step changes its arguments, each call again.
                     error = relative_error(outputs(run()), wanted)
-                    seconds = clock.seconds(run) if clock.is_cuda or variant != "minisd" else None  # not of the interpreter
+                    seconds = clock.seconds(run) if clock.is_cuda or not isinstance(run, partial) else None
                     ours = seconds if variant == "minisd" else ours
                     flops, traffic = module.flops(shape), module.traffic(shape, clock.dtype.itemsize)
                     rates: dict[str, Any] = {}
@@ -58,8 +54,18 @@ def bench_kernel(report: Report, name: str, full: bool) -> None:
                     report.add(shape.label, variant=variant, time_us=seconds, error=error, to_ours=ratio, **rates)
 
 
-def runs_here(device: torch.device) -> bool:
-    return device.type in kernels().checks.DEVICES and kernels().checks.triton is not None
+def variants(name: str, shape: Any, arguments: dict[str, Any], device: torch.device, tiles: bool) -> dict[str, Run]:
+    """The kernel, with other tiles too if asked for (under their numbers), then the library.
+
+    What is a partial runs a kernel of ours: on a CPU in the interpreter, where time means nothing, or not at all.
+    """
+    module, kernel = kernels().KERNELS[name], getattr(kernels(), name)
+    own = copied(arguments) if name == "guided_step" else arguments  # that one changes what it is given
+    others = module.tiles(shape) if tiles and hasattr(module, "tiles") else []
+    runs = {"minisd": partial(kernel, **own)} | {"x".join(map(str, tile)): partial(kernel, **own, tile=tile) for tile in others}
+    runs |= module.library(**arguments)
+    here = device.type in kernels().checks.DEVICES and kernels().checks.triton is not None
+    return {variant: run for variant, run in runs.items() if here or not isinstance(run, partial)}
 
 
 def smaller(shape: Any) -> Any:

@@ -26,11 +26,13 @@ from . import guided_step as _guided_step
 from . import layer_norm as _layer_norm
 from . import linear_geglu as _linear_geglu
 from . import upsample_conv as _upsample_conv
+from . import wide_attention as _wide_attention
 
 KERNELS = {
     "group_norm": _group_norm,
     "layer_norm": _layer_norm,
     "attention": _attention,
+    "wide_attention": _wide_attention,
     "geglu": _geglu,
     "linear_geglu": _linear_geglu,
     "upsample_conv": _upsample_conv,
@@ -48,3 +50,4 @@ layer_norm = _layer_norm.layer_norm
 linear_geglu = _linear_geglu.linear_geglu
 phase_weights = _upsample_conv.phase_weights
 upsample_conv = _upsample_conv.upsample_conv
+wide_attention = _wide_attention.wide_attention

@@ -45,7 +45,8 @@ class Tile(NamedTuple):
 
 # By head dimension, half precision, for an H100 or H200.  64 and 128 follow PyTorch's FlexAttention there, 40 is alike.
 # The others are the largest that the assembler fits into registers without spills (compiled, not yet timed): a program holds
-# BLOCK_M x (D1 + D2) sums and BLOCK_M x BLOCK_N scores, in fp32.  At 512 the sums alone are half of an SM's registers.
+# BLOCK_M x (D1 + D2) sums and BLOCK_M x BLOCK_N scores, in fp32.  At 512 the sums alone are half of an SM's registers: by
+# computation wide_attention.py is faster there.
 TILES = {
     40: Tile(128, 128, 4, 3),
     64: Tile(128, 128, 4, 3),

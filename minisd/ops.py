@@ -27,8 +27,9 @@ from torch import Tensor
 from .errors import UsageError
 
 # What `auto` takes on a GPU.  By the measurements of the prototypes: PyTorch's GroupNorm reaches 2 to 7 % of an H200's bandwidth,
-# LayerNorm takes 8 us where 3 would do, and no library attention that is fast takes 512 channels a head.  The others are by
-# computation, and these kernels themselves are yet to be timed: `minisd bench kernels` and `minisd bench unet` do it.
+# LayerNorm takes 8 us where 3 would do, and no library attention that is fast takes 512 channels a head (4.0 ms for 16,384
+# pixels, where two matrix products and a softmax make 1.4 by computation).  The others are by computation, and these kernels
+# themselves are yet to be timed: `minisd bench kernels` and `minisd bench unet` do it.
 # Not in it: `attention`, because cuDNN's, which PyTorch chooses for up to 128 channels on a Hopper GPU, was measured at 258 (40
 # channels a head) and 444 TFLOP/s (64); `linear_geglu`, which must keep 80 % of cuBLAS's speed to pay.
 AUTO = frozenset({"group_norm", "layer_norm", "wide_attention", "geglu", "upsample_conv", "add_bias", "guided_step"})
@@ -114,7 +115,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
     """
     b, length, channels = q.shape
     q, k, v = (x.view(b, -1, heads, channels // heads).transpose(1, 2) for x in (q, k, v))  # (B, heads, L, d)
-    if not causal and kernel_attends(q, k, v):
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    if not causal and half and channels // heads > 256 and wants("wide_attention", q.device) and fits(q, k, v):
+        out = kernels().wide_attention(q, k, v)
+    elif not causal and kernel_attends(q, k, v):
         out = kernels().attention(q, k, v)
     elif q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] >= 1024 and not causal:
         out = attention_by_rows(q, k, v)
@@ -125,9 +129,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
 
 def kernel_attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether attention over (B, heads, L, d) is the kernel's: chosen, and laid out so that the copy engine can fetch it."""
-    d = q.shape[3]
-    wide = d > 256 and q.dtype != torch.float32 and wants("wide_attention", q.device)
-    if not (wide or wants("attention", q.device)) or d > 512 or not fits(q, k, v):
+    if not wants("attention", q.device) or q.shape[3] > 512 or not fits(q, k, v):
         return False
     unit = 16 // q.element_size()
     strides = [stride for x in (q, k, v) for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]

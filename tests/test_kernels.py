@@ -249,7 +249,8 @@ def test_attention_over_a_fused_projection(dim, dtype):
 def test_attention_hostile_values(dtype):
     q, k, v = rand(3, 1, 2, 20, 40, dtype=dtype)
     k, v = (torch.cat([x] * 15, dim=2) for x in (k, v))  # 300 keys: three blocks
-    compare("attention", {"q": q * 30, "k": k, "v": v})  # all but one-hot
+    hot = rand(1, 2, 200, 40, dtype=dtype) * 30  # all but one-hot: the error is that of a few rows, so there are many
+    compare("attention", {"q": hot, "k": k, "v": v})
     ramp = torch.linspace(0, 3, 300, device=DEVICE).to(dtype)[:, None]
     compare("attention", {"q": q.abs(), "k": k.abs() * ramp, "v": v})  # the maximum grows from block to block
     compare("attention", {"q": q, "k": k, "v": v * 1000})
@@ -278,6 +279,43 @@ def test_attention_keeps_samples_apart():
 def test_attention_has_a_block_size_for_every_head_dimension():
     assert max(TILES) == 512
     assert list(TILES) == sorted(TILES)
+
+
+# --- wide_attention -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (35, 77), (64, 64), (20, 300)])
+def test_wide_attention(queries, keys, dtype):
+    """Views of one projection, as the VAE makes them, in two samples."""
+    q, (k, v) = rand(2, queries, 2, 520, dtype=dtype), rand(2, 2, keys, 2, 520, dtype=dtype)
+    q, k, v = (x.transpose(1, 2)[..., :512] for x in (q, k, v))
+    out = compare("wide_attention", {"q": q, "k": k, "v": v})[0]
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_wide_attention_in_pieces_and_over_long_rows(dtype, monkeypatch):
+    """Seven queries at a time, and keys that a program reads in three blocks."""
+    module = kernels.KERNELS["wide_attention"]
+    monkeypatch.setattr(module, "SCORES", 7 * 300)
+    q, (k, v) = rand(1, 1, 20, 512, dtype=dtype), rand(2, 1, 1, 300, 512, dtype=dtype)
+    compare("wide_attention", {"q": q, "k": k, "v": v})
+    monkeypatch.setattr(module, "WHOLE", 128)
+    compare("wide_attention", {"q": q, "k": k, "v": v})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_wide_attention_hostile_values(dtype):
+    q, k, v = rand(3, 1, 1, 300, 512, dtype=dtype)
+    compare("wide_attention", {"q": q * 30, "k": k, "v": v})  # all but one-hot
+    compare("wide_attention", {"q": q * 0, "k": k, "v": v * 1000})  # all weights the same: p v is 300 times the result
+
+
+def test_wide_attention_refuses_float32():
+    q = rand(1, 1, 4, 512)
+    with pytest.raises(ValueError, match=r"q: expected torch.float16 or torch.bfloat16, found torch.float32"):
+        kernels.wide_attention(q, q, q)
 
 
 # --- upsample_conv --------------------------------------------------------------------------------------------------------
@@ -402,6 +440,7 @@ def reduced(name: str, shape: Any) -> Any:
         "group_norm": {"size": 3, "batch": 1},
         "layer_norm": {"rows": 3},
         "attention": {"queries": 30, "keys": 77 if "cross" in shape.label else 30, "heads": 2},
+        "wide_attention": {"queries": 9, "keys": 9},
         "geglu": {"rows": 3},
         "linear_geglu": {"m": 5, "n": 40},
         "upsample_conv": {"size": 2, "channels": 40},

@@ -23,7 +23,10 @@ from .report import Report, write_json
 NEVER_COMPILED = ["--peers", "eager,graph"]
 COMPILED = ["--peers", "compiled"]  # a minute or two of compilation each, so they come last
 LONGEST = 200.0  # seconds for a part
-KERNELS = ("group_norm", "attention", "layer_norm", "geglu", "linear_geglu", "upsample_conv", "add_bias", "guided_step")
+KERNELS = """
+    group_norm attention wide_attention layer_norm geglu linear_geglu upsample_conv add_bias guided_step
+""".split()
+TILED = ("attention", "group_norm", "linear_geglu", "layer_norm", "geglu")
 
 
 def parts(with_files: bool) -> list[list[str]]:
@@ -36,7 +39,7 @@ def parts(with_files: bool) -> list[list[str]]:
     first += [["roofline", "--model", name] for name in ("sd15", "sdxl")]
     first += [["vae", "--ablate", "--peers", ""], ["unet", "--model", "sd21", *NEVER_COMPILED]]
     return [*first, *(["unet", "--model", name, *COMPILED] for name in ("sd15", "sdxl")), ["vae", *COMPILED],
-            ["unet", "--model", "sd21", *COMPILED]]  # fmt: skip
+            ["unet", "--model", "sd21", *COMPILED], *(["kernels", name, "--tiles"] for name in TILED)]  # fmt: skip
 
 
 def bench(report: Report, args: Any) -> None:

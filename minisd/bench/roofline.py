@@ -26,7 +26,7 @@ from .report import Report
 
 # By the name of a kernel, or of PyTorch's operation; the first that matches counts.
 CLASSES = {
-    "attention": r"attention|attend|flash|fmha|sdpa|softmax",
+    "attention": r"attention|attend|flash|fmha|sdpa|softmax|exponentials_kernel",
     "GEGLU": r"geglu|gelu",
     "convolution": r"interleave_kernel|conv|fprop|dgrad",
     "GroupNorm, SiLU": r"partial_kernel|apply_kernel|group_?norm|rowwisemoments|silu",

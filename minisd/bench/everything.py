@@ -17,29 +17,28 @@ import torch
 
 from ..device import name_of
 from ..errors import UsageError
+from ..ops import kernels
 from .networks import MODELS, random_checkpoint
 from .report import Report, write_json
 
 NEVER_COMPILED = ["--peers", "eager,graph"]
 COMPILED = ["--peers", "compiled"]  # a minute or two of compilation each, so they come last
 LONGEST = 200.0  # seconds for a part
-KERNELS = """
-    group_norm attention wide_attention layer_norm geglu linear_geglu upsample_conv add_bias guided_step
-""".split()
-TILED = ("attention", "group_norm", "linear_geglu", "layer_norm", "geglu")
 
 
 def parts(with_files: bool) -> list[list[str]]:
     """The commands, in the order of their weight."""
+    known = kernels().KERNELS
+    tiled = [name for name, module in known.items() if hasattr(module, "tiles")]
     first = [["unet", "--model", name, *NEVER_COMPILED] for name in ("sd15", "sdxl")]
     first += [["vae", *NEVER_COMPILED]]
-    first += [["kernels", name] for name in KERNELS]
+    first += [["kernels", name] for name in known]
     first += [["image", "--model", "sd15"], ["load", "--model", "sd15"]] if with_files else []
     first += [["unet", "--model", name, "--ablate", "--peers", ""] for name in ("sd15", "sdxl")]
     first += [["roofline", "--model", name] for name in ("sd15", "sdxl")]
     first += [["vae", "--ablate", "--peers", ""], ["unet", "--model", "sd21", *NEVER_COMPILED]]
     return [*first, *(["unet", "--model", name, *COMPILED] for name in ("sd15", "sdxl")), ["vae", *COMPILED],
-            ["unet", "--model", "sd21", *COMPILED], *(["kernels", name, "--tiles"] for name in TILED)]  # fmt: skip
+            ["unet", "--model", "sd21", *COMPILED], *(["kernels", name, "--tiles"] for name in tiled)]  # fmt: skip
 
 
 def bench(report: Report, args: Any) -> None:

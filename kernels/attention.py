@@ -127,7 +127,12 @@ def split(d: int) -> tuple[int, int]:
 
 
 def strides_of(name: str, x: Tensor) -> tuple[int, ...]:
-    """The strides of x (B, H, L, D), as the copy engine takes them: all but the last multiples of 16 bytes, and none 0."""
+    """The strides of x (B, H, L, D), as the copy engine takes them: all but the last multiples of 16 bytes, and none 0.
+
+    Its documentation (cuTensorMapEncodeTiled) also wants each to be a multiple of the next, which H and L of a fused projection
+    are not; FlashAttention-3 describes its tensors so all the same.  In the order B, L, H, D they would be, but then the compiler
+    takes the way through registers and spills at D = 512.
+    """
     unit = 16 // x.element_size()
     strides = [stride if size > 1 else unit for size, stride in zip(x.shape, x.stride(), strict=True)]  # of one element: any
     fits = x.stride(3) == 1 and all(stride > 0 and stride % unit == 0 for stride in strides[:3]) and x.data_ptr() % 16 == 0

@@ -43,8 +43,8 @@ def gelu(x):
 
 @jit(do_not_specialize=["rows"])
 def geglu_kernel(x, y, rows, columns, x_row, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    column = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     mask = (row < rows)[:, None] & (column < columns)
     row = row.to(tl.int64)[:, None]
     value = tl.load(x + row * x_row + column, mask=mask, other=0.0).to(tl.float32)
@@ -62,7 +62,7 @@ def geglu(x: Tensor, tile: Tile = TILE) -> Tensor:
     rows, x_row = rows_of("x", x)
     columns = x.shape[-1] // 2
     y = torch.empty(*x.shape[:-1], columns, device=x.device, dtype=x.dtype)
-    grid = (-(-columns // tile.columns), -(-rows // tile.rows))
+    grid = (-(-rows // tile.rows), -(-columns // tile.columns))  # of the second there may be 65,535 only
     geglu_kernel[grid](x, y, rows, columns, x_row, ROWS=tile.rows, BLOCK=tile.columns, num_warps=tile.warps)
     return y
 

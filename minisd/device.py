@@ -15,13 +15,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def to_device(device: str | None) -> torch.device:
+    """A GPU gets its index, and becomes the current one, on which kernels and graphs are launched.  Raises UsageError."""
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
-        return torch.device(device)
+        found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device: expected one that this machine has, found {device!r}: {first_line(error)}") from None
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    return found
 
 
 def to_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
@@ -65,8 +68,9 @@ def memory_errors() -> Iterator[None]:
     """Turns torch's ways of running out of memory into OutOfMemoryError."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:  # torch's own is a RuntimeError, and so are a broken GPU's
+        says_so = any(words in str(error).lower() for words in ("can't allocate memory", "out of memory"))
+        if not says_so and not isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise
         raise OutOfMemoryError(
             f"out of memory: {first_line(error)}; draw fewer or smaller pictures, or use dtype bfloat16"

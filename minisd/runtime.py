@@ -13,10 +13,8 @@ kind.  All others go the plain way, with the network alone recorded (`network`).
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,68 +22,18 @@ from torch import Tensor, nn
 from . import ops
 from .denoiser import ClassifierFree, Conditioning, Guide, Unet, stacked, unguided
 from .fused import FusedDecoder, FusedUNet
+from .graphs import KEPT, Recorder, Recording
 from .samplers import Steps
 from .schedule import Schedule
 from .tiling import decode_bytes, free_memory
 from .unet import UNet
 from .vae import AutoencoderKL
 
-KEPT = 4  # recorded shapes; each holds the memory of one step's feature maps, in a pool that they share
-
 
 def plain(guide: Guide, prediction: str, sigma_data: float, eta: float) -> bool:
     """Whether a step is x <- a x + b e, with e the guided prediction, so that `guided_step` can make it."""
     guided = guide is unguided or (isinstance(guide, ClassifierFree) and guide.rescale == 0)
     return guided and prediction in ("epsilon", "v") and sigma_data == 1 and eta == 0
-
-
-def recorded(run: Callable[[], Tensor], pool: Any) -> Callable[[], Tensor]:
-    """The kernels of a call as a CUDA graph, without running them; all have run before.
-
-    Returns what runs them; its result lies in the same memory each time.  Where there is no memory for it, the call itself.
-    """
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, pool=pool):
-            result = run()
-    except torch.OutOfMemoryError:
-        warnings.warn("no memory to record a CUDA graph: going on without, which is slower", stacklevel=2)
-        return run
-
-    def replay() -> Tensor:
-        graph.replay()
-        return result
-
-    return replay
-
-
-class Recorder:
-    """A function of tensors (or None), as one CUDA graph for each combination of their shapes.
-
-    The first call runs kernel by kernel and brings all kernels to life, the second is recorded, those after it are replayed.
-    """
-
-    def __init__(self, function: Callable[..., Tensor], graphs: bool, pool: Any = None) -> None:
-        self.function, self.graphs, self.pool = function, graphs, pool
-        self.seen: set[tuple[object, ...]] = set()
-        self.recordings: dict[tuple[object, ...], tuple[list[Tensor | None], Callable[[], Tensor]]] = {}
-
-    def __call__(self, *given: Tensor | None, roomy: bool = True) -> Tensor:
-        """function(*given), in memory of its own.  roomy: whether there is memory to record it."""
-        key = (ops.chosen(), *(None if x is None else (x.shape, x.dtype) for x in given))
-        if key not in self.recordings:
-            if not (self.graphs and roomy and key in self.seen):
-                self.seen.add(key)
-                return self.function(*given)
-            while len(self.recordings) >= KEPT:
-                del self.recordings[next(iter(self.recordings))]
-            held = [None if x is None else x.clone() for x in given]
-            self.recordings[key] = held, recorded(lambda: self.function(*held), self.pool)
-        held, replay = self.recordings[key]
-        for target, source in zip(held, given, strict=True):
-            if target is not None and source is not None:
-                target.copy_(source)
-        return replay().clone()
 
 
 def versions(network: nn.Module) -> tuple[tuple[int, int], ...]:
@@ -103,7 +51,7 @@ class Buffers:
     shifts: Tensor  # (N, B' or 1, sum of channels), float32: see FusedUNet.shifts
     keys_values: Tensor  # (B or 2*B, S, sum of 2*C): see FusedUNet.keys_values
     step: Tensor  # (1,), int64
-    replay: Callable[[], Tensor] | None = None
+    recording: Recording | None = None
 
 
 class Runtime:
@@ -114,7 +62,6 @@ class Runtime:
         self.fused: FusedUNet | None = None
         self.weights: tuple[tuple[int, int], ...] = ()
         self.shapes: dict[tuple[object, ...], Buffers] = {}
-        self.pool = torch.cuda.graph_pool_handle() if graphs else None
 
     def prepared(self) -> FusedUNet:
         """The fused network, made anew if somebody has changed the weights."""
@@ -122,7 +69,7 @@ class Runtime:
             self.shapes.clear()
             self.fused = fused = FusedUNet(self.unet)
             self.weights = versions(self.unet)
-            self.calls = Recorder(lambda x, t, y, prompt: fused(x, fused.shifts(t, y)[0], prompt), self.graphs, self.pool)
+            self.calls = Recorder(lambda x, t, y, prompt: fused(x, fused.shifts(t, y)[0], prompt), self.graphs)
         return self.fused
 
     @torch.no_grad()
@@ -169,12 +116,13 @@ class Runtime:
 
             trail = torch.empty(len(table), *buffers.state.shape, device=x.device)
             for here in trail:
-                if buffers.replay is not None:
-                    buffers.replay()
+                if buffers.recording is not None:
+                    buffers.recording.replay()
                 else:
                     step(fused, buffers)
                     if self.graphs:
-                        buffers.replay = recorded(lambda: step(fused, buffers), self.pool)
+                        pools = [each.recording.pool for each in self.shapes.values() if each.recording]
+                        buffers.recording = Recording(lambda: step(fused, buffers), next(filter(None, pools), None))
                 here.copy_(buffers.state)
                 yield here[0], here[1]
         finally:
@@ -220,11 +168,11 @@ class Decoder:
 
     def __call__(self, latents: Tensor) -> Tensor:  # (B, C, h, w) -> (B, 3, H, W)
         if self.calls is None or self.weights != versions(self.network):
-            self.calls = Recorder(FusedDecoder(self.network), self.graphs)
+            self.calls = Recorder(FusedDecoder(self.network), self.graphs, self.roomy)
             self.weights = versions(self.network)
-        return self.calls(latents, roomy=self.graphs and roomy(self.network, latents))
+        return self.calls(latents)
 
-
-def roomy(network: AutoencoderKL, latents: Tensor) -> bool:
-    free = free_memory(latents.device)
-    return free is not None and free >= 4 * decode_bytes(network, latents)
+    def roomy(self, latents: Tensor) -> bool:
+        size = 4 * decode_bytes(self.network, latents)
+        free = free_memory(latents.device, size)
+        return free is not None and free >= size

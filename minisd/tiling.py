@@ -9,6 +9,7 @@ map is small: there the picture stays whole.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from .vae import AutoencoderKL, Downsample, Level, ResnetBlock, Upsample
 ROWS = 48  # of pixels in a band, a multiple of 8: with 64, 3 % less work at 1024x1024 pixels, but 0.22 of the memory, not 0.21
 HALO = 2  # rows: a ResnetBlock reads two up and down, an Upsample before it half a row more, a Downsample one down
 STEPS = 2  # of resolution, from the picture on, that are taken in bands; the maps beyond are small and stay whole
+DECODED = 1 << 20  # pixels at once, if that is more than one picture: enough to fill a GPU, and far from 2^31 numbers in a map
 CPU_LIMIT = 1 << 30  # bytes; beyond (SDXL's 1024x1024 pixels), half as long a decode is 2 % of a picture's time, and saves 1.4 GB
 
 Bands = list[Tensor]  # a feature map (1, C, H, W), cut into (1, C, h, W) from top to bottom
@@ -37,6 +39,9 @@ def decode(vae: AutoencoderKL, latents: Tensor, whole: Step | None = None) -> Te
     whole: what decodes in the place of `vae.decode`, to the same result.
     Raises OutOfMemoryError if there is no room even so.
     """
+    count = max(1, DECODED // (latents.shape[2] * latents.shape[3] * vae.downscale**2))
+    if len(latents) > count:
+        return torch.cat([decode(vae, some, whole) for some in latents.split(count)])
     if fits(vae, latents):
         try:
             with memory_errors():
@@ -62,9 +67,10 @@ def encode(vae: AutoencoderKL, image: Tensor) -> tuple[Tensor, Tensor]:
 def fits(vae: AutoencoderKL, latents: Tensor) -> bool:
     """Whether decoding these latents (B, C, h, w) whole takes at most half of the memory that is free now, and on a CPU at
     most `CPU_LIMIT`; if the free memory cannot be known, True."""
-    size, free = decode_bytes(vae, latents), free_memory(latents.device)
+    size = decode_bytes(vae, latents)
     if latents.device.type == "cpu" and size > CPU_LIMIT:
         return False
+    free = free_memory(latents.device, 2 * size)
     return free is None or 2 * size <= free
 
 
@@ -77,11 +83,16 @@ def decode_bytes(vae: AutoencoderKL, latents: Tensor) -> int:
     return pixels * channels * latents.element_size()
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be had: on a GPU with what PyTorch keeps in reserve, on a CPU what Linux calls available."""
+def free_memory(device: torch.device, enough: float = math.inf) -> int | None:
+    """Bytes that can be had, or some number from `enough` on: on a GPU with what PyTorch keeps in reserve, on a CPU what Linux
+    calls available."""
     if device.type == "cuda":
-        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reserve
+        free = torch.cuda.mem_get_info(device)[0]
+        if free >= enough:
+            return free
+        # What belongs to a recorded CUDA graph is in reserve, too, but for that graph alone: other pools than (0, 0).
+        segments = [each for each in torch.cuda.memory_snapshot() if tuple(each["segment_pool_id"]) == (0, 0)]
+        return free + sum(each["total_size"] - each["allocated_size"] for each in segments if each["device"] == device.index)
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024 if device.type == "cpu" else None

@@ -70,16 +70,18 @@ class Slot:
 def carry(file: int, pieces: SimpleQueue[Piece], device: torch.device) -> None:
     """One reader: takes pieces until none is left, and returns when all of its own have arrived."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    with torch.cuda.stream(stream):  # type: ignore[arg-type]  # None: nothing changes
+    try:
+        with torch.cuda.stream(stream):  # type: ignore[arg-type]  # None: nothing changes
+            if stream:
+                torch.cuda.synchronize(device)  # other streams may still work in the memory that became the targets
+            for slot in cycle([Slot(device), Slot(device)]):
+                try:
+                    piece = pieces.get_nowait()
+                except Empty:
+                    break
+                slot.wait()
+                read_exactly(file, slot.here[: len(piece.target) * piece.stored.itemsize], piece.offset)
+                slot.send(piece)
+    finally:
         if stream:
-            torch.cuda.synchronize(device)  # other streams may still work in the memory that became the targets
-        for slot in cycle([Slot(device), Slot(device)]):
-            try:
-                piece = pieces.get_nowait()
-            except Empty:
-                break
-            slot.wait()
-            read_exactly(file, slot.here[: len(piece.target) * piece.stored.itemsize], piece.offset)
-            slot.send(piece)
-    if stream:
-        stream.synchronize()
+            stream.synchronize()  # before the memory of either side is let go, after an error too

@@ -18,7 +18,7 @@ LEVELS = [
     ["layers", "atomic", "tokenizer", "schedule", "samplers", "torch_file", "device", "picture", "preview"],
     ["clip", "unet", "vae", "denoiser", "checkpoint"],
     ["tensors", "family"],
-    ["upload", "request", "prompt", "blueprint", "taesd", "tiling", "fused", "blocks", "diffusers_names"],
+    ["upload", "request", "prompt", "blueprint", "taesd", "tiling", "fused", "blocks", "diffusers_names", "graphs"],
     ["runtime"],
     ["recipe", "model", "codec", "saving"],
     ["tree"],

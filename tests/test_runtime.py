@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from PIL import Image
 import minisd
 from minisd import blueprint, ops
 from minisd.fused import FusedDecoder, FusedUNet
+from minisd.graphs import Recording
 from minisd.request import Request, noise_source, settle
-from minisd.runtime import Decoder, Runtime, plain, recorded
+from minisd.runtime import Decoder, Runtime, plain
 from minisd.shapes import below
 from minisd.unet import UNet
 from minisd.vae import AutoencoderKL
@@ -175,6 +177,15 @@ def test_changed_weights_are_noticed(files):
     assert relative_error(steps(pipe, request)[-1][0], before[-1][0]) > 1e-3
 
 
+class Live:
+    """A recording that runs the call each time."""
+
+    pool = None
+
+    def __init__(self, run, pool):
+        self.replay = run
+
+
 UNPLAIN = {
     "sd1, fresh noise": {"sampler": "ddim", "eta": 1.0, "spacing": "trailing"},
     "sd1, mask": {"init_image": Image.fromarray(PICTURE), "mask": Image.fromarray(HALF)},
@@ -188,8 +199,7 @@ UNPLAIN = {
 def test_all_others_call_the_recorded_network(case, files, monkeypatch):
     """Recorded for real on a GPU; on a CPU a recording is the call itself, over the memory that a recording reads."""
     if not CUDA:
-        monkeypatch.setattr("minisd.runtime.recorded", lambda run, pool: run)
-        monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
+        monkeypatch.setattr("minisd.graphs.Recording", Live)
     pipe = load(files[case.split(",")[0]], DEVICE)
     options = {"prompt": "a red circle", "width": 64, "height": 64, "steps": 4, "seed": 1} | UNPLAIN[case]
     with ops.using("torch"):
@@ -225,25 +235,32 @@ def test_two_streams_of_one_pipeline_run_in_turns(options, files):
 
 
 def test_a_recording_without_memory_is_the_call_itself(monkeypatch):
-    class NoRoom:
-        def __init__(self, graph, pool): ...
+    @contextmanager
+    def full(graph, pool):
+        raise torch.OutOfMemoryError("no memory")
+        yield
 
-        def __enter__(self): ...
-
-        def __exit__(self, *_):
-            return False
-
-    def run():
-        if not ran:
-            ran.append(1)
-            raise torch.OutOfMemoryError("no memory")
-        return torch.ones(1)
-
-    ran: list[int] = []
     monkeypatch.setattr("torch.cuda.CUDAGraph", object)
-    monkeypatch.setattr("torch.cuda.graph", NoRoom)
+    monkeypatch.setattr("minisd.graphs.capture", full)
     with pytest.warns(UserWarning, match="no memory to record"):
-        assert recorded(run, None) is run
+        recording = Recording(lambda: torch.ones(1), None)
+    assert recording.replay() == 1
+    assert recording.pool is None
+
+
+@pytest.mark.gpu
+def test_a_graph_outlives_the_others(files):
+    """Of another model, and of the same model with other weights: each with its own memory, cuBLAS's included."""
+    first, second = (load(files["sd1"], "cuda", "float16") for _ in range(2))
+    request = Request("a star", width=64, height=64, steps=4, seed=1)
+    wanted = steps(first, request)[-1][0]
+    assert torch.equal(steps(second, request)[-1][0], wanted)
+    del second
+    torch.cuda.empty_cache()
+    assert torch.equal(steps(first, request)[-1][0], wanted)
+    for _ in range(2):
+        first.unet.out[2].bias.add_(0)  # the same numbers, written anew
+        assert torch.equal(steps(first, request)[-1][0], wanted)
 
 
 def test_what_is_not_plain_goes_the_plain_way():

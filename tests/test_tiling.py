@@ -120,10 +120,10 @@ def test_bands_when_memory_is_short(narrow, monkeypatch):
     needed = tiling.decode_bytes(narrow, latents)
     wanted = narrow.decode(latents)
     monkeypatch.setattr(tiling, "decode_tiled", lambda vae, latents: "bands")
-    monkeypatch.setattr(tiling, "free_memory", lambda device: 2 * needed - 1)
+    monkeypatch.setattr(tiling, "free_memory", lambda device, enough: 2 * needed - 1)
     assert tiling.decode(narrow, latents) == "bands"
     for free in (2 * needed, None):
-        monkeypatch.setattr(tiling, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(tiling, "free_memory", lambda device, enough, free=free: free)
         assert torch.equal(tiling.decode(narrow, latents), wanted)
 
 

@@ -69,8 +69,8 @@ def whole_step(report: Report, network: UNet, given: StepInput, ours: float) -> 
 
     def again() -> None:
         buffers.step.zero_()  # beyond the last row of the table there is nothing but NaN
-        if buffers.replay:
-            buffers.replay()
+        if buffers.recording:
+            buffers.recording.replay()
         elif runtime.fused:
             step(runtime.fused, buffers)
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ..graphs import capture
+
 Run = Callable[[], Any]
 
 
@@ -104,7 +106,7 @@ def captured(run: Run, calls: int = 1) -> Run:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         for _ in range(calls):
             result = run()
 

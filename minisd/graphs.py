@@ -1,0 +1,103 @@
+"""CUDA graphs: a sequence of kernels, recorded once and then launched as one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+KEPT = 4  # recordings of one function; each holds the memory of its intermediate results, in a pool that they share
+
+
+@cache
+def capture_stream(device: int) -> Any:
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def capture(graph: Any, pool: Any = None) -> Iterator[None]:
+    """torch.cuda.graph, with three precautions.
+
+    cuBLAS keeps its workspace by stream: without clearing, the memory of one graph would become that of all later ones, and be
+    gone with the first (as inductor's cudagraph_trees.py does it).  What other threads do, a second model that is loaded for
+    instance, does not break the capture.  After an error the stream is again the one before.
+    """
+    stream = torch.cuda.current_stream()
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        where = capture_stream(torch.cuda.current_device())
+        with torch.cuda.graph(graph, pool=pool, stream=where, capture_error_mode="thread_local"):
+            yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.set_stream(stream)
+
+
+class Recording:
+    """A call as a CUDA graph; making it runs nothing, and everything must have run before.
+
+    Where there is no memory for a graph, it is the call itself.
+    """
+
+    def __init__(self, run: Callable[[], Tensor], pool: Any = None) -> None:
+        self.run = run
+        self.graph: Any = torch.cuda.CUDAGraph()
+        try:
+            with capture(self.graph, pool):
+                self.result = run()
+        except torch.OutOfMemoryError:
+            warnings.warn("no memory to record a CUDA graph: going on without, which is slower", stacklevel=2)
+            self.graph = None
+
+    @property
+    def pool(self) -> Any:
+        """Its memory, for other recordings that never run at the same time.  A pool lives as long as one of its graphs."""
+        return self.graph.pool() if self.graph else None
+
+    def replay(self) -> Tensor:
+        """What the call returns: the same memory each time."""
+        if self.graph is None:
+            return self.run()
+        self.graph.replay()
+        return self.result
+
+
+class Recorder:
+    """A function of tensors (or None), as one CUDA graph for each combination of their shapes.
+
+    The first call runs kernel by kernel and brings all kernels to life, the second is recorded, those after it are replayed.
+    graphs: whether to record at all, which only a GPU can.  roomy: asked before recording, whether there is memory for it.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], graphs: bool, roomy: Callable[..., bool] = lambda *given: True) -> None:
+        self.function, self.graphs, self.roomy = function, graphs, roomy
+        self.seen: set[tuple[object, ...]] = set()
+        self.recordings: dict[tuple[object, ...], tuple[list[Tensor | None], Recording]] = {}
+
+    def __call__(self, *given: Tensor | None) -> Tensor:
+        """function(*given), in memory of its own."""
+        key = (ops.chosen(), *(None if x is None else (x.shape, x.dtype) for x in given))
+        if key not in self.recordings:
+            if not (self.graphs and key in self.seen and self.roomy(*given)):
+                self.seen.add(key)
+                return self.function(*given)
+            self.recordings[key] = self.recorded(given)
+        held, recording = self.recordings[key]
+        for target, source in zip(held, given, strict=True):
+            if target is not None and source is not None:
+                target.copy_(source)
+        return recording.replay().clone()
+
+    def recorded(self, given: tuple[Tensor | None, ...]) -> tuple[list[Tensor | None], Recording]:
+        while len(self.recordings) >= KEPT:
+            del self.recordings[next(iter(self.recordings))]
+        held = [None if x is None else x.clone() for x in given]
+        pools = (recording.pool for _, recording in self.recordings.values())
+        return held, Recording(lambda: self.function(*held), next(filter(None, pools), None))

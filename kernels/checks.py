@@ -25,6 +25,9 @@ __all__ = ["FLOATS", "check", "descriptor", "expect", "jit", "pixels_of", "rows_
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
+# Products and sums fuse, as they always did; from 3.9 on Triton warns where this is not said, because its default will change.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 # Triton's interpreter runs kernels on the CPU, for tests.  The variable must be set before Triton is first imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)

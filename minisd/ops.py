@@ -14,6 +14,7 @@ Training, empty tensors and float64 always go to PyTorch: the kernels have no ba
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -84,13 +85,27 @@ def has_triton() -> bool:
     return kernels().checks.triton is not None
 
 
+@cache
+def triton_builds() -> bool:
+    """Whether a kernel can be built here, for which Triton needs a C compiler; a warning says why not."""
+    if not has_triton():
+        return False
+    try:
+        kernels().geglu(torch.zeros(1, 16, device="cuda", dtype=torch.float16))
+    except Exception as error:  # whatever it is, drawing goes on without
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"Triton cannot build kernels here, so PyTorch's own operations take their place: {reason}", stacklevel=2)
+        return False
+    return True
+
+
 def wants(name: str, device: torch.device) -> bool:
     """Whether operation `name` on this device is a kernel's.  Raises UsageError where a kernel is asked for and cannot be."""
     names = chosen()
     if name not in names or not names:
         return False
     if names is AUTO:  # the word, and not the same names one by one
-        return device.type == "cuda" and has_triton()
+        return device.type == "cuda" and triton_builds()
     if not has_triton():
         raise UsageError("kernels: expected Triton to be installed, found none: `pip install triton`, or MINISD_KERNELS=torch")
     if device.type not in kernels().checks.DEVICES:

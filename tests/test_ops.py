@@ -133,3 +133,17 @@ def test_triton_on_a_cpu_without_the_interpreter_is_refused():
     environment = os.environ | {"TRITON_INTERPRET": "0", "MINISD_KERNELS": "triton"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert "UsageError: kernels: expected a CUDA device (or TRITON_INTERPRET=1" in run.stderr
+
+
+def test_without_a_c_compiler_auto_goes_on_without_kernels(monkeypatch):
+    def fails(x):
+        raise RuntimeError("Failed to find C compiler.\nMore.")
+
+    monkeypatch.setattr(ops.kernels(), "geglu", fails)
+    monkeypatch.setattr(torch, "zeros", lambda *size, **more: None)
+    ops.triton_builds.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"Triton cannot build kernels here.*Failed to find C compiler\.$"):
+            assert not ops.wants("group_norm", torch.device("cuda"))
+    finally:
+        ops.triton_builds.cache_clear()

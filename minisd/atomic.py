@@ -7,7 +7,8 @@ import glob
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import count
 from pathlib import Path
 
 from .errors import OutputError
@@ -64,25 +65,40 @@ def drafting(path: Path) -> Iterator[Path]:
             draft.unlink()
 
 
-def numbered(draft: Path, path: Path) -> Path:
-    """Gives a finished draft of "mix.safetensors" the name mix_00001_.safetensors, or the number after the highest there is.
-
-    ComfyUI's names (folder_paths.py, get_save_image_path).  Two at once get two numbers.
-    """
+def placed(draft: Path, names: Iterable[Path]) -> Path:
+    """Gives a finished draft the first of these names that is free; two at once get two.  FileExistsError if there is none."""
     sync(draft)
-    while True:
-        taken = [name.stem[len(path.stem) + 1 :].split("_")[0] for name in path.parent.glob(f"{glob.escape(path.stem)}_*")]
-        number = max((int(each) for each in taken if each.isdecimal()), default=0) + 1
-        target = path.with_name(f"{path.stem}_{number:05}_{path.suffix}")
+    for target in names:
         try:
             os.link(draft, target)
         except FileExistsError:
             continue
         except OSError:  # a file system without links
-            os.close(os.open(target, os.O_CREAT | os.O_EXCL))
+            try:
+                os.close(os.open(target, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                continue
             draft.replace(target)
         sync(target.parent)
         return target
+    raise FileExistsError("its name has just been taken")
+
+
+def free_names(path: Path) -> Iterator[Path]:
+    """The path itself, path-2, path-3, …, those that nothing has now."""
+    names = (path if number == 1 else path.with_stem(f"{path.stem}-{number}") for number in count(1))
+    return (name for name in names if not os.path.lexists(name))
+
+
+def counted(path: Path) -> Iterator[Path]:
+    """For "mix.safetensors" mix_00001_.safetensors, or the number after the highest there is, each time anew.
+
+    ComfyUI's names (folder_paths.py, get_save_image_path).
+    """
+    while True:
+        taken = [name.stem[len(path.stem) + 1 :].split("_")[0] for name in path.parent.glob(f"{glob.escape(path.stem)}_*")]
+        number = max((int(each) for each in taken if each.isdecimal()), default=0) + 1
+        yield path.with_name(f"{path.stem}_{number:05}_{path.suffix}")
 
 
 def remove_strays(target: Path) -> None:

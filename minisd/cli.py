@@ -13,13 +13,14 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .cli_files import convert, diff, inspect, merge, save
 from .cli_models import compare, compare_again, models
-from .cli_options import add_device, check_output, free_path, one_line, size, with_progress
+from .cli_options import Parser, add_device, check_distinct, check_output, one_line, size, with_progress
 from .errors import MinisdError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ examples:
 
 
 def draw_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="minisd",
         description="Draw a picture with a Stable Diffusion checkpoint.",
         epilog=EPILOG,
@@ -56,13 +57,17 @@ def draw_parser() -> argparse.ArgumentParser:
     parser.add_argument("prompt", metavar="PROMPT", help="what the picture should show")
     parser.add_argument("-n", "--negative", default="", metavar="TEXT", help="what it should not show")
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="PNG", help="where to (default: out.png, or the next free out-2.png, …)"
+        "-o",
+        "--output",
+        type=Path,
+        metavar="PNG",
+        help="where to, over what is there (default: out.png, or the next free out-2.png, …)",
     )
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="denoising steps (default: 20)")
     parser.add_argument("--cfg", type=float, default=7.5, metavar="W", help="guidance scale; 1 turns guidance off (default: 7.5)")
     parser.add_argument("--sampler", default="euler", metavar="NAME", help="euler or ddim (default: euler)")
     parser.add_argument(
-        "--seed", type=int, metavar="N", help="makes the picture repeatable; picture i has seed N + i (default: random)"
+        "--seed", type=int, metavar="N", help="makes the picture repeatable; picture i has seed N + i (default, and -1: random)"
     )
     parser.add_argument(
         "--size", type=size, default=(None, None), metavar="WxH", help="pixels, multiples of 8 (default: the checkpoint's)"
@@ -135,14 +140,20 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
 
 
 def draw(argv: Sequence[str]) -> int:
-    args = draw_parser().parse_args(argv)
-    output = args.output or free_path(Path("out.png"))
-    for path in (output, args.grid, args.preview):
+    parser = draw_parser()
+    args, more = parser.parse_known_args(argv)
+    if more:
+        parser.error(unexpected(argv[0], more))
+    output = check_output(args.output, Path("out.png"))
+    for path in (args.grid, args.preview):
         if path:
-            check_output(path)
+            check_output(path, path)
     from .image import grid, save_png
-    from .pipeline import load
+    from .pipeline import Interrupted, load, numbered_paths
     from .request import Request
+
+    own = numbered_paths(args.output, min(args.num_images, 1000)) if args.output else []
+    check_distinct([*own, args.grid, args.preview, *(Path(path) for path in (args.init, args.mask) if path)])
 
     pipe = load(args.model, args.device, args.dtype, args.vae, args.prediction, args.offload, args.ema)
     refiner = load(args.refiner, args.device, args.dtype, offload=args.offload) if args.refiner else None
@@ -172,15 +183,29 @@ def draw(argv: Sequence[str]) -> int:
         aesthetic_score=args.aesthetic,
     )
     look = Preview(pipe, args.preview) if args.preview else None
-    result = with_progress(pipe.stream(request, refiner), look)
-    status = report(result, output, args.json)
+    try:
+        result = with_progress(pipe.stream(request, refiner), look)
+    except Interrupted as stop:
+        report(stop.result, output, args)
+        print(f"minisd: interrupted; of {args.num_images} pictures {len(stop.result.images)} are finished", file=sys.stderr)
+        return 130
+    status = report(result, output, args)
     if args.grid:
-        save_png(grid(result.images), args.grid, result.metadata[0])
+        save_png(grid(result.images), args.grid, result.metadata[0] | {"grid": len(result.images)})
     return status
 
 
+def unexpected(first: str, more: Sequence[str]) -> str:
+    """What to say of arguments that are left over: often words of a prompt without quotes, or a command that is misspelt."""
+    if any(word.startswith("-") for word in more):
+        return f"unrecognized arguments: {' '.join(more)}"
+    close = get_close_matches(first, COMMANDS, 1)
+    advice = f"did you mean the command {close[0]}?" if close else "put the prompt into quotes"
+    return f"expected one text, found more words, {' '.join(more)!r}: {advice}"
+
+
 def again(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="minisd again", description="Make a picture again from the recipe in its minisd chunk.")
+    parser = Parser(prog="minisd again", description="Make a picture again from the recipe in its minisd chunk.")
     parser.add_argument("picture", type=Path, metavar="PICTURE.png")
     parser.add_argument("-m", "--model", metavar="FILE", help="the checkpoint, where it is no longer at the recorded path")
     parser.add_argument("-o", "--output", type=Path, metavar="PNG", help="where to (default: PICTURE-again.png)")
@@ -191,8 +216,8 @@ def again(argv: Sequence[str]) -> int:
     recipe = read_recipe(args.picture)
     if "compare" in recipe:
         return compare_again(recipe, args)
-    output = args.output or free_path(args.picture.with_stem(f"{args.picture.stem}-again"))
-    check_output(output)
+    output = check_output(args.output, args.picture.with_stem(f"{args.picture.stem}-again"))
+    from .image import grid, save_png
     from .pipeline import load
 
     common: dict[str, Any] = {"device": args.device or recipe.get("device"), "dtype": args.dtype or recipe.get("dtype")}
@@ -204,7 +229,11 @@ def again(argv: Sequence[str]) -> int:
     }
     pipe = load(args.model or recipe.get("model_path"), **common, **files)
     refiner = load(recipe["refiner_path"], **common) if recipe.get("refiner_path") else None
-    return report(with_progress(pipe.stream(repeat(recipe, pipe.checkpoint.path), refiner)), output, args.json)
+    result = with_progress(pipe.stream(repeat(recipe, pipe.checkpoint.path), refiner))
+    if "grid" not in recipe:
+        return report(result, output, args)
+    print(save_png(grid(result.images), output, result.metadata[0] | {"grid": len(result.images)}, args.output is not None))
+    return 0
 
 
 def bench(argv: Sequence[str]) -> int:
@@ -241,9 +270,9 @@ class Preview:
             self.drawn = time.monotonic()
 
 
-def report(result: Result, output: Path, as_json: bool) -> int:
-    paths = [str(path) for path in result.save(output)]
-    if as_json:
+def report(result: Result, output: Path, args: argparse.Namespace) -> int:
+    paths = [str(path) for path in result.save(output, replace=args.output is not None)]
+    if args.json:
         print(json.dumps({"images": paths, "seeds": result.seeds, "metadata": result.metadata}))
     else:
         print("\n".join(paths))
@@ -255,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_: print(f"minisd: warning: {message}", file=sys.stderr)
     try:
         command = COMMANDS.get(arguments[0]) if arguments else None
-        return command(arguments[1:]) if command else draw(arguments)
+        return command(arguments[1:]) if command else draw(["--help"] if arguments == ["help"] else arguments)
     except MinisdError as error:
         if "--debug" in arguments:
             raise

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cli_options import add_output_options, byte_bar, size
+from .cli_options import Parser, add_output_options, byte_bar, size
 from .errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ DTYPE = "float32, bfloat16, float16, float8_e4m3fn or float8_e5m2"
 
 
 def inspect(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="minisd inspect", description="What a checkpoint is, from its header alone.")
+    parser = Parser(prog="minisd inspect", description="What a checkpoint is, from its header alone.")
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--check", action="store_true", help="also look for NaN and infinity (reads the whole file)")
     parser.add_argument("--hash", action="store_true", help="also the model hashes (reads the whole file)")
@@ -36,11 +36,13 @@ def inspect(argv: Sequence[str]) -> int:
 
 
 def convert(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="minisd convert", description="Write a checkpoint anew as .safetensors: another dtype, pruned, with another VAE."
     )
     parser.add_argument("file", metavar="FILE", help="a .safetensors or .ckpt checkpoint, or a folder of diffusers")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT.safetensors", help="where to, over what is there"
+    )
     parser.add_argument("--diffusers", action="store_true", help="to a folder of diffusers instead")
     add_writing_options(parser)
     parser.add_argument("--prune", action="store_true", help="leave out what nobody needs to draw")
@@ -56,13 +58,14 @@ def convert(argv: Sequence[str]) -> int:
         with byte_bar("converting") as tell:
             print((from_folder if source.is_dir() else to_folder)(source, args.output, dtype, tell))
         return 0
+    tell_replaced(args.output, [each for each in (source, vae, text) if each])
     with byte_bar("converting") as tell:
         path = convert(source, args.output, dtype, args.prune, vae, text, tell)
     return written(path, source if dtype and dtype.itemsize == 1 else None)
 
 
 def save(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="minisd save", description="Put a checkpoint together: a model, and the VAE or text encoders of other files."
     )
     parser.add_argument("-m", "--model", required=True, metavar="FILE", help="the checkpoint that the rest comes from")
@@ -105,6 +108,12 @@ def stored_dtype(name: str | None) -> torch.dtype | None:
     return STORABLE[name] if name else None
 
 
+def tell_replaced(output: Path, sources: Sequence[Path]) -> None:
+    """Says beforehand that a source is about to go: the new file takes its place once it is whole."""
+    if output.exists() and any(output.samefile(source) for source in sources if source.exists()):
+        print(f"minisd: the result will take the place of {output}, which it is made from", file=sys.stderr)
+
+
 def written(path: Path, source: Path | None) -> int:
     """Says where the result is and, where it was made coarser from `source`, by how much."""
     if source is not None and not path.samefile(source):
@@ -117,12 +126,14 @@ def written(path: Path, source: Path | None) -> int:
 
 
 def merge(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="minisd merge",
         description="Mix checkpoints: (1 - R) A + R B, or with --base C what B learned since C on top: A + R (B - C).",
     )
     parser.add_argument("models", nargs="*", metavar="MODEL", help="the first decides keys, dtype and metadata")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT.safetensors", help="where to, over what is there"
+    )
     parser.add_argument(
         "--ratio", type=float, action="append", default=[], metavar="R",
         help="how much of the second model; again for a third (default: equal shares; with --base 1)",
@@ -148,6 +159,7 @@ def merge(argv: Sequence[str]) -> int:
 
     by_part = {part: value for part in PARTS if (value := getattr(args, f"{part}_ratio")) is not None}
     models, base = [resolve(model) for model in args.models], resolve(args.base) if args.base else None
+    tell_replaced(args.output, [*models, *([base] if base else [])])
     options = (args.ratio, base, args.method, by_part, args.blocks, args.density, args.seed, stored_dtype(args.dtype))
     with byte_bar("merging") as tell:
         if args.recipe is None:
@@ -162,7 +174,7 @@ def merge(argv: Sequence[str]) -> int:
 
 
 def diff(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="minisd diff", description="What is different between two checkpoints, and how much.")
+    parser = Parser(prog="minisd diff", description="What is different between two checkpoints, and how much.")
     parser.add_argument("a", metavar="A")
     parser.add_argument("b", metavar="B")
     parser.add_argument(

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli_options import add_device, add_output_options, check_output, free_path, one_line, size, with_progress
+from .cli_options import Parser, add_device, add_output_options, check_output, one_line, size, with_progress
 
 if TYPE_CHECKING:
     from .comparing import Cells
@@ -24,10 +24,10 @@ def numbers(text: str) -> list[int]:
 
 
 def compare(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="minisd compare",
         description="Draw a prompt in every combination of two things that change: one labelled picture.",
-        epilog="Without --x and --y, checkpoints are columns and seeds rows.  What changes: seed, sampler, steps or cfg.",
+        epilog="Without --x and --y, checkpoints are columns and seeds rows.  What changes: model, seed, sampler, steps or cfg.",
     )
     parser.add_argument("prompt", metavar="PROMPT")
     parser.add_argument("-n", "--negative", default="", metavar="TEXT", help="what the pictures should not show")
@@ -44,8 +44,7 @@ def compare(argv: Sequence[str]) -> int:
     parser.add_argument("--size", type=size, default=(None, None), metavar="WxH", help="of all (default: each checkpoint's)")
     add_device(parser)
     args = parser.parse_args(argv)
-    output = args.output or free_path(Path("compare.png"))
-    check_output(output)
+    output = check_output(args.output, Path("compare.png"))
     from .comparing import Axis, settle_cells
     from .request import Request
 
@@ -63,8 +62,7 @@ def compare(argv: Sequence[str]) -> int:
 
 
 def compare_again(recipe: dict[str, Any], args: argparse.Namespace) -> int:
-    output = args.output or free_path(args.picture.with_stem(f"{args.picture.stem}-again"))
-    check_output(output)
+    output = check_output(args.output, args.picture.with_stem(f"{args.picture.stem}-again"))
     from .comparing import cells_again
     from .errors import UsageError
 
@@ -80,7 +78,7 @@ def draw_cells(cells: Cells, output: Path, args: argparse.Namespace) -> int:
     from .pipeline import load
 
     done = with_progress(stream(cells, partial(load, device=args.device, dtype=args.dtype, offload=args.offload)))
-    path = str(done.save(output))
+    path = str(done.save(output, replace=args.output is not None))
     failures = [failure for failure in done.failures if failure]
     facts = {"image": path, "recipe": done.recipe, "cells": done.metadata, "failures": list(map(str, failures))}
     print(json.dumps(facts) if args.json else path)
@@ -90,7 +88,7 @@ def draw_cells(cells: Cells, output: Path, args: argparse.Namespace) -> int:
 
 
 def models(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="minisd models",
         description="The models on this machine: name, kind, what it is, size, model hash where known, path.",
         epilog="minisd models add FILE [--name NAME] [--folder FOLDER] imports one: checked first, never executed.",
@@ -117,9 +115,7 @@ def models(argv: Sequence[str]) -> int:
 
 
 def add_model(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="minisd models add", description="Copy a model file into the library, once it is checked."
-    )
+    parser = Parser(prog="minisd models add", description="Copy a model file into the library, once it is checked.")
     parser.add_argument("file", metavar="FILE", help="a .safetensors or .ckpt file")
     parser.add_argument("--name", metavar="NAME", help="what to call it (default: as the file)")
     parser.add_argument("--folder", metavar="FOLDER", help="where to (default: the first of $MINISD_MODELS, else models)")

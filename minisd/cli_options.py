@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable, Generator, Iterator
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from .errors import UsageError
 
 if TYPE_CHECKING:
     from .pipeline import Step
 
 Outcome = TypeVar("Outcome")  # what a generator of steps returns
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and takes no shortened options."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **(options | {"allow_abbrev": False}))
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(UsageError.exit_code, f"minisd: error: {message} (see {self.prog} --help)\n")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -51,19 +64,23 @@ def byte_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         yield tell
 
 
-def check_output(path: Path) -> None:
+def check_output(given: Path | None, default: Path) -> Path:
+    """Where a picture is to go; one that nobody named replaces none.  Raises UsageError, OutputError."""
+    from .atomic import free_names
     from .image import check_writable
 
-    check_writable(path)
+    check_writable(given or next(free_names(default)))
+    return given or default
 
 
-def free_path(path: Path) -> Path:
-    """The path itself, or the first of path-2, path-3, … that does not exist: a picture nobody named replaces none."""
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_stem(f"{path.stem}-{number}")
-    return free
+def check_distinct(paths: Iterable[Path | None]) -> None:
+    """Raises UsageError if one file is meant twice: what is written later would replace what is read or was written before."""
+    seen: set[Path] = set()
+    for path in paths:
+        if path is not None:
+            if path.resolve() in seen:
+                raise UsageError(f"output {path}: expected every picture that is read or written to have a name of its own")
+            seen.add(path.resolve())
 
 
 def with_progress(steps: Generator[Step, None, Outcome], look: Callable[[Step], None] | None = None) -> Outcome:
@@ -83,5 +100,22 @@ def with_progress(steps: Generator[Step, None, Outcome], look: Callable[[Step], 
                 return stop.value  # type: ignore[no-any-return]
 
 
+# What Python calls an argument, and what the command line does.
+OPTIONS = {
+    "width": "--size", "height": "--size", "guidance_scale": "--cfg", "negative_prompt": "--negative", "init_image": "--init",
+    "num_images": "--num-images", "image_guidance_scale": "--image-cfg", "guidance_rescale": "--rescale",
+    "clip_skip": "--clip-skip", "high_noise_frac": "--high-noise-frac", "original_size": "--original-size",
+    "target_size": "--target-size", "zero_negative": "--zero-negative", "aesthetic_score": "--aesthetic", "steps": "--steps",
+    "sampler": "--sampler", "seed": "--seed", "eta": "--eta", "spacing": "--spacing", "strength": "--strength",
+    "mask": "--mask", "crop": "--crop", "device": "--device", "dtype": "--dtype", "prediction": "--prediction",
+    "axis": "--x, --y",
+}  # fmt: skip
+
+
 def one_line(error: Any) -> str:
-    return " ".join(str(error).split())
+    """An error's text; that of a UsageError, which begins with the name of an argument, with the name of the option."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, UsageError):
+        return text
+    text = re.sub(r"^\w+(?=:| )", lambda name: OPTIONS.get(name[0], name[0]), text)
+    return text.replace("an init_image", "--init PICTURE")

@@ -81,9 +81,12 @@ class Comparison:
     failures: list[MinisdError | None]
     recipe: dict[str, Any]  # of the sheet
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the sheet as a PNG from which `minisd again` makes it once more; returns the path.  Raises OutputError."""
-        return save_png(self.sheet, path, self.recipe)
+    def save(self, path: str | os.PathLike[str], replace: bool = True) -> Path:
+        """Writes the sheet as a PNG from which `minisd again` makes it once more; returns the path.  Raises OutputError.
+
+        replace: False takes the next free name.
+        """
+        return save_png(self.sheet, path, self.recipe, replace)
 
 
 @dataclass(frozen=True)

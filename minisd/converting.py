@@ -69,7 +69,7 @@ def save(
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"output {target}: its folder cannot be made: {error.strerror}") from error
-    return write_parts(checkpoint, target, dtype, True, vae, text, progress, counted=True)
+    return write_parts(checkpoint, target, dtype, True, vae, text, progress, by_number=True)
 
 
 def write_parts(
@@ -80,7 +80,7 @@ def write_parts(
     vae: str | os.PathLike[str] | None,
     text: str | os.PathLike[str] | None,
     progress: Progress | None,
-    counted: bool = False,
+    by_number: bool = False,
 ) -> Path:
     origin: Origin = {key: (checkpoint, key) for key in checkpoint.entries if not (prune and is_unneeded(key))}
     if vae is not None:
@@ -101,7 +101,7 @@ def write_parts(
             else:
                 yield piece
 
-    return write_checkpoint(target, planned, read, described(checkpoint), progress, counted)
+    return write_checkpoint(target, planned, read, described(checkpoint), progress, by_number)
 
 
 def stored_as(key: str, dimensions: int, dtype: torch.dtype) -> torch.dtype:

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from .atomic import check_place, replacing
+from .atomic import check_place, drafting, free_names, placed, replacing
 from .errors import UsageError
 from .recipe import parameters_text
 
@@ -67,20 +67,21 @@ def fitting(text: str, font: Any, width: float) -> str:
     return text[: max(fits - 1, 0)] + "…"
 
 
-def save_png(image: Image.Image, path: str | os.PathLike[str], recipe: Mapping[str, Any] | None) -> Path:
-    """Writes a PNG, with the `parameters` and `minisd` chunks of its recipe.
+def save_png(image: Image.Image, path: str | os.PathLike[str], recipe: Mapping[str, Any] | None, replace: bool = True) -> Path:
+    """Writes a PNG, with the `parameters` and `minisd` chunks of its recipe; returns its path.
 
+    replace: False takes the next free name, path-2, path-3, …, where there is a file; two at once get two.
     Raises OutputError; what stood there before is then whole.
     """
     path = Path(path)
-    check_writable(path)
+    check_writable(path if replace else next(free_names(path)))
     chunks = PngImagePlugin.PngInfo()
     if recipe is not None:
         add_text(chunks, "parameters", parameters_text(recipe))
         add_text(chunks, "minisd", json.dumps(recipe, ensure_ascii=True))
-    with replacing(path) as draft:
+    with replacing(path) if replace else drafting(path) as draft:
         image.save(draft, "PNG", pnginfo=chunks)
-    return path
+        return path if replace else placed(draft, free_names(path))
 
 
 def add_text(chunks: PngImagePlugin.PngInfo, key: str, text: str) -> None:

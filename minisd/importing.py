@@ -8,7 +8,7 @@ import os
 import warnings
 from pathlib import Path
 
-from .atomic import check_place, check_room, drafting, sync
+from .atomic import check_place, check_room, drafting, placed
 from .cache import keep, recall
 from .checkpoint import TORCH_SAVE, file_sha256, first_bytes, state_of
 from .errors import CheckpointError, OutputError, UsageError
@@ -98,22 +98,8 @@ def import_copy(source: Path, target: Path, facts: Facts) -> None:
             same = hashlib.file_digest(copy, "sha256").digest() == content.digest()
         if not (known and same):
             raise OSError("what was written is not what was read back")
-        sync(draft)
-        claim(target, draft)
-        sync(target.parent)
-    keep("sha256", recall("sha256") | {state_of(target): content.hexdigest()})
-
-
-def claim(target: Path, draft: Path) -> None:
-    """Gives a finished file its name, unless another import was faster."""
-    taken = OutputError(f"output {target}: another model has just taken this name; choose another with --name")
-    try:
-        os.link(draft, target)
-    except FileExistsError:
-        raise taken from None
-    except OSError:  # a file system without links
         try:
-            os.close(os.open(target, os.O_CREAT | os.O_EXCL))
+            placed(draft, [target])
         except FileExistsError:
-            raise taken from None
-        draft.replace(target)
+            raise OutputError(f"output {target}: another model has just taken this name; choose another with --name") from None
+    keep("sha256", recall("sha256") | {state_of(target): content.hexdigest()})

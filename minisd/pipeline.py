@@ -8,7 +8,8 @@ seed ---- request: noise, init image, mask -----------'
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -101,11 +102,13 @@ class Result:
     latents: Tensor  # (B, C, h, w), of unit variance, float32
     metadata: list[dict[str, Any]]  # enough to make the picture again
 
-    def save(self, path: str | os.PathLike[str]) -> list[Path]:
-        """Writes every picture with its recipe: out.png, out-2.png, out-3.png, …  Returns the paths; raises OutputError."""
-        return [
-            save_png(*parts) for parts in zip(self.images, numbered_paths(path, len(self.images)), self.metadata, strict=True)
-        ]
+    def save(self, path: str | os.PathLike[str], replace: bool = True) -> list[Path]:
+        """Writes every picture with its recipe: out.png, out-2.png, out-3.png, …  Returns the paths; raises OutputError.
+
+        replace: False takes the next names that are free.
+        """
+        names = numbered_paths(path, len(self.images)) if replace else [Path(path)] * len(self.images)
+        return [save_png(*parts, replace) for parts in zip(self.images, names, self.metadata, strict=True)]
 
 
 def numbered_paths(path: str | os.PathLike[str], count: int) -> list[Path]:
@@ -178,7 +181,7 @@ class Pipeline:
         `request.Request` explains these arguments and what `more` may hold: eta, spacing, guidance_rescale, clip_skip;
         init_image, strength, mask, image_guidance_scale; SDXL's zero_negative, original_size, crop, target_size.
         refiner: another pipeline (SDXL's refiner) that goes on where this one has drawn high_noise_frac of the noise schedule.
-        Raises UsageError (arguments), OutOfMemoryError, NonFiniteError (no picture is made of NaN).
+        Raises UsageError (arguments), OutOfMemoryError, NonFiniteError (no picture is made of NaN), Interrupted (Ctrl-C).
         """
         unknown = more.keys() - Request.__dataclass_fields__.keys()
         if unknown:
@@ -201,7 +204,13 @@ class Pipeline:
         index, total = 0, len(parts) * (len(sigmas) - 1)
         latents: list[Tensor] = []
         images: list[Image.Image] = []
-        with memory_errors():
+
+        def drawn() -> Result:
+            count = len(images)
+            recipes = [self.recipe(plan, i, refiner) for i in range(count)]
+            return Result(images, plan.seeds[:count], torch.cat(latents)[:count], recipes)
+
+        with memory_errors(), keeping_finished(lambda: drawn() if images else None):
             over = plan.canvas if self.recognition.task != "edit" else None  # an editing model starts from noise alone
             known = self.codec.encode(over.pixels) if over else None
             for part in parts:
@@ -210,7 +219,7 @@ class Pipeline:
                     index += 1
                 latents.append(x / (sigmas[-1] ** 2 + 1).sqrt())
                 images += [paste(to_pil(pixels), plan.canvas) for pixels in self.codec.decode(latents[-1])]
-        return Result(images, plan.seeds, torch.cat(latents), [self.recipe(plan, i, refiner) for i in range(len(images))])
+        return drawn()
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the model as a raw .safetensors checkpoint, in the dtype that it is loaded in; returns the path.
@@ -271,6 +280,25 @@ class Pipeline:
         how |= {"prediction": self.training.prediction if self.training.prediction in ("epsilon", "v") else None}
         here = {"device": self.device.type, "dtype": name_of(self.dtype), "torch": torch.__version__, "version": __version__}
         return recipe_of(plan, i) | files | how | here
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C with some pictures finished: `result` has them."""
+
+    def __init__(self, result: Result) -> None:
+        super().__init__()
+        self.result = result
+
+
+@contextmanager
+def keeping_finished(drawn: Callable[[], Result | None]) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        finished = drawn()
+        if finished is None:
+            raise
+        raise Interrupted(finished) from None
 
 
 def file_facts(name: str, checkpoint: Checkpoint) -> dict[str, str | None]:

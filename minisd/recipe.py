@@ -14,7 +14,7 @@ from PIL import Image
 from .checkpoint import file_sha256
 from .errors import UsageError
 from .picture import fingerprint, open_picture
-from .request import Plan, Request
+from .request import MAX_IMAGES, Plan, Request, whole
 from .samplers import SAMPLERS
 
 REPEATED = tuple(name for name in Request.__dataclass_fields__ if name not in ("latents", "num_images"))
@@ -105,4 +105,6 @@ def repeat(recipe: Mapping[str, Any], checkpoint: Path) -> Request:
             warnings.warn(f"{name} {recipe[name]} is not the picture that this one was made from", stacklevel=2)
     if "prompt" not in recipe:
         raise UsageError("the picture's minisd chunk says nothing of its prompt")
-    return Request(**{name: recipe[name] for name in REPEATED if name in recipe})
+    count = recipe.get("grid", 1)  # pictures; a grid carries the recipe of its first
+    whole("grid", count, 1, MAX_IMAGES)
+    return Request(**{name: recipe[name] for name in REPEATED if name in recipe}, num_images=count)

@@ -22,9 +22,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from .atomic import check_place, check_room, drafting, numbered, replacing
+from .atomic import check_place, check_room, counted, drafting, placed, replacing
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import CheckpointError, NonFiniteError, OutputError
+from .errors import CheckpointError, NonFiniteError, UsageError
 from .family import MARKERS, recognise
 from .shapes import PLAIN, Entry
 from .tensors import STORED, one_thread, read_stored
@@ -90,22 +90,22 @@ def write_checkpoint(
     read: Callable[[str], Iterable[Tensor]],
     metadata: Mapping[str, str],
     progress: Progress | None = None,
-    counted: bool = False,
+    by_number: bool = False,
 ) -> Path:
     """Writes a .safetensors file; returns its path.
 
     read: gives the numbers of a tensor in their order, in pieces of any size.  progress: is told (bytes done, bytes in all).
-    counted: puts the next free number behind the name, so that nothing is replaced.
-    Raises OutputError, and what `read` raises; the target is then what it was.
+    by_number: puts the next free number behind the name, so that nothing is replaced.
+    Raises UsageError (the name), OutputError, and what `read` raises; the target is then what it was.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise OutputError(f"output {path}: expected a name that ends in .safetensors")
+        raise UsageError(f"output {path}: expected a name that ends in .safetensors")
     check_place(path)
     head = header(planned, metadata)
     total = sum(Entry(*facts, 0).nbytes for facts in planned.values())
     check_room(path, len(head) + total)
-    with one_thread(), drafting(path) if counted else replacing(path) as draft:
+    with one_thread(), drafting(path) if by_number else replacing(path) as draft:
         with draft.open("wb") as file:
             file.write(head)
             pieces = (bytes_of(piece) for key in sorted(planned) for piece in checked(read(key), key, planned[key]))
@@ -114,7 +114,7 @@ def write_checkpoint(
                 file.seek(head.index(NO_HASH.encode()))
                 file.write(f"0x{content}".encode())
         read_back(draft, planned)
-        return numbered(draft, path) if counted else path
+        return placed(draft, counted(path)) if by_number else path
 
 
 def checked(pieces: Iterable[Tensor], key: str, planned: tuple[str, tuple[int, ...]]) -> Iterator[Tensor]:

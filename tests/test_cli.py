@@ -118,7 +118,7 @@ def exit_code(arguments: list[str]) -> int:
 
 BAD = {
     "steps 0": (["a star", "--steps", "0"], 2, "steps: expected a whole number from 1 to 999, found 0"),
-    "size": (["a star", "--size", "65x64"], 2, "width: expected a multiple of 8, found 65"),
+    "size": (["a star", "--size", "65x64"], 2, "--size: expected a multiple of 8, found 65"),
     "size 2": (["a star", "--size", "big"], 2, "--size: expected WIDTHxHEIGHT such as 512x768, found 'big'"),
     "sampler": (["a star", "--sampler", "heun"], 2, "sampler: expected one of euler, ddim, found 'heun'"),
     "prompt": (["a" * 100_000], 2, "prompt: expected at most 10,000 characters, found 100,000"),

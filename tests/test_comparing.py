@@ -118,10 +118,10 @@ def test_axes(case, monkeypatch):
 
 
 BAD = {
-    "unknown axis": (["--x", "colour=red,blue"], 2, "axis: expected one of model, seed, sampler, steps, cfg"),
-    "no values": (["--x", "steps"], 2, "axis: expected steps=A,B,… with numbers"),
-    "empty value": (["--x", "sampler=ddim,"], 2, "axis: expected sampler=A,B,… with names"),
-    "not a number": (["--x", "steps=1,two"], 2, "axis: expected steps=A,B,… with numbers, found \"steps=['1', 'two']\""),
+    "unknown axis": (["--x", "colour=red,blue"], 2, "--x, --y: expected one of model, seed, sampler, steps, cfg"),
+    "no values": (["--x", "steps"], 2, "--x, --y: expected steps=A,B,… with numbers"),
+    "empty value": (["--x", "sampler=ddim,"], 2, "--x, --y: expected sampler=A,B,… with names"),
+    "not a number": (["--x", "steps=1,two"], 2, "--x, --y: expected steps=A,B,… with numbers, found \"steps=['1', 'two']\""),
     "escape": (["--x", "\x1b[2J=1"], 2, r"found '\\x1b[2J'"),
     "twice": (["--x", "cfg=1", "--y", "cfg=2"], 2, "axes: expected two different ones, found cfg twice"),
     "three": (["--seeds", "1,2", "--x", "cfg=1", "--y", "steps=1"], 2, "expected one seed beside cfg and steps, found 2"),
@@ -131,7 +131,7 @@ BAD = {
     "too large": (["--seeds", "1,2,3,4,5,6,7,8,9,10", "--size", "4096x4096"], 2, "at most 150,000,000 pixels"),
     "sampler": (["--x", "sampler=euler,heun"], 2, "sampler: expected one of euler, ddim, found 'heun'"),
     "steps": (["--y", "steps=0"], 2, "steps: expected a whole number from 1 to 999, found 0"),
-    "guidance": (["--y", "cfg=nan"], 2, "guidance_scale: expected a number from 0 to 100, found nan"),
+    "guidance": (["--y", "cfg=nan"], 2, "--cfg: expected a number from 0 to 100, found nan"),
     "seed": (["--seeds", "-5"], 2, "seed: expected a whole number from 0"),
     "model": (["-m", "tiny", "-m", "none"], 3, "none: does not exist, and no model has this name"),
     "folder": (["-o", "no/where.png"], 6, "no does not exist; make it first"),

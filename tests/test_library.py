@@ -542,11 +542,11 @@ def flip(path: Path) -> None:
 def test_a_copy_that_went_wrong_is_not_kept(monkeypatch):
     source = put("x.safetensors")
     monkeypatch.setattr("minisd.importing.PIECE", 1 << 10)
-    monkeypatch.setattr("minisd.importing.sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr("minisd.atomic.sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OutputError, match="No space left on device"):
         add(source)
     assert os.listdir("models") == []
-    monkeypatch.setattr("minisd.importing.sync", lambda path: None)
+    monkeypatch.setattr("minisd.atomic.sync", lambda path: None)
     with monkeypatch.context() as flipped:  # a disk that changes one byte of the numbers, which no header tells
         flipped.setattr("minisd.importing.identify", lambda path: flip(path) or identify(path))
         with pytest.raises(OutputError, match="what was written is not what was read back"):

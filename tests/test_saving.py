@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import minisd
 from minisd import saving
-from minisd.atomic import numbered
+from minisd.atomic import counted, placed
 from minisd.blueprint import random_weights
 from minisd.cli import main
 from minisd.converting import convert, save
@@ -123,7 +123,7 @@ def test_targets_that_are_no_files_are_refused(small, tmp_path):
         ("none/x.safetensors", "does not exist"),
         ("x.ckpt", "ends in .safetensors"),
     ):
-        with pytest.raises(minisd.OutputError, match=message):
+        with pytest.raises((minisd.OutputError, minisd.UsageError), match=message):
             convert(small, tmp_path / name)
 
 
@@ -271,7 +271,7 @@ def test_two_saves_at_once_get_two_numbers(small, tmp_path):
     for draft in drafts:
         draft.write_text(draft.name)
     with ThreadPoolExecutor(8) as pool:
-        places = list(pool.map(lambda draft: numbered(draft, tmp_path / "mix.safetensors"), drafts))
+        places = list(pool.map(lambda draft: placed(draft, counted(tmp_path / "mix.safetensors")), drafts))
     assert sorted(place.name for place in places) == [f"mix_{i:05}_.safetensors" for i in range(1, 9)]
     assert [place.read_text() for place in places] == [draft.name for draft in drafts]
 
@@ -282,7 +282,7 @@ def test_numbers_work_where_there_are_no_links(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", unsupported)
     (tmp_path / "draft").write_text("x")
-    assert numbered(tmp_path / "draft", tmp_path / "mix.safetensors").read_text() == "x"
+    assert placed(tmp_path / "draft", counted(tmp_path / "mix.safetensors")).read_text() == "x"
 
 
 def test_text_encoders_of_another_checkpoint(tmp_path):

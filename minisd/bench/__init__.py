@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from ..cli_options import Parser
+
 EPILOG = """\
 what:
   kernels [NAME]   every kernel over the real shapes: time, rate, share of the ceiling, error, PyTorch's alternatives
@@ -36,7 +38,7 @@ PEERS = ("eager", "graph", "compiled")
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="minisd bench",
         description="How fast this machine is at drawing, part by part.",
         epilog=EPILOG,

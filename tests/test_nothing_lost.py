@@ -1,0 +1,102 @@
+"""What must not happen to files: two runs with one name, an output that is an input, Ctrl-C after half of the pictures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minisd.cli import main
+from minisd.converting import convert
+from minisd.pipeline import Interrupted, finish
+from minisd.places import tiny_checkpoint
+from minisd.request import Request
+
+FAST = ["--steps", "1", "--size", "32x32", "--seed", "1", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_two_runs_without_a_name_take_two():
+    code = "import sys; from minisd.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "a star", *FAST]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    names = sorted(run.communicate()[0].strip() for run in runs)
+    assert names == ["out-2.png", "out-3.png", "out.png"]
+    assert sorted(path.name for path in Path().iterdir()) == names
+
+
+def test_pictures_that_nobody_named_replace_none(capsys):
+    Path("out-2.png").write_text("mine")
+    assert main(["a star", *FAST, "--num-images", "2"]) == 0
+    assert capsys.readouterr().out.split() == ["out.png", "out-3.png"]
+    assert Path("out-2.png").read_text() == "mine"
+
+
+@pytest.mark.parametrize("other", [["--grid", "x.png"], ["--grid", "x-2.png"], ["--preview", "./x.png"], ["--init", "x.png"]])
+def test_one_name_for_two_pictures_is_refused(other, capsys):
+    Image.new("RGB", (32, 32)).save("x.png")
+    before = Path("x.png").read_bytes()
+    assert main(["a star", *FAST, "--num-images", "2", "-o", "x.png", *other]) == 2
+    assert "expected every picture that is read or written to have a name of its own" in capsys.readouterr().err
+    assert Path("x.png").read_bytes() == before
+
+
+def test_a_source_that_is_replaced_is_told(capsys):
+    convert(tiny_checkpoint(), "a.safetensors")
+    Path("link.safetensors").symlink_to("a.safetensors")
+    for arguments in (["convert", "a.safetensors", "--prune"], ["merge", "tiny", "a.safetensors"]):
+        assert main([*arguments, "-o", "link.safetensors"]) == 0
+        told = "the result will take the place of link.safetensors, which it is made from"
+        assert told in capsys.readouterr().err
+        assert main([*arguments, "-o", "b.safetensors"]) == 0
+        assert "take the place" not in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_the_pictures_that_are_finished(tiny, monkeypatch, capsys):
+    request = Request("a star", steps=2, width=32, height=32, seed=5, num_images=4)
+    wanted = finish(tiny.stream(request))
+    steps = type(tiny).sample
+    calls = []
+
+    def stopping(self, *given):
+        for step in steps(self, *given):
+            calls.append(1)
+            if len(calls) == 6:  # in the third picture
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr(type(tiny), "sample", stopping)
+    with pytest.raises(Interrupted) as stop:
+        finish(tiny.stream(request))
+    result = stop.value.result
+    assert (result.seeds, len(result.images), len(result.latents), len(result.metadata)) == ([5, 6], 2, 2, 2)
+    assert all(np.array_equal(a, b) for a, b in zip(result.images, wanted.images[:2], strict=True))
+
+    calls.clear()
+    size = ["--steps", "2", "--size", "32x32", "--seed", "5", "--device", "cpu"]
+    assert main(["a star", *size, "--num-images", "4", "-o", "x.png"]) == 130
+    said = capsys.readouterr()
+    assert said.out.split() == ["x.png", "x-2.png"]
+    assert "of 4 pictures 2 are finished" in said.err
+
+    calls.clear()
+    calls += [1] * 4
+    with pytest.raises(KeyboardInterrupt) as early:  # in the first: there is nothing to keep
+        finish(tiny.stream(request))
+    assert not isinstance(early.value, Interrupted)
+
+
+def test_a_grid_is_made_again(capsys):
+    assert main(["a star", *FAST, "--num-images", "3", "-o", "x.png", "--grid", "grid.png"]) == 0
+    assert main(["again", "grid.png"]) == 0
+    assert capsys.readouterr().out.split()[-1] == "grid-again.png"
+    with Image.open("grid.png") as grid, Image.open("grid-again.png") as again:
+        assert np.array_equal(grid, again)

@@ -234,17 +234,21 @@ def flops(shape: Shape) -> int:
 
 
 def library(**arguments: Any) -> dict[str, Callable[[], Any]]:
-    """PyTorch's fused attentions, each forced (RuntimeError where one does not take the shape), and three separate kernels."""
+    """PyTorch's own choice and three separate kernels; on a GPU also its fused attentions, each forced (RuntimeError where one
+    does not take the shape)."""
 
     def forced(backend: SDPBackend) -> Tensor:
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v)
 
     q, k, v = arguments["q"], arguments["k"], arguments["v"]
-    return {
+    plain = {
         "PyTorch": lambda: F.scaled_dot_product_attention(q, k, v),
+        "GEMM, softmax, GEMM": lambda: reference(q, k, v),
+    }
+    fused = {
         "cuDNN": lambda: forced(SDPBackend.CUDNN_ATTENTION),
         "FlashAttention-2": lambda: forced(SDPBackend.FLASH_ATTENTION),
         "memory-efficient": lambda: forced(SDPBackend.EFFICIENT_ATTENTION),
-        "GEMM, softmax, GEMM": lambda: reference(q, k, v),
     }
+    return plain | fused if q.is_cuda else plain

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline as Pipeline
     from .pipeline import Result as Result
     from .pipeline import load as load
+    from .request import Request as Request
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "OutOfMemoryError",
     "OutputError",
     "Pipeline",
+    "Request",
     "Result",
     "UsageError",
     "load",
@@ -33,8 +35,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """`load`, `Pipeline` and `Result` bring torch along, which takes seconds to import: only when somebody asks."""
-    if name in ("load", "Pipeline", "Result"):
+    """These bring torch along, which takes seconds to import: only when somebody asks."""
+    if name in ("load", "Pipeline", "Request", "Result"):
         from . import pipeline
 
         return getattr(pipeline, name)

@@ -135,6 +135,8 @@ def named(name: str, blocks: list[str], outside: set[str | None]) -> list[str]:
     numbers = range(int(first), int(last or first) + 1) if first else None
     wanted = [block for block in blocks if block.split(".")[0] == place] if numbers is None else [f"{place}.{i}" for i in numbers]
     if not wanted or not set(wanted) <= set(blocks):
-        known = f"{', '.join(sorted(filter(None, outside)))}, {blocks[0]} to {blocks[-1]}"
+        ends = [group for place in PLACES for group in [[block for block in blocks if block.split(".")[0] == place]] if group]
+        ranges = [group[0] if len(group) == 1 else f"{group[0]} to {group[-1]}" for group in ends]
+        known = ", ".join([*ranges, *sorted(filter(None, outside))])
         raise UsageError(f"blocks: expected blocks of this UNet ({known}), found {name!r}")
     return wanted

@@ -99,6 +99,8 @@ def models(argv: Sequence[str]) -> int:
     add_output_options(parser)
     if argv[:1] == ["add"]:
         return add_model(argv[1:])
+    if argv[:1] and not argv[0].startswith("-") and argv[0] != "list":
+        parser.error(f"expected nothing, list, or add FILE, found {argv[0]!r}; to remove a model, delete its file")
     args = parser.parse_args(argv)
     from .library import as_text, list_models, places_shown
 

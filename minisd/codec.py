@@ -53,12 +53,12 @@ class Codec:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1].  Raises NonFiniteError: no picture is made of NaN."""
-        if not latents.isfinite().all():
-            raise NonFiniteError(f"the UNet produced NaN or infinity in {name_of(self.dtype)}; draw with dtype float32")
+        check_finite(latents, self.dtype, "UNet")
         pixels = self.run(self.whole_or_bands, latents / self.scale * self.std + self.mean)
         if not pixels.isfinite().all():
             raise NonFiniteError(
-                "the VAE produced NaN or infinity in float32 too: its weights or the latents are broken; try another VAE"
+                "the VAE produced NaN or infinity in float32 too: its weights or the latents are broken; try another VAE "
+                "(minisd inspect FILE --check names broken weights)"
             )
         return pixels
 
@@ -77,6 +77,15 @@ class Codec:
                 out = half(x)
                 self.vae.to(self.dtype)
         return out
+
+
+def check_finite(x: Tensor, dtype: torch.dtype, network: str) -> None:
+    """Raises NonFiniteError, with what to do about it."""
+    if not x.isfinite().all():
+        first = "" if dtype == torch.float32 else "draw with dtype float32; if that does not help, "
+        check = "its weights or those of the text encoder" if network == "UNet" else "its weights"
+        broken = f"{first}{check} are broken: minisd inspect FILE --check names them"
+        raise NonFiniteError(f"the {network} produced NaN or infinity in {name_of(dtype)}: {broken}")
 
 
 def vae_dtype(dtype: torch.dtype, overflows: bool, has_bfloat16: bool) -> torch.dtype:

@@ -222,6 +222,9 @@ def settle_axes(models: Axis, seeds: Axis, x: Axis | None, y: Axis | None) -> tu
         return models, seeds
     chosen = [axis or spare.pop(0) for axis in (x, y)]
     for axis in (models, seeds):
+        same = next((other for other in (x, y) if other and other.name == axis.name), axis)
+        if axis.name == "model" and not {*axis.values, None} - {None} <= set(same.values):
+            raise UsageError(f"axes: expected checkpoints in one place, found {axis.values} and {same.values}")
         if len(axis.values) > 1 and axis not in chosen:
             others = " and ".join(other.name for other in chosen)
             raise UsageError(f"axes: expected one {axis.name} beside {others}, found {len(axis.values)}; a picture has two axes")
@@ -282,7 +285,11 @@ def cells_again(recipe: Mapping[str, Any]) -> Cells:
     """
     try:
         compared = recipe["compare"]
-        files = [{name: file[name] for name in ("model", "model_path", "model_sha256")} for file in compared["models"]]
+        files = [
+            {name: file[name] for name in ("model", "model_path", "model_sha256")}
+            | {"model_tensors_sha256": file.get("model_tensors_sha256")}
+            for file in compared["models"]
+        ]
         given = [(compared[name]["name"], compared[name]["values"]) for name in ("x", "y")]
         asked = {name: compared["asked"][name] for name in LEFT_OPEN}
     except (KeyError, TypeError):
@@ -290,6 +297,6 @@ def cells_again(recipe: Mapping[str, Any]) -> Cells:
     models = [None if file["model_path"] is None else str(file["model_path"]) for file in files] or [None]
     for model, file in zip(models, files, strict=False):
         repeat(dict(recipe) | file, path_of(model))  # warns
-    request = repeat(dict(recipe) | asked | {"model_sha256": None}, path_of(models[0]))
+    request = repeat(dict(recipe) | asked | {"model_sha256": None, "model_tensors_sha256": None}, path_of(models[0]))
     x, y = (Axis("model", tuple(models)) if name == "model" else Axis.checked(name, values) for name, values in given)
     return settle_cells(request, models[:1], (), x, y)

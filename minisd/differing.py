@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,6 +50,8 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], progress: Progres
     first, second = open_checkpoint(a), open_checkpoint(b)
     both = [key for key in first.entries if key in second.entries]
     tables: dict[str, dict[str, Change]] = {"parts": {}, "blocks": {}, "layers": {}}
+    if not both:
+        warnings.warn("the two have no key in common: they are models of different kinds, or one is a part alone", stacklevel=2)
     total, done = sum(first.entries[key].nbytes for key in both), 0
     for key in both:
         entry, other = first.entries[key], second.entries[key]

@@ -257,7 +257,7 @@ def whole_folder(target: Path, size: int) -> Iterator[Path]:
     """Gives a folder to fill, which then takes the name `target`; if something goes wrong nothing of it stays."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputError(f"output {target}: exists already; choose another name")
-    check_place(target.with_name(f"{target.name}.new"))
+    check_place(target / "model_index.json" if target.exists() else target)
     check_room(target, size)
     draft = target.with_name(f".{target.name}.minisd-tmp-{os.getpid()}")
     try:

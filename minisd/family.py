@@ -160,6 +160,7 @@ OTHERS = [
     (r"(down|up)_blocks\..*|conv_norm_out\..*", "a UNet or ControlNet in diffusers' naming, or a part of one", RAW),
     (r"(encoder|decoder)\.(down|up)_blocks\..*", "a VAE in diffusers' naming", RAW),
 ]
+UNKNOWN = "no model that minisd knows"
 PARTS = [
     ("a UNet", (f"{UNET}.", "input_blocks.", "middle_block.", "output_blocks.")),
     ("a VAE", (f"{VAE}.", "encoder.", "decoder.")),
@@ -181,7 +182,7 @@ def looks_like(shapes: Shapes) -> tuple[str, str]:
         return "a VAE alone", "give it as the VAE of a checkpoint: --vae"
     if found:
         return f"{' and '.join(found)} alone", "a checkpoint holds a UNet, a VAE and its text encoders in one file"
-    return "no model that minisd knows", "minisd opens single-file Stable Diffusion checkpoints"
+    return UNKNOWN, "minisd opens single-file Stable Diffusion checkpoints"
 
 
 def recognise(checkpoint: Checkpoint) -> Recognition:
@@ -192,7 +193,8 @@ def recognise(checkpoint: Checkpoint) -> Recognition:
     channels = input_channels(shapes)
     if foreign or missing(family, shapes) or channels not in TASKS:
         what, hint = looks_like(shapes)
-        raise CheckpointError(checkpoint.path, f"this looks like {what}, not like a checkpoint{listing(shapes)}", hint)
+        reason = f"this looks like {what}, not like a checkpoint" if what != UNKNOWN else f"this is {what}"
+        raise CheckpointError(checkpoint.path, reason, f"{hint}; its keys{listing(shapes)}")
     reasons = [f"{family.title}: weights below {', '.join(family.clues)}"]
     absent = ", ".join(missing(runner_up, shapes)) or f"nothing, but {family.title} explains more of the file"
     reasons.append(f"not {runner_up.title}: missing {absent}")

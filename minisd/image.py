@@ -42,12 +42,15 @@ def labelled_grid(cells: Sequence[Image.Image | str], columns: Sequence[str], ro
     columns, rows = ([fitting(label, font, 20 * size) for label in labels] for labels in (columns, rows))
     left = math.ceil(max(map(font.getlength, rows))) + 2 * gap
     cell = max(wide, *(math.ceil(font.getlength(label)) for label in columns)) + gap
-    top = 2 * (size + gap) + gap
-    sheet = Image.new("RGB", (left + len(columns) * cell, top + len(rows) * (high + gap)), "white")
+    width = left + len(columns) * cell
+    lines = wrapped(title, font, width - 2 * gap)
+    top = (len(lines) + 1) * (size + gap) + gap
+    sheet = Image.new("RGB", (width, top + len(rows) * (high + gap)), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.text((gap, gap), fitting(title, font, sheet.width - 2 * gap), "black", font)
+    for y, line in enumerate(lines):
+        pen.text((gap, gap + y * (size + gap)), line, "black", font)
     for x, label in enumerate(columns):
-        pen.text((left + x * cell + (cell - gap) / 2, 2 * gap + size), label, "black", font, "ma")
+        pen.text((left + x * cell + (cell - gap) / 2, top - size - gap), label, "black", font, "ma")
     for y, label in enumerate(rows):
         pen.text((gap, top + y * (high + gap) + high / 2), label, "black", font, "lm")
     for i, content in enumerate(cells):
@@ -57,6 +60,18 @@ def labelled_grid(cells: Sequence[Image.Image | str], columns: Sequence[str], ro
         else:
             pen.text((x + (cell - gap) / 2, y + high / 2), content, "red", font, "mm")
     return sheet
+
+
+def wrapped(text: str, font: Any, width: float) -> list[str]:
+    """A text in lines of so many pixels; of a long one the first three."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if font.getlength(longer) > width and lines[-1] and len(lines) < 3:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return [fitting(line, font, width) for line in lines]
 
 
 def fitting(text: str, font: Any, width: float) -> str:

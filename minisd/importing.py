@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import warnings
@@ -56,8 +55,12 @@ def own_folder() -> Path:
     first = os.environ.get("MINISD_MODELS", "").split(os.pathsep)[0]
     if first:
         return Path(os.path.expanduser(first))
-    with contextlib.suppress(OSError):  # check_place says what is wrong
+    try:
         Path("models").mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"output models: the folder cannot be made here: {error.strerror}; name another with --folder"
+        ) from error
     return Path("models")
 
 

@@ -112,7 +112,9 @@ def compare(checkpoint: Checkpoint, title: str, model: nn.Module, found: Mapping
     missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or unknown:
         parts = [
-            f"{len(keys)} keys are {name}{listing(keys)}" for name, keys in (("missing", missing), ("unknown", unknown)) if keys
+            f"{len(keys)} key{'s are' if len(keys) > 1 else ' is'} {name}{listing(keys)}"
+            for name, keys in (("missing", missing), ("unknown", unknown))
+            if keys
         ]
         raise CheckpointError(checkpoint.path, f"this looks like {title}, but {' and '.join(parts)}")
     for key, shape in wanted.items():

@@ -37,6 +37,8 @@ def open_picture(name: str, source: Picture) -> Image.Image:
                 return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise UsageError(f"{name} {path}: does not exist") from None
+    except IsADirectoryError:
+        raise UsageError(f"{name} {path}: expected a picture, found a folder") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UsageError(f"{name} {path}: is no {', '.join(FORMATS)} picture that can be read: {error}") from None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import __version__, ops
 from .checkpoint import Checkpoint, open_checkpoint
-from .codec import Autoencoder, Codec
+from .codec import Autoencoder, Codec, check_finite
 from .denoiser import Conditioning, Denoiser, keeping
 from .device import memory_errors, name_of, to_device, to_dtype, visiting
 from .errors import CheckpointError, UsageError
@@ -99,7 +99,7 @@ class Result:
 
     images: list[Image.Image]
     seeds: list[int | None]  # None where the caller gave the noise
-    latents: Tensor  # (B, C, h, w), of unit variance, float32
+    latents: Tensor = field(repr=False)  # (B, C, h, w), of unit variance, float32
     metadata: list[dict[str, Any]]  # enough to make the picture again
 
     def save(self, path: str | os.PathLike[str], replace: bool = True) -> list[Path]:
@@ -215,6 +215,8 @@ class Pipeline:
             known = self.codec.encode(over.pixels) if over else None
             for part in parts:
                 for x, denoised in relay(plan, part, sigmas, known, self, refiner):
+                    if self.device.type == "cpu":  # not to draw on for minutes; a GPU would have to be waited for
+                        check_finite(x, self.dtype, "UNet")
                     yield Step(index, total, x, denoised)
                     index += 1
                 latents.append(x / (sigmas[-1] ** 2 + 1).sqrt())
@@ -252,6 +254,8 @@ class Pipeline:
     def sample(self, plan: Plan, part: slice, x: Tensor, sigmas: Tensor, known: Tensor | None, noise: Noise) -> Steps:
         """From x down the noise levels `sigmas`, for some of the pictures; yields (latents, denoised), (B, C, h, w) each."""
         told = guided(plan, plan.prompts[part], self.recognition, self.text_encoders, self.codec)
+        for condition in told.conditions:
+            check_finite(condition.context, self.dtype, "text encoder")
         mask = plan.canvas.mask if plan.canvas and self.recognition.task == "draw" else None
         kind = (self.training.prediction, self.training.sigma_data, plan.request.eta)
         if self.runtime and mask is None and plain(told.guide, *kind):
@@ -303,7 +307,9 @@ def keeping_finished(drawn: Callable[[], Result | None]) -> Iterator[None]:
 
 def file_facts(name: str, checkpoint: Checkpoint) -> dict[str, str | None]:
     path = None if checkpoint.path == tiny_checkpoint() else str(checkpoint.path)
-    return {name: checkpoint.path.stem, f"{name}_path": path, f"{name}_sha256": checkpoint.sha256()}
+    tensors = checkpoint.metadata.get("modelspec.hash_sha256")  # stays the same when a merge is made again, on another day
+    hashes = {f"{name}_sha256": checkpoint.sha256(), f"{name}_tensors_sha256": tensors}
+    return {name: checkpoint.path.stem, f"{name}_path": path} | hashes
 
 
 def relay(plan: Plan, part: slice, sigmas: Tensor, known: Tensor | None, base: Pipeline, refiner: Pipeline | None) -> Steps:

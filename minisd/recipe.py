@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from .checkpoint import file_sha256
+from .checkpoint import file_sha256, open_checkpoint
 from .errors import UsageError
 from .picture import fingerprint, open_picture
 from .request import MAX_IMAGES, Plan, Request, whole
@@ -79,6 +79,8 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
             recipe = json.loads(image.info["minisd"])
     except FileNotFoundError:
         raise UsageError(f"{path}: does not exist") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path}: expected a PNG, found a folder") from None
     except KeyError:
         raise UsageError(f"{path}: carries no minisd chunk; only pictures that minisd has saved can be made again") from None
     except (OSError, ValueError) as error:
@@ -88,13 +90,21 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     return recipe
 
 
+def is_same(recipe: Mapping[str, Any], checkpoint: Path) -> bool:
+    """Whether a file has the numbers of the model that a recipe names, as far as can be told."""
+    tensors = recipe.get("model_tensors_sha256")
+    if tensors is not None and open_checkpoint(checkpoint).metadata.get("modelspec.hash_sha256") == tensors:
+        return True
+    return recipe.get("model_sha256") in (None, file_sha256(checkpoint))
+
+
 def repeat(recipe: Mapping[str, Any], checkpoint: Path) -> Request:
     """The request that a picture's recipe describes.  Warns if a file is no longer the one it was; raises UsageError."""
     if recipe.get("seed") is None:
         raise UsageError(
             "the picture was drawn from noise that its caller gave, which it does not carry; it cannot be made again"
         )
-    if recipe.get("model_sha256") not in (None, file_sha256(checkpoint)):
+    if not is_same(recipe, checkpoint):
         warnings.warn(f"{checkpoint} is not the checkpoint that drew this picture ({recipe.get('model')})", stacklevel=2)
     for name, known in (("init_image", recipe.get("init_sha256")), ("mask", recipe.get("mask_sha256"))):
         if known is None:

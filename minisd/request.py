@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import secrets
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -258,6 +260,10 @@ def one_of(name: str, value: object, choices: Collection[str | None]) -> None:
         raise UsageError(f"{name}: expected one of {', '.join(map(str, choices))}, found {value!r}")
 
 
+# What other programs understand in a prompt: (red:1.2), <lora:name:0.8>.
+SYNTAX = re.compile(r"\([^()]+:\s*[0-9.]+\s*\)|<(lora|lyco|hypernet):[^<>]*>")
+
+
 def check_text(text: object) -> None:
     if not isinstance(text, str):
         raise UsageError(f"prompt: expected a text or a list of texts, found {type(text).__name__}")
@@ -271,3 +277,7 @@ def check_text(text: object) -> None:
         raise UsageError("prompt: expected text in UTF-8, found bytes that are not") from None
     if "\0" in text:
         raise UsageError("prompt: expected a text, found a NUL character in it")
+    if found := SYNTAX.search(text):
+        warnings.warn(
+            f"prompt: {found[0]!r} is read as plain words: weights and LoRAs in a prompt are not known yet", stacklevel=2
+        )

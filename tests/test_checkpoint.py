@@ -70,17 +70,17 @@ def test_spare_buffers_are_ignored(small, tmp_path):
     assert inspect(path)["parts"]["unused"]["tensors"] == 17
 
 
-def test_each_missing_key_is_named(small):
+def test_a_missing_key_is_named(small):
     checkpoint = open_checkpoint(small)
-    for key in list(checkpoint.entries)[::5]:
+    for key in list(checkpoint.entries)[::17]:
         entries = {name: entry for name, entry in checkpoint.entries.items() if name != key}
         with pytest.raises(minisd.CheckpointError, match=re.escape(key.rsplit(".", 1)[0])):
             build(replace(checkpoint, entries=entries), SD1)
 
 
-def test_each_changed_shape_is_refused(small):
+def test_a_changed_shape_is_refused(small):
     checkpoint = open_checkpoint(small)
-    for key, entry in list(checkpoint.entries.items())[::7]:
+    for key, entry in list(checkpoint.entries.items())[::19]:
         if len(entry.shape) == 1:
             changed = {**checkpoint.entries, key: replace(entry, shape=(entry.shape[0] + 32,))}
             with pytest.raises(minisd.CheckpointError):
@@ -94,7 +94,7 @@ def test_missing_and_unknown_keys_are_counted(small, tmp_path):
         del weights["first_stage_model.quant_conv.bias"]
 
     message = refused(variant(small, tmp_path, change))
-    assert "1 keys are missing: first_stage_model.quant_conv.bias" in message
+    assert "1 key is missing: first_stage_model.quant_conv.bias" in message
     assert "20 keys are unknown: model.diffusion_model.extra.00, " in message
     assert "extra.09, … (20 in all)" in message
 
@@ -131,7 +131,7 @@ def test_other_files_are_named_for_what_they_are(what, tmp_path):
     path = tmp_path / "other.safetensors"
     save_file({key: torch.zeros(2, 4, 1, 1) for key in OTHERS[what]}, path)
     message = refused(path)
-    assert f"this looks like {what}" in message
+    assert f"this {'is' if what.startswith('no ') else 'looks like'} {what}" in message
     assert OTHERS[what][0] in message
     facts = inspect(path)
     assert facts["family"] is None

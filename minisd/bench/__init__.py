@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("what", choices=PARTS)
     made.add_argument("name", nargs="?", metavar="NAME", help="with kernels: only this one")
     made.add_argument("--model", choices=("sd15", "sd21", "sdxl"), default="sd15", help="whose architecture (default: sd15)")
-    made.add_argument("--checkpoint", type=Path, metavar="FILE", help="with image and load: a file, not random weights")
+    made.add_argument("--checkpoint", metavar="FILE", help="with image and load: a file or its name, not random weights")
     made.add_argument(
         "--peers", type=peer_kinds, default=list(PEERS), metavar="KINDS", help="some of eager,graph,compiled, or ''"
     )
@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
     device = to_device(args.device)
     clock = Clock(device, to_dtype(args.dtype, device), args.repeats or (20 if device.type == "cuda" else 5))
     args.full, args.repeats = args.full or device.type == "cuda", clock.repeats
-    report = Report(clock, args.json)
+    report = Report(clock, args.json, args.debug)
     print("minisd bench on " + ", ".join(f"{name} {value}" for name, value in machine(clock).items()))
     if not args.full:
         print("on a CPU: smaller shapes, and no times of kernels")

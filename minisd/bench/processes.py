@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
+from ..checkpoint import open_checkpoint
 from ..device import name_of
+from ..library import resolve
 from ..tiling import free_memory
 from . import peers
 from .networks import MODELS, random_checkpoint
@@ -46,7 +48,7 @@ print(time.perf_counter() - start, peak() - before)
 def checkpoint(report: Report, args: Any) -> Iterator[Path]:
     """The file that was given, or one with random weights for as long as it is needed."""
     if args.checkpoint:
-        yield args.checkpoint
+        yield open_checkpoint(resolve(args.checkpoint)).path
     else:
         with tempfile.TemporaryDirectory() as folder:
             yield random_checkpoint(MODELS[args.model], Path(folder) / f"{args.model}.safetensors", report.clock.device)
@@ -106,34 +108,17 @@ def bench_image(report: Report, args: Any) -> None:
         steps = 20 if args.full else 4
         model = MODELS[args.model]
         side = 8 * (model.latents if args.full else model.latents // 4)
-        report.table(f"{model.name} picture, {side}x{side}, {steps} steps, guidance, euler", ("time s", "first s", "to ours"))
+        drawn = path.stem if args.checkpoint else model.name
+        report.table(f"{drawn} picture, {side}x{side}, {steps} steps, guidance, euler", ("time s", "first s", "to ours"))
         ours = None
         with report.attempt("minisd"):
             ours = running_process(report, args, path, side, steps)
         if peers.INSTALLED and args.peers and args.model == "sd15":
             with report.attempt("diffusers, eager"):
                 diffusers_picture(report, path, side, steps, ours)
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "minisd.cli",
-            PROMPT,
-            "-m",
-            str(path),
-            "--size",
-            f"{side}x{side}",
-            "--steps",
-            str(steps),
-        ]
-        command += [
-            "--seed",
-            "0",
-            "--device",
-            str(report.clock.device),
-            "--dtype",
-            name_of(report.clock.dtype),
-        ]
+        command = [sys.executable, "-P", "-m", "minisd.cli", PROMPT, "-m", str(path), "--size", f"{side}x{side}"]
+        command += ["--steps", str(steps), "--seed", "0"]
+        command += ["--device", str(report.clock.device), "--dtype", name_of(report.clock.dtype)]
         with tempfile.TemporaryDirectory() as folder:
             command += ["-o", f"{folder}/out.png"]
             # The first fills the cache of compiled kernels, the others find them there.

@@ -28,6 +28,7 @@ class Report:
 
     clock: Clock
     json_path: Path | None = None
+    debug: bool = False  # show the traceback of what fails
     tables: list[dict[str, Any]] = field(default_factory=list)
 
     def table(self, title: str, columns: tuple[str, ...]) -> None:
@@ -57,7 +58,8 @@ class Report:
         except MinisdError as error:
             self.add(label, error_text=str(error))
         except Exception as error:
-            traceback.print_exc(limit=-3, file=sys.stderr)
+            if self.debug:
+                traceback.print_exc(limit=-3, file=sys.stderr)
             lines = str(error).splitlines() or [""]
             self.add(label, error_text=f"{type(error).__name__}: {lines[0][:160]}")
         finally:

@@ -9,11 +9,15 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ops
 
 KEPT = 4  # recordings of one function; each holds the memory of its intermediate results, in a pool that they share
+
+
+def always(*given: Tensor | None) -> bool:
+    return True
 
 
 @cache
@@ -76,7 +80,7 @@ class Recorder:
     graphs: whether to record at all, which only a GPU can.  roomy: asked before recording, whether there is memory for it.
     """
 
-    def __init__(self, function: Callable[..., Tensor], graphs: bool, roomy: Callable[..., bool] = lambda *given: True) -> None:
+    def __init__(self, function: Callable[..., Tensor], graphs: bool, roomy: Callable[..., bool] = always) -> None:
         self.function, self.graphs, self.roomy = function, graphs, roomy
         self.seen: set[tuple[object, ...]] = set()
         self.recordings: dict[tuple[object, ...], tuple[list[Tensor | None], Recording]] = {}
@@ -101,3 +105,25 @@ class Recorder:
         held = [None if x is None else x.clone() for x in given]
         pools = (recording.pool for _, recording in self.recordings.values())
         return held, Recording(lambda: self.function(*held), next(filter(None, pools), None))
+
+
+class Recorded:
+    """A function that belongs to a network, recorded; made anew if somebody has changed the network's weights."""
+
+    def __init__(
+        self, network: nn.Module, make: Callable[[], Callable[..., Tensor]], graphs: bool, roomy: Callable[..., bool] = always
+    ) -> None:
+        self.network, self.make, self.graphs, self.roomy = network, make, graphs, roomy
+        self.calls: Recorder | None = None
+        self.weights: tuple[tuple[int, int], ...] = ()
+
+    def __call__(self, *given: Tensor | None) -> Tensor:
+        if self.calls is None or self.weights != versions(self.network):
+            self.calls = Recorder(self.make(), self.graphs, self.roomy)
+            self.weights = versions(self.network)
+        return self.calls(*given)
+
+
+def versions(network: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Changes when a weight is replaced or written to."""
+    return tuple((weight.data_ptr(), weight._version) for weight in network.parameters())

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .clip import TextEncoder
 from .codec import Codec
 from .denoiser import ClassifierFree, Conditioning, Guide, TextAndImage, unguided
 from .family import REFINER, Recognition
-from .prompt import encode, with_sizes, zeroed
+from .prompt import Texts, with_sizes, zeroed
 from .request import Canvas, Plan
 
 
@@ -25,10 +24,10 @@ class Guided:
     guide: Guide
 
 
-def guided(plan: Plan, prompts: Sequence[str], recognition: Recognition, encoders: Sequence[TextEncoder], codec: Codec) -> Guided:
+def guided(plan: Plan, prompts: Sequence[str], recognition: Recognition, texts: Texts, codec: Codec) -> Guided:
     """What the plan tells the UNet of B pictures with these prompts."""
     request, count = plan.request, len(prompts)
-    positive, negative = texts(plan, prompts, recognition, encoders, codec.device)
+    positive, negative = both_sides(plan, prompts, texts)
     if recognition.task == "edit":
         assert plan.canvas is not None
         picture = (codec.encode(plan.canvas.pixels) / codec.scale).expand(count, -1, -1, -1)  # not scaled (edit_cli.py)
@@ -44,13 +43,11 @@ def guided(plan: Plan, prompts: Sequence[str], recognition: Recognition, encoder
     return Guided([negative, positive], ClassifierFree(request.guidance_scale, request.guidance_rescale))
 
 
-def texts(
-    plan: Plan, prompts: Sequence[str], recognition: Recognition, encoders: Sequence[TextEncoder], device: torch.device
-) -> tuple[Conditioning, Conditioning]:
+def both_sides(plan: Plan, prompts: Sequence[str], texts: Texts) -> tuple[Conditioning, Conditioning]:
     """The conditionings of the positive and of the negative prompts, equally many chunks long."""
-    request, family = plan.request, recognition.family
+    request, family = plan.request, texts.family
     negatives = [request.negative_prompt] * len(prompts)
-    positive, negative = halves(encode(family, encoders, [*prompts, *negatives], device, request.clip_skip))
+    positive, negative = halves(texts.encode([*prompts, *negatives], request.clip_skip))
     if not family.vector:
         return positive, negative
     if plan.zero_negative:

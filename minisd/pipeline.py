@@ -32,10 +32,10 @@ from .library import resolve
 from .model import StableDiffusion, averaged, load_model, load_vae
 from .places import tiny_checkpoint
 from .preview import LinearDecoder, fit_decoder
-from .prompt import encode
+from .prompt import Texts
 from .recipe import recipe_of
 from .request import Canvas, Model, Plan, Request, noise_source, one_of, settle
-from .runtime import Runtime, plain
+from .runtime import Runtime, plain, recorded_text
 from .samplers import SAMPLERS, Denoise, Noise, Steps
 from .saving import save_model
 from .schedule import TRAINING_STEPS, Continuous, Schedule, noise_levels, scaled_linear, start_scale, zero_terminal
@@ -156,6 +156,14 @@ class Pipeline:
         on_gpu = next(self.unet.parameters()).device.type == "cuda"
         return Runtime(self.unet, graphs=True) if on_gpu else None
 
+    @cached_property
+    def texts(self) -> Texts:
+        """The text encoders, recorded where they live on a GPU."""
+        if next(self.text_encoders[0].parameters()).device.type != "cuda":
+            return Texts(self.family, self.text_encoders, self.device)
+        recorded = {encoder: recorded_text(encoder, graphs=True) for encoder in self.text_encoders}
+        return Texts(self.family, self.text_encoders, self.device, lambda encoder, ids: recorded[encoder](ids).unbind())
+
     @torch.no_grad()
     def preview(self, denoised: Tensor) -> list[Image.Image]:
         """What the finished pictures will look like, from `Step.denoised` (B, C, h, w): rough, at almost no cost."""
@@ -253,7 +261,7 @@ class Pipeline:
 
     def sample(self, plan: Plan, part: slice, x: Tensor, sigmas: Tensor, known: Tensor | None, noise: Noise) -> Steps:
         """From x down the noise levels `sigmas`, for some of the pictures; yields (latents, denoised), (B, C, h, w) each."""
-        told = guided(plan, plan.prompts[part], self.recognition, self.text_encoders, self.codec)
+        told = guided(plan, plan.prompts[part], self.recognition, self.texts, self.codec)
         for condition in told.conditions:
             check_finite(condition.context, self.dtype, "text encoder")
         mask = plan.canvas.mask if plan.canvas and self.recognition.task == "draw" else None
@@ -271,7 +279,7 @@ class Pipeline:
     def encode_prompt(self, prompts: str | Sequence[str], clip_skip: int | None = None) -> Conditioning:
         """Texts -> what conditions the UNet: context (B, 77*k, D), pooled (B, P) or None."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        return encode(self.family, self.text_encoders, prompts, self.device, clip_skip)
+        return self.texts.encode(prompts, clip_skip)
 
     def recipe(self, plan: Plan, i: int, refiner: Pipeline | None = None) -> dict[str, Any]:
         """What `minisd again` and other programs need to know about picture i."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,31 +18,39 @@ from .unet import timestep_embedding
 SIZE_CHANNELS = 256  # of the sinusoids of one number in SDXL's vector (sd_xl_base.yaml, ConcatTimestepEmbedderND)
 
 
-def encode(
-    family: Family,
-    encoders: Sequence[TextEncoder],
-    prompts: Sequence[str],
-    device: torch.device,
-    clip_skip: int | None = None,
-) -> Conditioning:
-    """Texts -> context (B, 77*k, D), the encoders' channels side by side, and the pooled vector (B, P) where there is one.
-
-    clip_skip: 1 takes the last layer of every encoder, 2 the one before it, …; by default the layer the family was trained on.
-    """
-    contexts, pooled = [], None
-    for tower, encoder in zip(family.towers, encoders, strict=True):
-        ids = torch.tensor(tokenize(prompts, tower.pad), device=device)  # (B, 77*k)
-        with visiting(encoder, device):
-            context, vector = encode_ids(tower, encoder, ids, clip_skip)
-        contexts.append(context)
-        pooled = vector if tower.pooled else pooled
-    return Conditioning(torch.cat(contexts, dim=-1), pooled)
+def hidden_states(encoder: TextEncoder, ids: Tensor) -> Sequence[Tensor]:
+    return encoder.hidden_states(ids)
 
 
-def encode_ids(tower: Tower, encoder: TextEncoder, ids: Tensor, clip_skip: int | None) -> tuple[Tensor, Tensor | None]:
-    """ids (B, 77*k) -> context (B, 77*k, D) and, from the first chunk, pooled (B, P)."""
-    chunks = ids.view(-1, LENGTH)  # (B*k, 77): every chunk is a text of its own
-    states = encoder.hidden_states(chunks)
+@dataclass(frozen=True)
+class Texts:
+    """The text encoders of a model, and the family that says how they are read."""
+
+    family: Family
+    encoders: Sequence[TextEncoder]
+    device: torch.device
+    run: Callable[[TextEncoder, Tensor], Sequence[Tensor]] = hidden_states  # ids (B, 77) -> every layer's output, (B, 77, D)
+
+    def encode(self, prompts: Sequence[str], clip_skip: int | None = None) -> Conditioning:
+        """Texts -> context (B, 77*k, D), the encoders' channels side by side, and the pooled vector (B, P) where there is one.
+
+        clip_skip: 1 takes the last layer of every encoder, 2 the one before it, …; by default that which the family has.
+        """
+        contexts, pooled = [], None
+        for tower, encoder in zip(self.family.towers, self.encoders, strict=True):
+            ids = torch.tensor(tokenize(prompts, tower.pad), device=self.device)  # (B, 77*k)
+            with visiting(encoder, self.device):
+                states = self.run(encoder, ids.view(-1, LENGTH))  # (B*k, 77): every chunk is a text of its own
+                context, vector = read_states(tower, encoder, ids, states, clip_skip)
+            contexts.append(context)
+            pooled = vector if tower.pooled else pooled
+        return Conditioning(torch.cat(contexts, dim=-1), pooled)
+
+
+def read_states(
+    tower: Tower, encoder: TextEncoder, ids: Tensor, states: Sequence[Tensor], clip_skip: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """ids (B, 77*k), states (B*k, 77, D) -> context (B, 77*k, D) and, from the first chunk, pooled (B, P)."""
     skip = text_skip(tower, len(states) - 1) if clip_skip is None else clip_skip - 1
     state = states[-1 - skip]
     if tower.final_norm:
@@ -51,7 +59,7 @@ def encode_ids(tower: Tower, encoder: TextEncoder, ids: Tensor, clip_skip: int |
     if not (tower.pooled and isinstance(encoder, OpenTextTransformer)):
         return context, None
     count = ids.shape[1] // LENGTH
-    return context, encoder.pooled(chunks, states[-1])[::count]
+    return context, encoder.pooled(ids.view(-1, LENGTH), states[-1])[::count]
 
 
 def with_sizes(conditioning: Conditioning, numbers: Sequence[float]) -> Conditioning:

@@ -8,7 +8,8 @@ for the GPU or asks for memory.
 
 samplers.py, denoiser.py and unet.py are the definition.  `sample` is the part of it that needs no decisions on the way: Euler or
 DDIM without fresh noise, predictions of noise or of v, guidance without rescaling; `plain` says whether a request is of that
-kind.  All others go the plain way, with the network alone recorded (`network`).
+kind.  All others go the plain way, with the network alone recorded (`network`).  Text encoders and the VAE's decoder are
+recorded, too, from the second call on.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import ops
+from .clip import TextEncoder
 from .denoiser import ClassifierFree, Conditioning, Guide, Unet, stacked, unguided
 from .fused import FusedDecoder, FusedUNet
-from .graphs import KEPT, Recorder, Recording
+from .graphs import KEPT, Recorded, Recorder, Recording, versions
 from .samplers import Steps
 from .schedule import Schedule
 from .tiling import decode_bytes, free_memory
@@ -34,11 +36,6 @@ def plain(guide: Guide, prediction: str, sigma_data: float, eta: float) -> bool:
     """Whether a step is x <- a x + b e, with e the guided prediction, so that `guided_step` can make it."""
     guided = guide is unguided or (isinstance(guide, ClassifierFree) and guide.rescale == 0)
     return guided and prediction in ("epsilon", "v") and sigma_data == 1 and eta == 0
-
-
-def versions(network: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Changes when a weight is replaced or written to."""
-    return tuple((weight.data_ptr(), weight._version) for weight in network.parameters())
 
 
 @dataclass
@@ -155,24 +152,17 @@ def step(fused: FusedUNet, buffers: Buffers) -> Tensor:
     return buffers.state
 
 
-class Decoder:
-    """`AutoencoderKL.decode` at full speed: fused, and from the second picture of a shape on as a CUDA graph.
+def recorded_decoder(network: AutoencoderKL, graphs: bool) -> Recorded:
+    """`AutoencoderKL.decode` at full speed, (B, C, h, w) -> (B, 3, H, W): fused, and recorded where there is memory to keep."""
 
-    A recording keeps the memory of a decode, so there is none where that is scarce.
-    """
-
-    def __init__(self, network: AutoencoderKL, graphs: bool) -> None:
-        self.network, self.graphs = network, graphs
-        self.calls: Recorder | None = None
-        self.weights: tuple[tuple[int, int], ...] = ()
-
-    def __call__(self, latents: Tensor) -> Tensor:  # (B, C, h, w) -> (B, 3, H, W)
-        if self.calls is None or self.weights != versions(self.network):
-            self.calls = Recorder(FusedDecoder(self.network), self.graphs, self.roomy)
-            self.weights = versions(self.network)
-        return self.calls(latents)
-
-    def roomy(self, latents: Tensor) -> bool:
-        size = 4 * decode_bytes(self.network, latents)
+    def roomy(latents: Tensor) -> bool:
+        size = 4 * decode_bytes(network, latents)
         free = free_memory(latents.device, size)
         return free is not None and free >= size
+
+    return Recorded(network, lambda: FusedDecoder(network), graphs, roomy)
+
+
+def recorded_text(encoder: TextEncoder, graphs: bool) -> Recorded:
+    """A text encoder's hidden states, stacked: ids (B, 77) -> (layers, B, 77, D)."""
+    return Recorded(encoder, lambda: lambda ids: torch.stack(encoder.hidden_states(ids)), graphs)

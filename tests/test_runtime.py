@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ import minisd
 from minisd import blueprint, ops
 from minisd.fused import FusedDecoder, FusedUNet
 from minisd.graphs import Recording
+from minisd.prompt import hidden_states
 from minisd.request import Request, noise_source, settle
-from minisd.runtime import Decoder, Runtime, plain
+from minisd.runtime import Runtime, plain, recorded_decoder, recorded_text
 from minisd.shapes import below
 from minisd.unet import UNet
 from minisd.vae import AutoencoderKL
@@ -297,7 +299,7 @@ def test_codec_decodes_with_the_fast_decoder_what_is_in_its_dtype(files):
     with ops.using("torch"):
         pipe.codec.decoder = None
         wanted = pipe.codec.decode(latents)
-        pipe.codec.decoder = Decoder(pipe.vae, graphs=CUDA)
+        pipe.codec.decoder = recorded_decoder(pipe.vae, graphs=CUDA)
         for _ in range(3):
             assert relative_error(pipe.codec.decode(latents), wanted) <= LIMIT
     assert pipe.codec.decoder.calls is not None
@@ -307,7 +309,7 @@ def test_codec_decodes_with_the_fast_decoder_what_is_in_its_dtype(files):
 @torch.no_grad()
 def test_recorded_decoding_equals_eager(files):
     pipe = load(files["sdxl"], "cuda", "float16")
-    decoder, first, second = Decoder(pipe.vae, graphs=True), noise(1, 4, 8, 8), noise(1, 4, 8, 8, seed=1)
+    decoder, first, second = recorded_decoder(pipe.vae, graphs=True), noise(1, 4, 8, 8), noise(1, 4, 8, 8, seed=1)
     first, second = (x.to("cuda", next(pipe.vae.parameters()).dtype) for x in (first, second))
     wanted = [FusedDecoder(pipe.vae)(x) for x in (first, second)]
     for _ in range(3):
@@ -315,6 +317,24 @@ def test_recorded_decoding_equals_eager(files):
         assert torch.equal(decoder(second), wanted[1])
     assert decoder.calls is not None
     assert len(decoder.calls.recordings) == 1
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@torch.no_grad()
+def test_recorded_texts_are_the_texts(name, files, monkeypatch):
+    if not CUDA:
+        monkeypatch.setattr("minisd.graphs.Recording", Live)
+    pipe = load(files[name], DEVICE)
+    prompts = ["a red star", "a blue circle " * 40]
+    plain_texts = replace(pipe.texts, run=hidden_states)
+    wanted = plain_texts.encode(prompts, clip_skip=2)
+    recorded = {encoder: recorded_text(encoder, graphs=True) for encoder in pipe.text_encoders}
+    texts = replace(pipe.texts, run=lambda encoder, ids: recorded[encoder](ids).unbind())
+    for _ in range(3):
+        found = texts.encode(prompts, clip_skip=2)
+        assert relative_error(found.context, wanted.context) <= LIMIT
+        assert found.pooled is None or relative_error(found.pooled, wanted.pooled) <= LIMIT
+    assert all(len(each.calls.recordings) == 1 for each in recorded.values())
 
 
 @pytest.mark.gpu

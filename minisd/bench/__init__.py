@@ -20,7 +20,7 @@ what:
   image            prompt to pixels, and a cold process to the file on disk
   load             a checkpoint from the page cache to the device
   roofline         where a step spends its time, and what is left to win
-  all              every figure, the most wanted first, in at most --minutes; needs --json
+  all              every figure, the most wanted first, in at most --minutes, then those that matter most; needs --json
 
 Ceilings (copy bandwidth, matrix product) and peers are measured in the same run.  On a CPU shapes are smaller (--full: not so)
 and kernels, which run in Triton's interpreter there, are not timed.

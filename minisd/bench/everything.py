@@ -20,6 +20,7 @@ from ..errors import UsageError
 from ..ops import kernels
 from .networks import MODELS, random_checkpoint
 from .report import Report, write_json
+from .summary import COLUMNS, summary
 
 NEVER_COMPILED = ["--peers", "eager,graph"]
 COMPILED = ["--peers", "compiled"]  # a minute or two of compilation each, so they come last
@@ -69,6 +70,10 @@ def bench(report: Report, args: Any) -> None:
             start = time.monotonic()
             process = subprocess.Popen(command)
             merge(report, args.json, watched(process, min(left, LONGEST)), name, out, time.monotonic() - start)
+    figures = list(summary(report.tables))
+    report.table("summary: to ours is the time of the best peer over that of minisd", COLUMNS)
+    for label, values in figures:
+        report.add(label, **values)
 
 
 def watched(process: subprocess.Popen[bytes], seconds: float) -> str | None:

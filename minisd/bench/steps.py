@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from .. import ops
 from ..denoiser import ClassifierFree, Conditioning
@@ -20,6 +21,7 @@ from ..unet import UNet
 from . import peers
 from .networks import MODELS, StepInput, laid_out, random_unet, random_vae, step_input
 from .report import Report
+from .summary import FLOOR
 from .timing import Run, captured
 
 COLUMNS = ("time ms", "first s", "difference", "to ours")
@@ -117,7 +119,7 @@ def own_rows(report: Report, fast: Run, plain: Run, lay_out: Callable[[], None],
     Returns the seconds of the first, and what the plain form makes in PyTorch alone.
     """
     clock = report.clock
-    with ops.using("torch"):
+    with ops.using("torch"), FlopCounterMode(display=False) as counter:
         wanted = plain().clone()
     ours = own_row(report, "minisd, fused", None, fast, lay_out, wanted, None)
     own_row(report, "minisd, plain modules", None, plain, lay_out, wanted, ours)
@@ -131,6 +133,7 @@ def own_rows(report: Report, fast: Run, plain: Run, lay_out: Callable[[], None],
             torch.backends.cudnn.benchmark = True
             own_row(report, "minisd, fused, cuDNN's own search", None, fast, lay_out, wanted, ours)
             torch.backends.cudnn.benchmark = False
+    report.add(FLOOR, time_ms=counter.get_total_flops() / clock.matmul_rate)
     return ours, wanted
 
 

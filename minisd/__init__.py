@@ -9,9 +9,9 @@ from .errors import CheckpointError, MinisdError, NonFiniteError, OutOfMemoryErr
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline as Pipeline
-    from .pipeline import Result as Result
     from .pipeline import load as load
     from .request import Request as Request
+    from .result import Result as Result
 
 __version__ = "0.1.0"
 

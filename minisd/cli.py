@@ -24,7 +24,8 @@ from .cli_options import Parser, add_device, check_distinct, check_output, one_l
 from .errors import MinisdError
 
 if TYPE_CHECKING:
-    from .pipeline import Pipeline, Result, Step
+    from .pipeline import Pipeline
+    from .result import Result, Step
 
 EPILOG = """\
 commands:
@@ -149,8 +150,9 @@ def draw(argv: Sequence[str]) -> int:
         if path:
             check_output(path, path)
     from .image import grid, save_png
-    from .pipeline import Interrupted, load, numbered_paths
+    from .pipeline import load
     from .request import Request
+    from .result import Interrupted, numbered_paths
 
     own = numbered_paths(args.output, min(args.num_images, 1000)) if args.output else []
     check_distinct([*own, args.grid, args.preview, *(Path(path) for path in (args.init, args.mask) if path)])

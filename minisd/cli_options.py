@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from .errors import UsageError
 
 if TYPE_CHECKING:
-    from .pipeline import Step
+    from .result import Step
 
 Outcome = TypeVar("Outcome")  # what a generator of steps returns
 
@@ -98,6 +98,9 @@ def with_progress(steps: Generator[Step, None, Outcome], look: Callable[[Step], 
                     look(step)
             except StopIteration as stop:
                 return stop.value  # type: ignore[no-any-return]
+            except KeyboardInterrupt as stop:
+                steps.throw(stop)  # if it came between two steps: the generator knows what is finished
+                raise
 
 
 # What Python calls an argument, and what the command line does.

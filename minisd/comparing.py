@@ -22,10 +22,11 @@ from .family import recognise
 from .image import labelled_grid, save_png
 from .inspection import shown
 from .library import resolve
-from .pipeline import Pipeline, Result, Step, file_facts, finish, load
+from .pipeline import Pipeline, file_facts, load
 from .places import tiny_checkpoint
 from .recipe import repeat
 from .request import MAX_IMAGES, MAX_SIDE, RANDOM_SEEDS, Request, settle, whole
+from .result import Result, Step, finish
 from .schedule import TRAINING_STEPS
 
 MAX_PIXELS = 150_000_000  # of all cells; Pillow refuses to open a picture of more than 179 million

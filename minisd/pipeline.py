@@ -8,12 +8,11 @@ seed ---- request: noise, init image, mask -----------'
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Generator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image
@@ -27,7 +26,7 @@ from .device import memory_errors, name_of, to_device, to_dtype, visiting
 from .errors import CheckpointError, UsageError
 from .family import Recognition, Training
 from .guidance import guided, shrunk
-from .image import save_png, to_pil
+from .image import to_pil
 from .library import resolve
 from .model import StableDiffusion, averaged, load_model, load_vae
 from .places import tiny_checkpoint
@@ -35,13 +34,12 @@ from .preview import LinearDecoder, fit_decoder
 from .prompt import Texts
 from .recipe import recipe_of
 from .request import Canvas, Model, Plan, Request, noise_source, one_of, settle
+from .result import Result, Step, finish, keeping_finished
 from .runtime import Runtime, plain, recorded_text
 from .samplers import SAMPLERS, Denoise, Noise, Steps
 from .saving import save_model
 from .schedule import TRAINING_STEPS, Continuous, Schedule, noise_levels, scaled_linear, start_scale, zero_terminal
 from .taesd import TinyAutoencoder
-
-Outcome = TypeVar("Outcome")  # what a generator of steps returns
 
 
 def load(
@@ -81,39 +79,6 @@ def load(
         if vae is not None:
             pipe.replace_vae(*(resolve(file, "vae") for file in ([vae] if isinstance(vae, str | os.PathLike) else vae)))
     return pipe
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of one or more pictures in the making."""
-
-    index: int  # counts the steps of all pictures of the call, from 0
-    total: int
-    latents: Tensor  # (B, C, h, w), at the noise level that is left
-    denoised: Tensor  # (B, C, h, w), the estimate of the finished latents
-
-
-@dataclass(frozen=True)
-class Result:
-    """Finished pictures; index i of every field belongs to picture i."""
-
-    images: list[Image.Image]
-    seeds: list[int | None]  # None where the caller gave the noise
-    latents: Tensor = field(repr=False)  # (B, C, h, w), of unit variance, float32
-    metadata: list[dict[str, Any]]  # enough to make the picture again
-
-    def save(self, path: str | os.PathLike[str], replace: bool = True) -> list[Path]:
-        """Writes every picture with its recipe: out.png, out-2.png, out-3.png, …  Returns the paths; raises OutputError.
-
-        replace: False takes the next names that are free.
-        """
-        names = numbered_paths(path, len(self.images)) if replace else [Path(path)] * len(self.images)
-        return [save_png(*parts, replace) for parts in zip(self.images, names, self.metadata, strict=True)]
-
-
-def numbered_paths(path: str | os.PathLike[str], count: int) -> list[Path]:
-    path = Path(path)
-    return [path, *(path.with_stem(f"{path.stem}-{i}") for i in range(2, count + 1))]
 
 
 class Pipeline:
@@ -294,25 +259,6 @@ class Pipeline:
         return recipe_of(plan, i) | files | how | here
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C with some pictures finished: `result` has them."""
-
-    def __init__(self, result: Result) -> None:
-        super().__init__()
-        self.result = result
-
-
-@contextmanager
-def keeping_finished(drawn: Callable[[], Result | None]) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        finished = drawn()
-        if finished is None:
-            raise
-        raise Interrupted(finished) from None
-
-
 def file_facts(name: str, checkpoint: Checkpoint) -> dict[str, str | None]:
     path = None if checkpoint.path == tiny_checkpoint() else str(checkpoint.path)
     tensors = checkpoint.metadata.get("modelspec.hash_sha256")  # stays the same when a merge is made again, on another day
@@ -362,12 +308,3 @@ def paste(image: Image.Image, canvas: Canvas | None) -> Image.Image:
     if canvas is None or canvas.mask is None:
         return image
     return Image.composite(image, to_pil(canvas.pixels[0]), Image.fromarray((canvas.mask[0, 0] * 255).byte().numpy()))
-
-
-def finish(steps: Generator[Step, None, Outcome]) -> Outcome:
-    """Runs `Pipeline.stream` to its end, or another generator of steps."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]

@@ -26,6 +26,7 @@ LEVELS = [
     ["guidance", "converting", "differing", "library", "diffusers_configs"],
     ["merging", "importing", "diffusers_folder"],
     ["image"],
+    ["result"],
     ["pipeline"],
     ["comparing"],
     ["cli_files", "cli_models"],

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from minisd.cli import main
+from minisd.cli_options import with_progress
 from minisd.converting import convert
-from minisd.pipeline import Interrupted, finish
 from minisd.places import tiny_checkpoint
 from minisd.request import Request
+from minisd.result import Interrupted, finish
 
 FAST = ["--steps", "1", "--size", "32x32", "--seed", "1", "--device", "cpu"]
 
@@ -86,6 +87,18 @@ def test_ctrl_c_keeps_the_pictures_that_are_finished(tiny, monkeypatch, capsys):
     said = capsys.readouterr()
     assert said.out.split() == ["x.png", "x-2.png"]
     assert "of 4 pictures 2 are finished" in said.err
+
+    calls.clear()
+    seen = []
+
+    def look(step):
+        seen.append(step)
+        if len(seen) == 5:  # outside of the generator, after the first step of the third picture
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as stop:
+        with_progress(tiny.stream(request), look)
+    assert stop.value.result.seeds == [5, 6]
 
     calls.clear()
     calls += [1] * 4

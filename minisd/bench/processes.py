@@ -108,7 +108,7 @@ def bench_image(report: Report, args: Any) -> None:
         steps = 20 if args.full else 4
         model = MODELS[args.model]
         side = 8 * (model.latents if args.full else model.latents // 4)
-        drawn = path.stem if args.checkpoint else model.name
+        drawn = model.name if path.stem == args.model else path.stem
         report.table(f"{drawn} picture, {side}x{side}, {steps} steps, guidance, euler", ("time s", "first s", "to ours"))
         ours = None
         with report.attempt("minisd"):

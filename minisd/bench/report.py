@@ -43,7 +43,11 @@ class Report:
         table["rows"].append(row)
         cells = [shown(name, row.get(name.replace(" ", "_"))) for name in table["columns"]]
         text = values.get("error_text")
-        print(f"  {label:<44}" + (f"  failed: {text}" if text else "".join(f"{cell:>16}" for cell in cells)), flush=True)
+        print(
+            f"  {label:<44}"
+            + (f"  failed: {text}" if text else "".join(f"{cell:>16}" if len(cell) < 16 else f"  {cell}" for cell in cells)),
+            flush=True,
+        )
         self.write()
 
     def note(self, text: str) -> None:

@@ -101,16 +101,7 @@ class Runtime:
         # Taken out of the row while in use: two streams of one pipeline may run in turns.
         buffers = self.shapes.pop(key, None) or self.new_buffers(x, told, rows, shifts, keys_values)
         try:
-            buffers.table[: len(table)].copy_(table)
-            buffers.shifts[: len(shifts)].copy_(shifts)
-            buffers.keys_values.copy_(keys_values)
-            buffers.step.zero_()
-            buffers.state[0].copy_(x)
-            copies, channels = len(conditions), x.shape[1]
-            buffers.model_input[:, :channels].copy_((x / float((sigmas[0] ** 2 + 1).sqrt())).repeat(copies, 1, 1, 1))
-            if told.extra is not None:
-                buffers.model_input[:, channels:].copy_(told.extra)
-
+            fill(buffers, x, float((sigmas[0] ** 2 + 1).rsqrt()), told.extra, table, shifts, keys_values)
             trail = torch.empty(len(table), *buffers.state.shape, device=x.device)
             for here in trail:
                 if buffers.recording is not None:
@@ -139,6 +130,21 @@ class Runtime:
             keys_values=torch.empty_like(keys_values),
             step=torch.zeros(1, device=x.device, dtype=torch.int64),
         )
+
+
+def fill(
+    buffers: Buffers, x: Tensor, c_in: float, extra: Tensor | None, table: Tensor, shifts: Tensor, keys_values: Tensor
+) -> None:
+    """Puts everything in its place for the first step; c_in: what scales x for the network."""
+    buffers.table[: len(table)].copy_(table)
+    buffers.shifts[: len(shifts)].copy_(shifts)
+    buffers.keys_values.copy_(keys_values)
+    buffers.step.zero_()
+    buffers.state[0].copy_(x)
+    copies, channels = len(buffers.model_input) // len(x), x.shape[1]
+    buffers.model_input[:, :channels].copy_((x * c_in).repeat(copies, 1, 1, 1))
+    if extra is not None:
+        buffers.model_input[:, channels:].copy_(extra)
 
 
 def step(fused: FusedUNet, buffers: Buffers) -> Tensor:

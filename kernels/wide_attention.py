@@ -1,7 +1,7 @@
 """Attention with heads of 512 channels, as the VAE's one head has: two matrix products and, between them, one kernel.
 
     s = q k^T                       float32, from the library's matrix product
-    p = 2^(factor (s - max s)),     in half precision, between 0 and 1;     l = sum p,     factor = scale log2(e)
+    p = 2^(factor (s - max s)),     between 0 and 1, kept in half precision;     l = its sum,     factor = scale log2(e)
     out = (p v) / l                 p v in float32 again
 
 Why not attention.py.  That kernel keeps a block's weighted sums in registers, 64 queries x 512 channels = half of an SM's.  So
@@ -40,12 +40,12 @@ reference = narrow.reference
 
 
 @jit(do_not_specialize=["factor"])
-def exponentials_kernel(scores, p, sums, keys, factor, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+def exponentials_kernel(scores, p, sums, keys, factor, BLOCK: tl.constexpr, ONCE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     scores += row * keys
     p += row * keys
-    if WHOLE:
+    if ONCE:
         s = tl.load(scores + lanes, mask=lanes < keys, other=float("-inf"))
         values = tl.exp2((s - tl.max(s, axis=0)) * factor)
         tl.store(p + lanes, values.to(p.dtype.element_ty), mask=lanes < keys)
@@ -95,7 +95,7 @@ def wide_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
             p, sums = torch.empty_like(scores, dtype=q.dtype), scores.new_empty(*scores.shape[:2], 1)
             grid = (scores.shape[0] * scores.shape[1],)
             exponentials_kernel[grid](
-                scores, p, sums, keys, scale * 1.4426950408889634, BLOCK=block, WHOLE=keys <= WHOLE, num_warps=warps
+                scores, p, sums, keys, scale * 1.4426950408889634, BLOCK=block, ONCE=keys <= WHOLE, num_warps=warps
             )
             out[:, first : first + rows, head] = product(p, v[:, head]) / sums
     return out.transpose(1, 2)

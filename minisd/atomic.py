@@ -7,6 +7,7 @@ import glob
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
@@ -52,7 +53,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def drafting(path: Path) -> Iterator[Path]:
     """A name beside `path` for what is not finished yet, gone in the end.  Turns OSError into OutputError."""
     target = path.resolve()
-    draft = target.with_name(f".{target.name}.minisd-tmp-{os.getpid()}")
+    draft = target.with_name(f".{target.name}.minisd-tmp-{os.getpid()}-{threading.get_native_id()}")
     try:
         remove_strays(target)
         yield draft
@@ -78,7 +79,11 @@ def placed(draft: Path, names: Iterable[Path]) -> Path:
                 os.close(os.open(target, os.O_CREAT | os.O_EXCL))
             except FileExistsError:
                 continue
-            draft.replace(target)
+            try:
+                draft.replace(target)
+            except OSError:
+                target.unlink()
+                raise
         sync(target.parent)
         return target
     raise FileExistsError("its name has just been taken")
@@ -105,7 +110,7 @@ def remove_strays(target: Path) -> None:
     """Removes what processes that are gone have left unfinished beside a target."""
     start = f".{target.name}.minisd-tmp-"
     for name in os.listdir(target.parent):
-        pid = name.removeprefix(start)
+        pid = name.removeprefix(start).split("-")[0]
         if name.startswith(start) and pid.isdigit() and not running(int(pid)):
             (target.parent / name).unlink(missing_ok=True)
 

@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,11 +152,11 @@ def draw(argv: Sequence[str]) -> int:
             check_output(path, path)
     from .image import grid, save_png
     from .pipeline import load
-    from .request import Request
+    from .request import MAX_IMAGES, Request
     from .result import Interrupted, numbered_paths
 
-    own = numbered_paths(args.output, min(args.num_images, 1000)) if args.output else []
-    check_distinct([*own, args.grid, args.preview, *(Path(path) for path in (args.init, args.mask) if path)])
+    own = numbered_paths(args.output, min(args.num_images, MAX_IMAGES)) if args.output else []
+    check_distinct([*own, args.grid, args.preview], [args.init, args.mask])
 
     pipe = load(args.model, args.device, args.dtype, args.vae, args.prediction, args.offload, args.ema)
     refiner = load(args.refiner, args.device, args.dtype, offload=args.offload) if args.refiner else None
@@ -187,14 +188,14 @@ def draw(argv: Sequence[str]) -> int:
     look = Preview(pipe, args.preview) if args.preview else None
     try:
         result = with_progress(pipe.stream(request, refiner), look)
-    except Interrupted as stop:
-        report(stop.result, output, args)
-        print(f"minisd: interrupted; of {args.num_images} pictures {len(stop.result.images)} are finished", file=sys.stderr)
-        return 130
-    status = report(result, output, args)
-    if args.grid:
-        save_png(grid(result.images), args.grid, result.metadata[0] | {"grid": len(result.images)})
-    return status
+    except (Interrupted, MinisdError) as stop:
+        if stop.result is not None:
+            report(stop.result, output, args)
+            print(f"minisd: of {args.num_images} pictures {len(stop.result.images)} are finished", file=sys.stderr)
+        raise
+    if args.grid:  # first: pictures that nobody named then go round it
+        save_png(grid(result.images), args.grid, as_grid(result))
+    return report(result, output, args)
 
 
 def unexpected(first: str, more: Sequence[str]) -> str:
@@ -219,7 +220,7 @@ def again(argv: Sequence[str]) -> int:
     if "compare" in recipe:
         return compare_again(recipe, args)
     output = check_output(args.output, args.picture.with_stem(f"{args.picture.stem}-again"))
-    from .image import grid, save_png
+    from .image import grid
     from .pipeline import load
 
     common: dict[str, Any] = {"device": args.device or recipe.get("device"), "dtype": args.dtype or recipe.get("dtype")}
@@ -232,10 +233,15 @@ def again(argv: Sequence[str]) -> int:
     pipe = load(args.model or recipe.get("model_path"), **common, **files)
     refiner = load(recipe["refiner_path"], **common) if recipe.get("refiner_path") else None
     result = with_progress(pipe.stream(repeat(recipe, pipe.checkpoint.path), refiner))
-    if "grid" not in recipe:
-        return report(result, output, args)
-    print(save_png(grid(result.images), output, result.metadata[0] | {"grid": len(result.images)}, args.output is not None))
-    return 0
+    if "grid" in recipe:
+        sheet = grid(result.images)
+        result = replace(result, images=[sheet], seeds=result.seeds[:1], metadata=[as_grid(result)])
+    return report(result, output, args)
+
+
+def as_grid(result: Result) -> dict[str, Any]:
+    """The recipe of a grid: that of its first picture, and how many there are."""
+    return result.metadata[0] | {"grid": len(result.images)}
 
 
 def bench(argv: Sequence[str]) -> int:
@@ -293,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"minisd: error: {one_line(error)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("minisd: interrupted; nothing was written", file=sys.stderr)
+        print("minisd: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains while it exits

@@ -168,6 +168,7 @@ def merge(argv: Sequence[str]) -> int:
             raise UsageError("merge: expected models and ratios, or --from FILE, which has its own; found both")
         else:
             merged = resolve(args.recipe)
+            tell_replaced(args.output, [merged])
             folders = [merged.parent, Path(), *{file.path.parent: None for file in model_files()}]
             print(repeat(merged, args.output, folders, tell))
     return 0

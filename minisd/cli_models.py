@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli_options import Parser, add_device, add_output_options, check_output, one_line, size, with_progress
+from .errors import UsageError
 
 if TYPE_CHECKING:
     from .comparing import Cells
@@ -58,13 +59,15 @@ def compare(argv: Sequence[str]) -> int:
         sampler=args.sampler,
     )
     x, y = (Axis.parse(text) if text else None for text in (args.x, args.y))
+    for option, given, name in (("-m", args.model, "model"), ("--seeds", args.seeds, "seed")):
+        if given and name in [axis.name for axis in (x, y) if axis]:
+            raise UsageError(f"{option}: expected none beside an axis of {name}s, found {', '.join(map(str, given))}")
     return draw_cells(settle_cells(request, args.model or [None], args.seeds, x, y), output, args)
 
 
 def compare_again(recipe: dict[str, Any], args: argparse.Namespace) -> int:
     output = check_output(args.output, args.picture.with_stem(f"{args.picture.stem}-again"))
     from .comparing import cells_again
-    from .errors import UsageError
 
     if args.model:
         raise UsageError("-m: expected none, as the picture is a comparison, which names its checkpoints itself")

@@ -73,14 +73,14 @@ def check_output(given: Path | None, default: Path) -> Path:
     return given or default
 
 
-def check_distinct(paths: Iterable[Path | None]) -> None:
-    """Raises UsageError if one file is meant twice: what is written later would replace what is read or was written before."""
-    seen: set[Path] = set()
-    for path in paths:
+def check_distinct(outputs: Iterable[Path | None], inputs: Iterable[str | None]) -> None:
+    """Raises UsageError if an output is named twice or is also read: what is written later would replace the other."""
+    taken = {Path(path).resolve() for path in inputs if path}
+    for path in outputs:
         if path is not None:
-            if path.resolve() in seen:
-                raise UsageError(f"output {path}: expected every picture that is read or written to have a name of its own")
-            seen.add(path.resolve())
+            if path.resolve() in taken:
+                raise UsageError(f"output {path}: expected a name of its own, found one that is read or written before")
+            taken.add(path.resolve())
 
 
 def with_progress(steps: Generator[Step, None, Outcome], look: Callable[[Step], None] | None = None) -> Outcome:

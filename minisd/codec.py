@@ -13,7 +13,7 @@ from . import tiling
 from .device import name_of, visiting
 from .errors import NonFiniteError
 from .family import Recognition, Training
-from .runtime import recorded_decoder
+from .runtime import decoder_recorder
 from .taesd import TinyAutoencoder
 from .vae import AutoencoderKL
 
@@ -32,7 +32,7 @@ class Codec:
         self.dtype = vae_dtype(dtype, recognition.family.vector and isinstance(vae, AutoencoderKL), has_bfloat16)
         vae.to(self.dtype)
         on_gpu = next(vae.parameters()).device.type == "cuda"
-        self.decoder = recorded_decoder(vae, graphs=True) if on_gpu and isinstance(vae, AutoencoderKL) else None
+        self.decoder = decoder_recorder(vae, graphs=True) if on_gpu and isinstance(vae, AutoencoderKL) else None
         training = Training() if isinstance(vae, TinyAutoencoder) else recognition.training
         self.scale = 1.0 if isinstance(vae, TinyAutoencoder) else recognition.latent_scale
         self.mean, self.std = (

@@ -223,9 +223,6 @@ def settle_axes(models: Axis, seeds: Axis, x: Axis | None, y: Axis | None) -> tu
         return models, seeds
     chosen = [axis or spare.pop(0) for axis in (x, y)]
     for axis in (models, seeds):
-        same = next((other for other in (x, y) if other and other.name == axis.name), axis)
-        if axis.name == "model" and not {*axis.values, None} - {None} <= set(same.values):
-            raise UsageError(f"axes: expected checkpoints in one place, found {axis.values} and {same.values}")
         if len(axis.values) > 1 and axis not in chosen:
             others = " and ".join(other.name for other in chosen)
             raise UsageError(f"axes: expected one {axis.name} beside {others}, found {len(axis.values)}; a picture has two axes")

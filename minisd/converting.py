@@ -37,7 +37,8 @@ def convert(
     prune: leaves out what nobody needs to draw: schedule buffers, the moving average, the loss of the training.
     vae: a VAE file or another checkpoint, whose VAE takes the place of the source's.
     text: another checkpoint of the same family, whose text encoders take the place of the source's.
-    Raises CheckpointError (the sources, also if they hold NaN) and OutputError (the target; what stood there is then whole).
+    Raises CheckpointError (the sources, also if they hold NaN), UsageError (the target's name) and OutputError (the target; what
+    stood there is then whole).
     """
     return write_parts(open_checkpoint(source), target, dtype, prune, vae, text, progress)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class MinisdError(Exception):
     """Base of all errors that a user can do something about."""
 
     exit_code = 1
+    result: Any = None  # the pictures that were finished before it, if any: a pipeline.Result
 
 
 class UsageError(MinisdError, ValueError):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .device import memory_errors
+from .errors import OutOfMemoryError
 
 KEPT = 4  # recordings of one function; each holds the memory of its intermediate results, in a pool that they share
 
@@ -44,33 +47,30 @@ def capture(graph: Any, pool: Any = None) -> Iterator[None]:
         torch.cuda.set_stream(stream)
 
 
+@dataclass(frozen=True)
 class Recording:
-    """A call as a CUDA graph; making it runs nothing, and everything must have run before.
-
-    Where there is no memory for a graph, it is the call itself.
-    """
-
-    def __init__(self, run: Callable[[], Tensor], pool: Any = None) -> None:
-        self.run = run
-        self.graph: Any = torch.cuda.CUDAGraph()
-        try:
-            with capture(self.graph, pool):
-                self.result = run()
-        except torch.OutOfMemoryError:
-            warnings.warn("no memory to record a CUDA graph: going on without, which is slower", stacklevel=2)
-            self.graph = None
-
-    @property
-    def pool(self) -> Any:
-        """Its memory, for other recordings that never run at the same time.  A pool lives as long as one of its graphs."""
-        return self.graph.pool() if self.graph else None
+    graph: Any  # a torch.cuda.CUDAGraph
+    result: Tensor  # where the call leaves it each time
 
     def replay(self) -> Tensor:
-        """What the call returns: the same memory each time."""
-        if self.graph is None:
-            return self.run()
         self.graph.replay()
         return self.result
+
+
+def record(run: Callable[[], Tensor], others: Iterable[Recording | None]) -> Recording | None:
+    """A call as a CUDA graph.  Making it runs nothing, and everything must have run before.  None if there is no memory for it.
+
+    others: recordings that never run at the same time; the new one shares their memory, which lives as long as one of them.
+    """
+    graph = torch.cuda.CUDAGraph()
+    pool = next((other.graph.pool() for other in others if other), None)
+    try:
+        with memory_errors(), capture(graph, pool):
+            result = run()
+    except OutOfMemoryError:
+        warnings.warn("no memory to record a CUDA graph: going on without, which is slower", stacklevel=2)
+        return None
+    return Recording(graph, result)
 
 
 class Recorder:
@@ -83,31 +83,36 @@ class Recorder:
     def __init__(self, function: Callable[..., Tensor], graphs: bool, roomy: Callable[..., bool] = always) -> None:
         self.function, self.graphs, self.roomy = function, graphs, roomy
         self.seen: set[tuple[object, ...]] = set()
+        self.refused: set[tuple[object, ...]] = set()  # for want of memory
         self.recordings: dict[tuple[object, ...], tuple[list[Tensor | None], Recording]] = {}
 
     def __call__(self, *given: Tensor | None) -> Tensor:
         """function(*given), in memory of its own."""
         key = (ops.chosen(), *(None if x is None else (x.shape, x.dtype) for x in given))
+        again = key in self.seen and key not in self.recordings and key not in self.refused
+        if self.graphs and again and self.roomy(*given):
+            self.record(key, given)
+        self.seen.add(key)
         if key not in self.recordings:
-            if not (self.graphs and key in self.seen and self.roomy(*given)):
-                self.seen.add(key)
-                return self.function(*given)
-            self.recordings[key] = self.recorded(given)
+            return self.function(*given)
         held, recording = self.recordings[key]
         for target, source in zip(held, given, strict=True):
             if target is not None and source is not None:
                 target.copy_(source)
         return recording.replay().clone()
 
-    def recorded(self, given: tuple[Tensor | None, ...]) -> tuple[list[Tensor | None], Recording]:
+    def record(self, key: tuple[object, ...], given: tuple[Tensor | None, ...]) -> None:
         while len(self.recordings) >= KEPT:
             del self.recordings[next(iter(self.recordings))]
-        held = [None if x is None else x.clone() for x in given]
-        pools = (recording.pool for _, recording in self.recordings.values())
-        return held, Recording(lambda: self.function(*held), next(filter(None, pools), None))
+        held, function = [None if x is None else x.clone() for x in given], self.function
+        recording = record(lambda: function(*held), (other for _, other in self.recordings.values()))
+        if recording is None:
+            self.refused.add(key)
+        else:
+            self.recordings[key] = held, recording
 
 
-class Recorded:
+class NetworkRecorder:
     """A function that belongs to a network, recorded; made anew if somebody has changed the network's weights."""
 
     def __init__(
@@ -125,5 +130,5 @@ class Recorded:
 
 
 def versions(network: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Changes when a weight is replaced or written to."""
+    """Changes when a weight is replaced or written to, other than through `.data`."""
     return tuple((weight.data_ptr(), weight._version) for weight in network.parameters())

@@ -89,13 +89,16 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], recipe: Mapping[s
     Raises OutputError; what stood there before is then whole.
     """
     path = Path(path)
-    check_writable(path if replace else next(free_names(path)))
+    first = path if replace else next(free_names(path))
+    check_writable(first)
     chunks = PngImagePlugin.PngInfo()
     if recipe is not None:
         add_text(chunks, "parameters", parameters_text(recipe))
         add_text(chunks, "minisd", json.dumps(recipe, ensure_ascii=True))
-    with replacing(path) if replace else drafting(path) as draft:
+    with replacing(path) if replace else drafting(first) as draft:
         image.save(draft, "PNG", pnginfo=chunks)
+        with Image.open(draft) as written:
+            written.verify()
         return path if replace else placed(draft, free_names(path))
 
 

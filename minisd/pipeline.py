@@ -35,7 +35,7 @@ from .prompt import Texts
 from .recipe import recipe_of
 from .request import Canvas, Model, Plan, Request, noise_source, one_of, settle
 from .result import Result, Step, finish, keeping_finished
-from .runtime import Runtime, plain, recorded_text
+from .runtime import Runtime, plain, text_recorder
 from .samplers import SAMPLERS, Denoise, Noise, Steps
 from .saving import save_model
 from .schedule import TRAINING_STEPS, Continuous, Schedule, noise_levels, scaled_linear, start_scale, zero_terminal
@@ -126,7 +126,7 @@ class Pipeline:
         """The text encoders, recorded where they live on a GPU."""
         if next(self.text_encoders[0].parameters()).device.type != "cuda":
             return Texts(self.family, self.text_encoders, self.device)
-        recorded = {encoder: recorded_text(encoder, graphs=True) for encoder in self.text_encoders}
+        recorded = {encoder: text_recorder(encoder, graphs=True) for encoder in self.text_encoders}
         return Texts(self.family, self.text_encoders, self.device, lambda encoder, ids: recorded[encoder](ids).unbind())
 
     @torch.no_grad()
@@ -177,13 +177,13 @@ class Pipeline:
         index, total = 0, len(parts) * (len(sigmas) - 1)
         latents: list[Tensor] = []
         images: list[Image.Image] = []
+        recipes: list[dict[str, Any]] = []
 
-        def drawn() -> Result:
-            count = len(images)
-            recipes = [self.recipe(plan, i, refiner) for i in range(count)]
-            return Result(images, plan.seeds[:count], torch.cat(latents)[:count], recipes)
+        def drawn() -> Result | None:
+            count = len(recipes)
+            return Result(images[:count], plan.seeds[:count], torch.cat(latents)[:count], recipes) if recipes else None
 
-        with memory_errors(), keeping_finished(lambda: drawn() if images else None):
+        with keeping_finished(drawn), memory_errors():
             over = plan.canvas if self.recognition.task != "edit" else None  # an editing model starts from noise alone
             known = self.codec.encode(over.pixels) if over else None
             for part in parts:
@@ -194,7 +194,10 @@ class Pipeline:
                     index += 1
                 latents.append(x / (sigmas[-1] ** 2 + 1).sqrt())
                 images += [paste(to_pil(pixels), plan.canvas) for pixels in self.codec.decode(latents[-1])]
-        return drawn()
+                recipes += [self.recipe(plan, i, refiner) for i in range(len(recipes), len(images))]
+            result = drawn()
+        assert result is not None
+        return result
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the model as a raw .safetensors checkpoint, in the dtype that it is loaded in; returns the path.

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from .checkpoint import file_sha256, open_checkpoint
+from .checkpoint import data_sha256, file_sha256
 from .errors import UsageError
 from .picture import fingerprint, open_picture
 from .request import MAX_IMAGES, Plan, Request, whole
@@ -91,11 +91,11 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def is_same(recipe: Mapping[str, Any], checkpoint: Path) -> bool:
-    """Whether a file has the numbers of the model that a recipe names, as far as can be told."""
-    tensors = recipe.get("model_tensors_sha256")
-    if tensors is not None and open_checkpoint(checkpoint).metadata.get("modelspec.hash_sha256") == tensors:
+    """Whether a file is the model that a recipe names, or has its numbers, as a merge that was made again."""
+    if recipe.get("model_sha256") in (None, file_sha256(checkpoint)):
         return True
-    return recipe.get("model_sha256") in (None, file_sha256(checkpoint))
+    tensors = recipe.get("model_tensors_sha256")
+    return isinstance(tensors, str) and data_sha256(checkpoint) == tensors.removeprefix("0x")
 
 
 def repeat(recipe: Mapping[str, Any], checkpoint: Path) -> Request:

@@ -261,7 +261,7 @@ def one_of(name: str, value: object, choices: Collection[str | None]) -> None:
 
 
 # What other programs understand in a prompt: (red:1.2), <lora:name:0.8>.
-SYNTAX = re.compile(r"\([^()]+:\s*[0-9.]+\s*\)|<(lora|lyco|hypernet):[^<>]*>")
+SYNTAX = re.compile(r"\([^()]*[^\W\d][^()]*:\s*(\d?\.\d+|\d)\s*\)|<(lora|lyco|hypernet):[^<>]*>")
 
 
 def check_text(text: object) -> None:

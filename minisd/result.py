@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from PIL import Image
 from torch import Tensor
 
+from .errors import MinisdError
 from .image import save_png
 
 Outcome = TypeVar("Outcome")  # what a generator of steps returns
@@ -69,8 +70,12 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def keeping_finished(drawn: Callable[[], Result | None]) -> Iterator[None]:
+    """What ends the drawing early, an error of ours or Ctrl-C, carries what is finished by then."""
     try:
         yield
+    except MinisdError as error:
+        error.result = drawn()
+        raise
     except KeyboardInterrupt:
         finished = drawn()
         if finished is None:

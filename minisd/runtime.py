@@ -24,7 +24,7 @@ from . import ops
 from .clip import TextEncoder
 from .denoiser import ClassifierFree, Conditioning, Guide, Unet, stacked, unguided
 from .fused import FusedDecoder, FusedUNet
-from .graphs import KEPT, Recorded, Recorder, Recording, versions
+from .graphs import KEPT, NetworkRecorder, Recorder, Recording, record, versions
 from .samplers import Steps
 from .schedule import Schedule
 from .tiling import decode_bytes, free_memory
@@ -49,6 +49,7 @@ class Buffers:
     keys_values: Tensor  # (B or 2*B, S, sum of 2*C): see FusedUNet.keys_values
     step: Tensor  # (1,), int64
     recording: Recording | None = None
+    refused: bool = False  # no memory to record
 
 
 class Runtime:
@@ -59,6 +60,7 @@ class Runtime:
         self.fused: FusedUNet | None = None
         self.weights: tuple[tuple[int, int], ...] = ()
         self.shapes: dict[tuple[object, ...], Buffers] = {}
+        self.calls: Recorder | None = None
 
     def prepared(self) -> FusedUNet:
         """The fused network, made anew if somebody has changed the weights."""
@@ -75,6 +77,7 @@ class Runtime:
         told = stacked(conditions)
         keys_values = self.prepared().keys_values(told.context)
         calls = self.calls
+        assert calls is not None
 
         @torch.no_grad()
         def predict(x: Tensor, t: Tensor, context: Tensor, y: Tensor | None) -> Tensor:
@@ -108,9 +111,10 @@ class Runtime:
                     buffers.recording.replay()
                 else:
                     step(fused, buffers)
-                    if self.graphs:
-                        pools = [each.recording.pool for each in self.shapes.values() if each.recording]
-                        buffers.recording = Recording(lambda: step(fused, buffers), next(filter(None, pools), None))
+                    if self.graphs and not buffers.refused:
+                        others = (each.recording for each in self.shapes.values())
+                        buffers.recording = record(lambda: step(fused, buffers), others)
+                        buffers.refused = buffers.recording is None
                 here.copy_(buffers.state)
                 yield here[0], here[1]
         finally:
@@ -158,7 +162,7 @@ def step(fused: FusedUNet, buffers: Buffers) -> Tensor:
     return buffers.state
 
 
-def recorded_decoder(network: AutoencoderKL, graphs: bool) -> Recorded:
+def decoder_recorder(network: AutoencoderKL, graphs: bool) -> NetworkRecorder:
     """`AutoencoderKL.decode` at full speed, (B, C, h, w) -> (B, 3, H, W): fused, and recorded where there is memory to keep."""
 
     def roomy(latents: Tensor) -> bool:
@@ -166,9 +170,9 @@ def recorded_decoder(network: AutoencoderKL, graphs: bool) -> Recorded:
         free = free_memory(latents.device, size)
         return free is not None and free >= size
 
-    return Recorded(network, lambda: FusedDecoder(network), graphs, roomy)
+    return NetworkRecorder(network, lambda: FusedDecoder(network), graphs, roomy)
 
 
-def recorded_text(encoder: TextEncoder, graphs: bool) -> Recorded:
+def text_recorder(encoder: TextEncoder, graphs: bool) -> NetworkRecorder:
     """A text encoder's hidden states, stacked: ids (B, 77) -> (layers, B, 77, D)."""
-    return Recorded(encoder, lambda: lambda ids: torch.stack(encoder.hidden_states(ids)), graphs)
+    return NetworkRecorder(encoder, lambda: lambda ids: torch.stack(encoder.hidden_states(ids)), graphs)

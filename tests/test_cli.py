@@ -182,7 +182,7 @@ def test_out_of_memory_is_told(capsys, monkeypatch):
 def test_interrupt(capsys, monkeypatch):
     monkeypatch.setattr("minisd.unet.UNet.forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     assert main(["a star", *FAST]) == 130
-    assert capsys.readouterr().err == "minisd: interrupted; nothing was written\n"
+    assert capsys.readouterr().err == "minisd: interrupted\n"
 
 
 def test_help_and_inspect_do_not_import_torch(reduced_file):

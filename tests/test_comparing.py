@@ -18,10 +18,12 @@ from safetensors.torch import save_file
 
 import minisd
 from minisd import comparing
+from minisd.checkpoint import open_checkpoint
 from minisd.cli import main
 from minisd.comparing import Axis, cells_again, compare, labels, settle_cells
 from minisd.errors import CheckpointError, NonFiniteError, OutOfMemoryError, UsageError
 from minisd.image import fitting, labelled_grid
+from minisd.merging import merge
 from minisd.places import tiny_checkpoint
 from minisd.request import Request
 from minisd.unet import UNet
@@ -118,6 +120,8 @@ def test_axes(case, monkeypatch):
 
 
 BAD = {
+    "models twice": (["-m", "tiny", "--x", "model=tiny,tiny-lit"], 2, "-m: expected none beside an axis of models, found tiny"),
+    "seeds twice": (["--seeds", "3", "--y", "seed=1,2"], 2, "--seeds: expected none beside an axis of seeds, found 3"),
     "unknown axis": (["--x", "colour=red,blue"], 2, "--x, --y: expected one of model, seed, sampler, steps, cfg"),
     "no values": (["--x", "steps"], 2, "--x, --y: expected steps=A,B,… with numbers"),
     "empty value": (["--x", "sampler=ddim,"], 2, "--x, --y: expected sampler=A,B,… with names"),
@@ -192,6 +196,20 @@ def test_another_checkpoint_at_the_recorded_path_is_told(tmp_path, capsys):
     Path("a.safetensors").write_bytes(LIT.read_bytes())
     assert main(["compare", PROMPT, "-m", "a.safetensors", "--seeds", "1", "--steps", "1"]) == 0
     Path("a.safetensors").write_bytes(tiny_checkpoint().read_bytes())
+    assert main(["again", "compare.png"]) == 0
+    assert "a.safetensors is not the checkpoint that drew this picture" in capsys.readouterr().err
+
+
+def test_a_merge_made_again_is_the_same_checkpoint_and_one_with_false_metadata_is_not(capsys):
+    merge([tiny_checkpoint(), LIT], "a.safetensors")
+    assert main(["compare", PROMPT, "-m", "a.safetensors", "--seeds", "1", "--steps", "1"]) == 0
+    first = Path("a.safetensors").read_bytes()
+    facts = open_checkpoint("a.safetensors").metadata
+    earlier = facts["modelspec.date"].encode()
+    Path("a.safetensors").write_bytes(first.replace(earlier, b"1" + earlier[1:], 1))  # as if on another day
+    assert main(["again", "compare.png"]) == 0
+    assert "is not the checkpoint" not in capsys.readouterr().err
+    Path("a.safetensors").write_bytes(first[:-1] + bytes([first[-1] ^ 1]))  # another number under the same metadata
     assert main(["again", "compare.png"]) == 0
     assert "a.safetensors is not the checkpoint that drew this picture" in capsys.readouterr().err
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ from PIL import Image
 from minisd.cli import main
 from minisd.cli_options import with_progress
 from minisd.converting import convert
+from minisd.errors import NonFiniteError, OutputError
+from minisd.image import save_png
 from minisd.places import tiny_checkpoint
 from minisd.request import Request
 from minisd.result import Interrupted, finish
@@ -41,12 +45,48 @@ def test_pictures_that_nobody_named_replace_none(capsys):
     assert Path("out-2.png").read_text() == "mine"
 
 
+def test_threads_that_save_at_once_get_a_name_each(tmp_path):
+    pictures = [Image.new("RGB", (16, 16), (i, 0, 0)) for i in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda picture: save_png(picture, "x.png", None, replace=False), pictures))
+    assert len(set(paths)) == 24
+    for picture, path in zip(pictures, paths, strict=True):
+        with Image.open(path) as found:
+            assert np.array_equal(found, picture)
+    assert len(list(tmp_path.iterdir())) == 24
+
+
+def test_a_default_name_that_is_a_link_elsewhere_is_passed_over(tmp_path):
+    (tmp_path / "far").mkdir()
+    Path("x.png").symlink_to(tmp_path / "far" / "real.png")  # which does not exist
+    assert save_png(Image.new("RGB", (8, 8)), "x.png", None, replace=False) == Path("x-2.png")
+    assert not list((tmp_path / "far").iterdir())
+
+
+def test_a_claimed_name_is_given_back_where_the_file_cannot_follow(tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr("os.link", fails)
+    monkeypatch.setattr(type(tmp_path), "replace", fails)
+    with pytest.raises(OutputError, match="Invalid cross-device link"):
+        save_png(Image.new("RGB", (8, 8)), "x.png", None, replace=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_grid_does_not_take_the_name_of_a_picture(capsys):
+    assert main(["a star", *FAST, "--num-images", "2", "--grid", "out.png"]) == 0
+    assert capsys.readouterr().out.split() == ["out-2.png", "out-3.png"]
+    with Image.open("out.png") as grid:
+        assert grid.size == (64, 32)
+
+
 @pytest.mark.parametrize("other", [["--grid", "x.png"], ["--grid", "x-2.png"], ["--preview", "./x.png"], ["--init", "x.png"]])
 def test_one_name_for_two_pictures_is_refused(other, capsys):
     Image.new("RGB", (32, 32)).save("x.png")
     before = Path("x.png").read_bytes()
     assert main(["a star", *FAST, "--num-images", "2", "-o", "x.png", *other]) == 2
-    assert "expected every picture that is read or written to have a name of its own" in capsys.readouterr().err
+    assert "expected a name of its own, found one that is read or written before" in capsys.readouterr().err
     assert Path("x.png").read_bytes() == before
 
 
@@ -86,7 +126,7 @@ def test_ctrl_c_keeps_the_pictures_that_are_finished(tiny, monkeypatch, capsys):
     assert main(["a star", *size, "--num-images", "4", "-o", "x.png"]) == 130
     said = capsys.readouterr()
     assert said.out.split() == ["x.png", "x-2.png"]
-    assert "of 4 pictures 2 are finished" in said.err
+    assert said.err == "minisd: of 4 pictures 2 are finished\nminisd: interrupted\n"
 
     calls.clear()
     seen = []
@@ -107,9 +147,28 @@ def test_ctrl_c_keeps_the_pictures_that_are_finished(tiny, monkeypatch, capsys):
     assert not isinstance(early.value, Interrupted)
 
 
+def test_a_picture_that_fails_loses_none_before_it(tiny, monkeypatch, capsys):
+    decode = type(tiny.codec).decode
+    drawn = []
+
+    def failing(self, latents):
+        drawn.append(1)
+        if len(drawn) == 3:
+            raise NonFiniteError("broken")
+        return decode(self, latents)
+
+    monkeypatch.setattr(type(tiny.codec), "decode", failing)
+    assert main(["a star", *FAST, "--num-images", "4"]) == 5
+    said = capsys.readouterr()
+    assert said.out.split() == ["out.png", "out-2.png"]
+    assert said.err == "minisd: of 4 pictures 2 are finished\nminisd: error: broken\n"
+
+
 def test_a_grid_is_made_again(capsys):
     assert main(["a star", *FAST, "--num-images", "3", "-o", "x.png", "--grid", "grid.png"]) == 0
-    assert main(["again", "grid.png"]) == 0
-    assert capsys.readouterr().out.split()[-1] == "grid-again.png"
+    capsys.readouterr()
+    assert main(["again", "grid.png", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["images"], said["metadata"][0]["grid"]) == (["grid-again.png"], 3)
     with Image.open("grid.png") as grid, Image.open("grid-again.png") as again:
         assert np.array_equal(grid, again)

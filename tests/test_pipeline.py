@@ -267,3 +267,15 @@ def test_every_part_visits_the_device_only_while_it_works(tiny, monkeypatch):
         monkeypatch.setattr(f"minisd.{name}.visiting", recorded)
     tiny("a star", seed=0, **FAST)
     assert order == ["CLIPTextModel", "UNet", "AutoencoderKL"]
+
+
+@pytest.mark.parametrize("prompt", ["a (red:1.3) star", "(a b:.5)", "<lora:style:0.8> a star", "(star:2)"])
+def test_weights_and_loras_in_a_prompt_are_told(tiny, prompt):
+    with pytest.warns(UserWarning, match="is read as plain words"):
+        settle(minisd.Request(prompt), tiny.facts())
+
+
+@pytest.mark.parametrize("prompt", ["a star (16:9)", "a clock (at 10:30)", "a <star>", "(red) star: big", "a ((star))"])
+def test_what_only_looks_like_weights_is_not(tiny, prompt, recwarn):
+    settle(minisd.Request(prompt), tiny.facts())
+    assert not [each for each in recwarn if "plain words" in str(each.message)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +18,10 @@ from PIL import Image
 import minisd
 from minisd import blueprint, ops
 from minisd.fused import FusedDecoder, FusedUNet
-from minisd.graphs import Recording
+from minisd.graphs import NetworkRecorder, Recording
 from minisd.prompt import hidden_states
 from minisd.request import Request, noise_source, settle
-from minisd.runtime import Runtime, plain, recorded_decoder, recorded_text
+from minisd.runtime import Runtime, decoder_recorder, plain, text_recorder
 from minisd.shapes import below
 from minisd.unet import UNet
 from minisd.vae import AutoencoderKL
@@ -180,12 +182,28 @@ def test_changed_weights_are_noticed(files):
 
 
 class Live:
-    """A recording that runs the call each time."""
+    """As a recording: runs the call each time, and leaves the result in the same memory."""
 
-    pool = None
+    class graph:  # noqa: N801
+        @staticmethod
+        def pool():
+            return None
 
-    def __init__(self, run, pool):
-        self.replay = run
+    def __init__(self, run):
+        self.run, self.result = run, None
+
+    def replay(self):
+        result = self.run()
+        self.result = result.clone() if self.result is None else self.result.copy_(result)
+        return self.result
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded for real on a GPU; on a CPU by `Live`."""
+    if not CUDA:
+        for module in ("graphs", "runtime"):
+            monkeypatch.setattr(f"minisd.{module}.record", lambda run, others: Live(run))
 
 
 UNPLAIN = {
@@ -198,10 +216,7 @@ UNPLAIN = {
 
 
 @pytest.mark.parametrize("case", UNPLAIN)
-def test_all_others_call_the_recorded_network(case, files, monkeypatch):
-    """Recorded for real on a GPU; on a CPU a recording is the call itself, over the memory that a recording reads."""
-    if not CUDA:
-        monkeypatch.setattr("minisd.graphs.Recording", Live)
+def test_all_others_call_the_recorded_network(case, files, recording):
     pipe = load(files[case.split(",")[0]], DEVICE)
     options = {"prompt": "a red circle", "width": 64, "height": 64, "steps": 4, "seed": 1} | UNPLAIN[case]
     with ops.using("torch"):
@@ -236,18 +251,83 @@ def test_two_streams_of_one_pipeline_run_in_turns(options, files):
     assert len(runtime.shapes) <= 1
 
 
-def test_a_recording_without_memory_is_the_call_itself(monkeypatch):
+SIZES = [(64, 64), (72, 64), (64, 72), (80, 64), (64, 80), (72, 72)]
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance_rescale": 0.7}])
+def test_six_sizes_in_turns_and_a_weight_that_changes(options, files, recording):
+    """More than are kept, twice each, so that some are replayed and some made again."""
+    pipe = load(files["sd1"], DEVICE)
+    runtime = Runtime(pipe.unet, graphs=True)
+    requests = [Request("a star", width=w, height=h, steps=3, seed=1, **options) for w, h in SIZES]
+    for turn in range(2):
+        for request in (*requests, requests[-1]):
+            pipe.runtime = None
+            wanted = steps(pipe, request)
+            pipe.runtime = runtime
+            found = steps(pipe, request)
+            assert relative_error(found[-1][0], wanted[-1][0]) <= 2 * LIMIT
+        kept = runtime.calls.recordings if options else runtime.shapes
+        assert len(kept) == 4
+        if not options:
+            assert all(buffers.recording for buffers in runtime.shapes.values())
+        if turn == 0:
+            pipe.unet.out[2].bias.add_(0.1)
+
+
+@torch.no_grad()
+def test_what_a_recorder_returns_stays(recording):
+    weight = torch.nn.Linear(3, 3).to(DEVICE).requires_grad_(False)
+    calls = NetworkRecorder(weight, lambda: weight.forward, graphs=True)
+    given = [noise(2, 3, seed=seed).to(DEVICE) for seed in range(4)]
+    found = [calls(x) for x in given]
+    assert all(torch.allclose(y, weight(x)) for x, y in zip(given, found, strict=True))
+    weight.bias.add_(1)
+    assert torch.allclose(calls(given[0]), weight(given[0]))
+    with ops.using("torch"):
+        calls(given[0])
+        calls(given[0])
+    assert len(calls.calls.recordings) == 1  # of the other choice of kernels: the first has one call since the change
+
+
+def test_a_dropped_pipeline_is_gone_at_once(files, monkeypatch):
+    """With its recordings: they keep no hold of what made them."""
+    if not CUDA:
+        for module in ("graphs", "runtime"):
+            monkeypatch.setattr(f"minisd.{module}.record", lambda run, others: Recording(Live.graph, run()))
+        monkeypatch.setattr(Recording, "replay", lambda self: self.result)
+    pipe = load(files["sd1"], DEVICE)
+    pipe.runtime = Runtime(pipe.unet, graphs=True)
+    for options in ({}, {"guidance_rescale": 0.7}):
+        steps(pipe, Request("a star", width=64, height=64, steps=3, seed=1, **options))
+    gone = [weakref.ref(each) for each in (pipe.unet, pipe.runtime)]
+    gc.disable()
+    try:
+        del pipe
+        assert [each() for each in gone] == [None, None]
+    finally:
+        gc.enable()
+
+
+@torch.no_grad()
+def test_without_memory_to_record_drawing_goes_on(files, monkeypatch):
     @contextmanager
     def full(graph, pool):
-        raise torch.OutOfMemoryError("no memory")
+        raise RuntimeError("CUDA error: out of memory")
         yield
 
     monkeypatch.setattr("torch.cuda.CUDAGraph", object)
     monkeypatch.setattr("minisd.graphs.capture", full)
-    with pytest.warns(UserWarning, match="no memory to record"):
-        recording = Recording(lambda: torch.ones(1), None)
-    assert recording.replay() == 1
-    assert recording.pool is None
+    pipe = load(files["sd1"])
+    for options in ({}, {"guidance_rescale": 0.7}):
+        request = Request("a star", width=64, height=64, steps=4, seed=1, **options)
+        pipe.runtime = None
+        wanted = steps(pipe, request)
+        pipe.runtime = Runtime(pipe.unet, graphs=True)
+        with pytest.warns(UserWarning, match="no memory to record") as told:
+            found = steps(pipe, request)
+        assert len(told) == 1  # and is not tried again
+        assert relative_error(found[-1][0], wanted[-1][0]) <= LIMIT
 
 
 @pytest.mark.gpu
@@ -299,7 +379,7 @@ def test_codec_decodes_with_the_fast_decoder_what_is_in_its_dtype(files):
     with ops.using("torch"):
         pipe.codec.decoder = None
         wanted = pipe.codec.decode(latents)
-        pipe.codec.decoder = recorded_decoder(pipe.vae, graphs=CUDA)
+        pipe.codec.decoder = decoder_recorder(pipe.vae, graphs=CUDA)
         for _ in range(3):
             assert relative_error(pipe.codec.decode(latents), wanted) <= LIMIT
     assert pipe.codec.decoder.calls is not None
@@ -309,7 +389,7 @@ def test_codec_decodes_with_the_fast_decoder_what_is_in_its_dtype(files):
 @torch.no_grad()
 def test_recorded_decoding_equals_eager(files):
     pipe = load(files["sdxl"], "cuda", "float16")
-    decoder, first, second = recorded_decoder(pipe.vae, graphs=True), noise(1, 4, 8, 8), noise(1, 4, 8, 8, seed=1)
+    decoder, first, second = decoder_recorder(pipe.vae, graphs=True), noise(1, 4, 8, 8), noise(1, 4, 8, 8, seed=1)
     first, second = (x.to("cuda", next(pipe.vae.parameters()).dtype) for x in (first, second))
     wanted = [FusedDecoder(pipe.vae)(x) for x in (first, second)]
     for _ in range(3):
@@ -321,14 +401,12 @@ def test_recorded_decoding_equals_eager(files):
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 @torch.no_grad()
-def test_recorded_texts_are_the_texts(name, files, monkeypatch):
-    if not CUDA:
-        monkeypatch.setattr("minisd.graphs.Recording", Live)
+def test_recorded_texts_are_the_texts(name, files, recording):
     pipe = load(files[name], DEVICE)
     prompts = ["a red star", "a blue circle " * 40]
     plain_texts = replace(pipe.texts, run=hidden_states)
     wanted = plain_texts.encode(prompts, clip_skip=2)
-    recorded = {encoder: recorded_text(encoder, graphs=True) for encoder in pipe.text_encoders}
+    recorded = {encoder: text_recorder(encoder, graphs=True) for encoder in pipe.text_encoders}
     texts = replace(pipe.texts, run=lambda encoder, ids: recorded[encoder](ids).unbind())
     for _ in range(3):
         found = texts.encode(prompts, clip_skip=2)

@@ -127,6 +127,20 @@ def test_bands_when_memory_is_short(narrow, monkeypatch):
         assert torch.equal(tiling.decode(narrow, latents), wanted)
 
 
+def test_many_pictures_are_decoded_a_few_at_a_time(narrow, monkeypatch):
+    """As many as make a million pixels, or one."""
+    monkeypatch.setattr(tiling, "DECODED", 2 * (8 * narrow.downscale) ** 2)
+    latents, seen = torch.randn(5, 4, 8, 8), []
+
+    def whole(x):
+        seen.append(len(x))
+        return narrow.decode(x)
+
+    found = tiling.decode(narrow, latents, whole)
+    assert seen == [2, 2, 1]
+    torch.testing.assert_close(found, narrow.decode(latents))
+
+
 def test_free_memory_of_this_machine():
     free = tiling.free_memory(torch.device("cpu"))
     assert free is None or 1 << 20 < free < 1 << 50

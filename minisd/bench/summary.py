@@ -1,4 +1,8 @@
-"""The figures that matter most, out of all that `bench all` has measured, each beside its floor and the best of its peers."""
+"""The figures that matter most, out of all that `bench all` has measured, each beside its floor and the best of its peers.
+
+Peers count where they were measured in the same run as ours.  The floor of a network is the arithmetic of its plain form at the
+matrix rate of the run: a form with less of it, as of the upsampling convolutions, may go below.
+"""
 
 from __future__ import annotations
 
@@ -18,49 +22,72 @@ SHAPES = [
 ]
 NETWORKS = ["SD 1.5 UNet step", "SD 2.1-768 UNet step", "SDXL UNet step", "VAE decoding 512x512", "VAE decoding 1024x1024"]
 OURS = ("minisd, whole step as drawn", "minisd, fused")  # of a network: the first that there is
-FLOOR = "floor: the arithmetic alone"
+FLOOR = "the plain form's arithmetic alone"
 
 
 def summary(tables: list[dict[str, Any]]) -> Iterator[tuple[str, Row]]:
     """(label, values) for each figure that was measured."""
     for name in NETWORKS:
-        rows = rows_of(tables, f"{name}")
-        times = {row["label"]: row["time_ms"] for row in rows if row.get("time_ms")}
-        ours = next((times[label] for label in OURS if label in times), None)
-        peers = {label: time for label, time in times.items() if label.startswith("diffusers")}
-        yield from compared(name, ours, times.get(FLOOR), peers)
+        yield from hardest(name, [network(rows) for rows in tables_of(tables, name)])
     for kernel, shape in SHAPES:
-        rows = [row for row in rows_of(tables, f"{kernel}, ") if row["label"].startswith(shape) and row.get("time_us")]
-        times = {row["variant"]: row["time_us"] for row in rows}
-        ours = times.pop("minisd", None)
-        share = next((row["of_ceiling"] for row in rows if row["variant"] == "minisd"), None)
-        theirs = {variant: time for variant, time in times.items() if not variant[0].isdigit()}  # without other tiles of ours
-        yield from compared(f"{kernel} {shape}", ours, ours * share if ours and share else None, theirs)
-    for row in rows_of(tables, "SD 1.5 picture"):
-        if row["label"].startswith(("minisd, prompt", "cold process", "the same, kernels")):
-            peers = {
-                each["label"]: each.get("time_s") for each in rows_of(tables, "SD 1.5 picture") if "diffusers" in each["label"]
-            }
-            yield from compared(f"SD 1.5: {row['label']}", row.get("time_s"), None, peers if "prompt" in row["label"] else {})
-    for row in rows_of(tables, "opening a "):
-        if row["label"].startswith("minisd"):
-            peers = {each["label"]: each.get("time_s") for each in rows_of(tables, "opening a ") if "diffusers" in each["label"]}
-            rate = f" at {row['GB/s']:.3g} GB/s" if row.get("GB/s") else ""
-            yield from compared(f"opening an SD 1.5 file{rate}", row.get("time_s"), None, peers)
+        found = [[row for row in rows if row["label"].startswith(shape)] for rows in tables_of(tables, f"{kernel}, ")]
+        yield from hardest(f"{kernel} {shape}", [one_kernel(rows) for rows in found])
+    for rows in tables_of(tables, "SD 1.5 picture"):
+        for label in (
+            "minisd, prompt to uint8",
+            "cold process to a picture on disk, no kernel cache",
+            "the same, kernels in the cache",
+        ):
+            times = times_of(rows, "time_s")
+            peers = theirs(times) if "prompt" in label else {}
+            yield from hardest(f"SD 1.5: {label}", [compared(times.get(label), None, peers)])
+    for rows in tables_of(tables, "opening a "):
+        ours = next((row for row in rows if row["label"].startswith("minisd") and row.get("time_s")), None)
+        if ours:
+            values = compared(ours["time_s"], None, theirs(times_of(rows, "time_s")))
+            yield from hardest(f"opening an SD 1.5 file at {ours['GB/s']:.3g} GB/s", [values])
 
 
-def rows_of(tables: list[dict[str, Any]], title: str) -> list[Row]:
-    """The rows of all tables whose title begins so; of one label the last, but those that failed."""
-    found = [row for table in tables if table["title"].startswith(title) for row in table["rows"] if "error_text" not in row]
-    return list({(row["label"], row.get("variant")): row for row in found}.values())
+def tables_of(tables: list[dict[str, Any]], title: str) -> list[list[Row]]:
+    """The rows, without those that failed, of each table whose title begins so."""
+    return [[row for row in table["rows"] if "error_text" not in row] for table in tables if table["title"].startswith(title)]
 
 
-def compared(label: str, ours: float | None, floor: float | None, peers: dict[str, float | None]) -> Iterator[tuple[str, Row]]:
-    known = {name: time for name, time in peers.items() if time}
+def times_of(rows: list[Row], column: str) -> dict[str, float]:
+    return {row["label"]: row[column] for row in rows if row.get(column)}
+
+
+def theirs(times: dict[str, float]) -> dict[str, float]:
+    return {label: time for label, time in times.items() if label.startswith("diffusers")}
+
+
+def network(rows: list[Row]) -> Row:
+    times = times_of(rows, "time_ms")
+    ours = next((times[label] for label in OURS if label in times), None)
+    return compared(ours, times.get(FLOOR), theirs(times))
+
+
+def one_kernel(rows: list[Row]) -> Row:
+    times = {row["variant"]: row["time_us"] for row in rows if row.get("time_us")}
+    ours = times.pop("minisd", None)
+    share = next((row["of_ceiling"] for row in rows if row["variant"] == "minisd" and row.get("time_us")), None)
+    library = {variant: time for variant, time in times.items() if not variant[0].isdigit()}  # without other tiles of ours
+    return compared(ours, ours * share if ours and share else None, library)
+
+
+def compared(ours: float | None, floor: float | None, peers: dict[str, float]) -> Row:
+    """A row of the summary; nothing in it where ours was not measured."""
     if ours is None:
-        return
-    best = min(known, key=lambda name: known[name]) if known else None
+        return {}
     values: Row = {"time_ms": ours, "floor_ms": floor}
-    if best is not None:
-        values |= {"best_peer_ms": known[best], "to_ours": known[best] / ours, "which_peer": best}
-    yield label, values
+    if peers:
+        best = min(peers, key=lambda name: peers[name])
+        values |= {"best_peer_ms": peers[best], "to_ours": peers[best] / ours, "which_peer": best}
+    return values
+
+
+def hardest(label: str, runs: list[Row]) -> Iterator[tuple[str, Row]]:
+    """Of several runs the one in which the best peer comes closest to ours, or is furthest ahead."""
+    measured = [run for run in runs if run]
+    if measured:
+        yield label, min(measured, key=lambda run: run.get("to_ours", float("inf")))

@@ -14,12 +14,21 @@ from pathlib import Path
 
 from .errors import OutputError
 
+LONGEST = 200  # bytes of a name; file systems have 255, and a draft's is longer
+
 
 def check_place(path: Path) -> None:
     """Raises OutputError now rather than after minutes of work: for what is no regular file, or where nothing can be written."""
-    if path.exists() and not path.is_file():
-        raise OutputError(f"output {path}: is not a regular file; choose another name")
-    folder = path.resolve().parent
+    try:
+        if len(os.fsencode(path.name)) > LONGEST:
+            raise OutputError(f"output {path}: expected a name of at most {LONGEST} bytes; choose another")
+        if path.exists() and not path.is_file():
+            raise OutputError(f"output {path}: is not a regular file; choose another name")
+        folder = path.resolve().parent
+    except OutputError:
+        raise
+    except (OSError, RuntimeError) as error:  # links that lead in a circle, folders that may not be searched
+        raise OutputError(f"output {path}: leads nowhere: {error}; choose another name") from error
     if not folder.is_dir():
         raise OutputError(f"output {path}: the folder {folder} does not exist; make it first")
     if not os.access(folder, os.W_OK):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import re
 import sys
 import time
 import warnings
@@ -21,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .cli_files import convert, diff, inspect, merge, save
 from .cli_models import compare, compare_again, models
-from .cli_options import Parser, add_device, check_distinct, check_output, one_line, size, with_progress
-from .errors import MinisdError
+from .cli_options import Parser, add_device, check_distinct, check_output, one_line, size, undisturbed, with_progress
+from .errors import MinisdError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -157,6 +159,13 @@ def draw(argv: Sequence[str]) -> int:
 
     own = numbered_paths(args.output, min(args.num_images, MAX_IMAGES)) if args.output else []
     check_distinct([*own, args.grid, args.preview], [args.init, args.mask])
+    for path in own:
+        check_output(path, path)
+    if args.grid and not args.output and re.fullmatch(r"out(-\d+)?\.png", args.grid.name):
+        raise UsageError(f"--grid {args.grid}: is a name that pictures take when nobody names them; choose another, or give -o")
+    close = get_close_matches(args.prompt, COMMANDS, 1, cutoff=0.8)
+    if close:
+        warnings.warn(f"drawing {args.prompt!r}; did you mean the command {close[0]}?", stacklevel=2)
 
     pipe = load(args.model, args.device, args.dtype, args.vae, args.prediction, args.offload, args.ema)
     refiner = load(args.refiner, args.device, args.dtype, offload=args.offload) if args.refiner else None
@@ -193,9 +202,10 @@ def draw(argv: Sequence[str]) -> int:
             report(stop.result, output, args)
             print(f"minisd: of {args.num_images} pictures {len(stop.result.images)} are finished", file=sys.stderr)
         raise
-    if args.grid:  # first: pictures that nobody named then go round it
+    status = report(result, output, args)
+    if args.grid:
         save_png(grid(result.images), args.grid, as_grid(result))
-    return report(result, output, args)
+    return status
 
 
 def unexpected(first: str, more: Sequence[str]) -> str:
@@ -274,25 +284,36 @@ class Preview:
         from .image import save_png
 
         if time.monotonic() - self.drawn >= 0.5:  # seconds
-            save_png(self.pipe.preview(step.denoised)[0], self.path, None)
+            try:
+                save_png(self.pipe.preview(step.denoised)[0], self.path, None)
+            except MinisdError as error:  # the picture itself may still come out
+                warnings.warn(f"no previews: {one_line(error)}", stacklevel=2)
+                self.drawn = math.inf
+                return
             self.drawn = time.monotonic()
 
 
 def report(result: Result, output: Path, args: argparse.Namespace) -> int:
-    paths = [str(path) for path in result.save(output, replace=args.output is not None)]
-    if args.json:
-        print(json.dumps({"images": paths, "seeds": result.seeds, "metadata": result.metadata}))
-    else:
-        print("\n".join(paths))
+    paths = []
+    with undisturbed():  # what is drawn is written, and said, before Ctrl-C has its way
+        for path in result.saved(output, replace=args.output is not None):
+            paths.append(str(path))
+            if not args.json:
+                print(path)
+        if args.json:
+            print(json.dumps({"images": paths, "seeds": result.seeds, "metadata": result.metadata}))
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  # closed by the caller: 2>&-
     warnings.showwarning = lambda message, *_: print(f"minisd: warning: {message}", file=sys.stderr)
     try:
         command = COMMANDS.get(arguments[0]) if arguments else None
-        return command(arguments[1:]) if command else draw(["--help"] if arguments == ["help"] else arguments)
+        status = command(arguments[1:]) if command else draw(["--help"] if arguments == ["help"] else arguments)
+        sys.stdout.flush()
+        return status
     except MinisdError as error:
         if "--debug" in arguments:
             raise
@@ -304,6 +325,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains while it exits
         return 141
+    except OSError as error:
+        if "--debug" in arguments or error.filename is not None:
+            raise
+        print(f"minisd: error: standard output could not be written: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OutputError.exit_code
 
 
 if __name__ == "__main__":

@@ -201,6 +201,7 @@ def settle_cells(
     if not isinstance(request.prompt, str) or request.num_images != 1:
         raise UsageError("prompt: expected one text, and one picture of it in each cell")
     seed = request.seed if request.seed not in (None, -1) else secrets.randbelow(RANDOM_SEEDS)
+    seeds = [secrets.randbelow(RANDOM_SEEDS) if each == -1 else each for each in seeds]
     x, y = settle_axes(Axis("model", tuple(models) or (None,)), Axis("seed", tuple(seeds) or (seed,)), x, y)
     x, y = (replace(axis, values=tuple(map(path_of, axis.values))) if axis.name == "model" else axis for axis in (x, y))
     if len(x.values) * len(y.values) > MAX_IMAGES:

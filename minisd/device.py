@@ -22,6 +22,8 @@ def to_device(device: str | None) -> torch.device:
         found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device: expected one that this machine has, found {device!r}: {first_line(error)}") from None
+    if found.type == "meta":
+        raise UsageError("device: expected one that computes, found 'meta'")
     if found.type == "cuda":
         torch.cuda.set_device(found)
     return found

@@ -97,8 +97,6 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], recipe: Mapping[s
         add_text(chunks, "minisd", json.dumps(recipe, ensure_ascii=True))
     with replacing(path) if replace else drafting(first) as draft:
         image.save(draft, "PNG", pnginfo=chunks)
-        with Image.open(draft) as written:
-            written.verify()
         return path if replace else placed(draft, free_names(path))
 
 
@@ -108,7 +106,7 @@ def add_text(chunks: PngImagePlugin.PngInfo, key: str, text: str) -> None:
         text.encode("latin-1")
         chunks.add_text(key, text)
     except UnicodeEncodeError:
-        chunks.add_itxt(key, text)
+        chunks.add_itxt(key, text.encode("utf-8", "replace").decode())  # names of files need not be Unicode
 
 
 def check_writable(path: Path) -> None:

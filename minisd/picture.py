@@ -45,17 +45,24 @@ def open_picture(name: str, source: Picture) -> Image.Image:
 
 def to_pixels(image: Image.Image, width: int, height: int) -> Tensor:
     """A picture as (1, 3, H, W) in [-1, 1], float32; scaled if it has another size, transparent parts on white."""
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = resized(image.convert("RGB"), width, height)
+    image = resized(opaque(image, "white").convert("RGB"), width, height)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def to_mask(image: Image.Image, width: int, height: int) -> Tensor:
-    """A picture as (1, 1, H, W): 1 where it is lighter than half, which is where to paint, else 0."""
-    image = resized(image.convert("L"), width, height)
+    """A picture as (1, 1, H, W): 1 where it is lighter than half, which is where to paint, else 0; so where it is transparent."""
+    image = resized(opaque(image, "black").convert("L"), width, height)
     return (torch.from_numpy(np.array(image))[None, None] >= 128).float()
+
+
+def opaque(image: Image.Image, background: str) -> Image.Image:
+    """Without transparency, and with 8 bits a channel: Pillow's own conversion cuts 16 bits of grey off at 255."""
+    if image.mode.startswith("I"):  # I;16 and the like
+        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return image
 
 
 def resized(image: Image.Image, width: int, height: int) -> Image.Image:

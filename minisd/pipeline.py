@@ -167,6 +167,8 @@ class Pipeline:
     @torch.no_grad()
     def stream(self, request: Request, refiner: Pipeline | None = None) -> Generator[Step, None, Result]:
         """Draws as a generator: yields every step, for progress and previews, and returns the Result (`finish` gets it)."""
+        if not isinstance(request, Request):
+            raise UsageError(f"request: expected a minisd.Request, found {type(request).__name__}")
         plan = settle(request, self.facts())
         if refiner is not None:
             check_refiner(self, refiner, request)

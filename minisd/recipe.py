@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,36 @@ from .request import MAX_IMAGES, Plan, Request, whole
 from .samplers import SAMPLERS
 
 REPEATED = tuple(name for name in Request.__dataclass_fields__ if name not in ("latents", "num_images"))
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(is_number(each) for each in value)
+
+
+# What a recipe may hold where it holds anything: it may come from a stranger.  Ranges are checked as those of any request.
+KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
+    name: (expected, fits)
+    for expected, fits, names in (
+        (
+            "a text",
+            lambda value: isinstance(value, str),
+            "prompt negative_prompt sampler spacing device dtype prediction model_path vae_path refiner_path init_image mask",
+        ),
+        (
+            "a number",
+            is_number,
+            "width height steps guidance_scale seed eta guidance_rescale clip_skip strength image_guidance_scale aesthetic_score "
+            "negative_aesthetic_score high_noise_frac",
+        ),
+        ("two numbers", is_pair, "original_size crop target_size"),
+        ("true or false", lambda value: isinstance(value, bool), "ema zero_negative"),
+    )
+    for name in names.split()
+}
 
 
 def recipe_of(plan: Plan, i: int) -> dict[str, Any]:
@@ -83,10 +113,13 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UsageError(f"{path}: expected a PNG, found a folder") from None
     except KeyError:
         raise UsageError(f"{path}: carries no minisd chunk; only pictures that minisd has saved can be made again") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError, Image.DecompressionBombError) as error:
         raise UsageError(f"{path}: is not a PNG that can be read: {error}") from None
     if not isinstance(recipe, dict):
         raise UsageError(f"{path}: its minisd chunk is not a recipe")
+    for name, (expected, fits) in KINDS.items():
+        if recipe.get(name) is not None and not fits(recipe[name]):
+            raise UsageError(f"{path}: its minisd chunk: {name}: expected {expected}, found {str(recipe[name])[:80]!r}")
     return recipe
 
 
@@ -100,7 +133,7 @@ def is_same(recipe: Mapping[str, Any], checkpoint: Path) -> bool:
 
 def repeat(recipe: Mapping[str, Any], checkpoint: Path) -> Request:
     """The request that a picture's recipe describes.  Warns if a file is no longer the one it was; raises UsageError."""
-    if recipe.get("seed") is None:
+    if recipe.get("seed") in (None, -1):
         raise UsageError(
             "the picture was drawn from noise that its caller gave, which it does not carry; it cannot be made again"
         )

@@ -42,8 +42,13 @@ class Result:
 
         replace: False takes the next names that are free.
         """
+        return list(self.saved(path, replace))
+
+    def saved(self, path: str | os.PathLike[str], replace: bool = True) -> Iterator[Path]:
+        """`save`, picture by picture."""
         names = numbered_paths(path, len(self.images)) if replace else [Path(path)] * len(self.images)
-        return [save_png(*parts, replace) for parts in zip(self.images, names, self.metadata, strict=True)]
+        for parts in zip(self.images, names, self.metadata, strict=True):
+            yield save_png(*parts, replace)
 
 
 def numbered_paths(path: str | os.PathLike[str], count: int) -> list[Path]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -74,11 +77,62 @@ def test_a_claimed_name_is_given_back_where_the_file_cannot_follow(tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
-def test_a_grid_does_not_take_the_name_of_a_picture(capsys):
-    assert main(["a star", *FAST, "--num-images", "2", "--grid", "out.png"]) == 0
-    assert capsys.readouterr().out.split() == ["out-2.png", "out-3.png"]
-    with Image.open("out.png") as grid:
-        assert grid.size == (64, 32)
+@pytest.mark.parametrize("name", ["out.png", "./out-2.png"])
+def test_a_grid_does_not_take_the_name_of_a_picture(name, tmp_path, capsys):
+    assert main(["a star", *FAST, "--num-images", "2", "--grid", name]) == 2
+    assert "is a name that pictures take when nobody names them" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_are_there_where_their_grid_fails(monkeypatch, capsys):
+    def fails(*_):
+        raise OutputError("output g.png: no room")
+
+    monkeypatch.setattr("minisd.image.save_png", fails)
+    assert main(["a star", *FAST, "--num-images", "2", "--grid", "g.png"]) == 6
+    assert capsys.readouterr().out.split() == ["out.png", "out-2.png"]
+
+
+def test_every_name_is_checked_before_drawing(capsys):
+    Path("x-2.png").mkdir()
+    assert main(["a star", *FAST, "--num-images", "2", "-o", "x.png"]) == 6
+    assert "x-2.png: is not a regular file" in capsys.readouterr().err
+    Path("loop.png").symlink_to("loop.png")
+    assert main(["a star", *FAST, "-o", "loop.png"]) == 6
+    assert "loop.png: leads nowhere" in capsys.readouterr().err
+    assert main(["a star", *FAST, "-o", f"{'n' * 201}.png"]) == 6
+    assert "expected a name of at most 200 bytes" in capsys.readouterr().err
+
+
+def test_ctrl_c_waits_for_what_is_drawn_to_be_written(monkeypatch, capsys):
+    save = save_png
+
+    def interrupting(*given):
+        os.kill(os.getpid(), signal.SIGINT)
+        return save(*given)
+
+    monkeypatch.setattr("minisd.result.save_png", interrupting)
+    assert main(["a star", *FAST, "--num-images", "3"]) == 130
+    assert capsys.readouterr().out.split() == ["out.png", "out-2.png", "out-3.png"]
+
+
+def test_previews_that_fail_do_not_end_the_drawing(tiny, monkeypatch, capsys):
+    monkeypatch.setattr("minisd.cli.time.monotonic", count(0.0, 1.0).__next__)
+
+    def fails(self, denoised):
+        raise NonFiniteError("broken")
+
+    monkeypatch.setattr(type(tiny), "preview", fails)
+    assert main(["a star", *FAST, "--preview", "p.png"]) == 0
+    assert capsys.readouterr().err == "minisd: warning: no previews: broken\n"
+
+
+def test_standard_output_that_is_full_is_told():
+    code = "import sys; from minisd.cli import main; sys.exit(main(['inspect', 'tiny']))"
+    with open("/dev/full", "w") as full:
+        run = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert run.returncode == 6
+    assert run.stderr == "minisd: error: standard output could not be written: No space left on device\n"
 
 
 @pytest.mark.parametrize("other", [["--grid", "x.png"], ["--grid", "x-2.png"], ["--preview", "./x.png"], ["--init", "x.png"]])

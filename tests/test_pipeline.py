@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import minisd
+from minisd.picture import to_mask, to_pixels
 from minisd.recipe import parameters_text, read_recipe
 from minisd.request import Request, settle
 
@@ -279,3 +280,33 @@ def test_weights_and_loras_in_a_prompt_are_told(tiny, prompt):
 def test_what_only_looks_like_weights_is_not(tiny, prompt, recwarn):
     settle(minisd.Request(prompt), tiny.facts())
     assert not [each for each in recwarn if "plain words" in str(each.message)]
+
+
+def test_sixteen_bits_of_grey_are_scaled():
+    grey = Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16))
+    assert abs(float(to_pixels(grey, 8, 8).mean())) < 0.01
+    assert not to_mask(Image.fromarray(np.full((8, 8), 300, dtype=np.uint16)), 8, 8).any()
+    assert to_mask(Image.fromarray(np.full((8, 8), 60000, dtype=np.uint16)), 8, 8).all()
+
+
+def test_a_transparent_mask_keeps():
+    assert not to_mask(Image.new("RGBA", (8, 8), (255, 255, 255, 0)), 8, 8).any()
+    assert to_mask(Image.new("RGBA", (8, 8), (255, 255, 255, 255)), 8, 8).all()
+
+
+NONSENSE = [("prompt", 5), ("sampler", []), ("guidance_scale", 10**400), ("original_size", 3), ("device", {}), ("vae_path", True),
+            ("crop", [1, "x"]), ("ema", "yes"), ("model_path", 1), ("guidance_rescale", True)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), NONSENSE)
+def test_a_recipe_of_a_stranger_is_checked(name, value, tmp_path):
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("minisd", json.dumps({"prompt": "x", "seed": 1, name: value}))
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=chunks)
+    with pytest.raises(minisd.UsageError, match=rf"x\.png: its minisd chunk: {name}: expected"):
+        read_recipe(tmp_path / "x.png")
+
+
+def test_stream_refuses_what_is_no_request(tiny):
+    with pytest.raises(minisd.UsageError, match=r"request: expected a minisd\.Request, found str"):
+        next(tiny.stream("a star"))

@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tiles", action="store_true", help="with kernels: also other tile sizes, to choose by")
     made.add_argument("--full", action="store_true", help="the real shapes on a CPU, too")
     made.add_argument("--repeats", type=positive, metavar="N", help="measurements of each (default: 20, on a CPU 5)")
-    made.add_argument("--minutes", type=float, default=9.5, metavar="M", help="with all: when to stop (default: 9.5)")
+    made.add_argument("--minutes", type=minutes, default=9.5, metavar="M", help="with all: when to stop (default: 9.5)")
     made.add_argument("--device", metavar="NAME", help="cpu, cuda, … (default: a GPU if there is one)")
     made.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: what the device draws in)")
     made.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there, after every row")
@@ -71,6 +71,16 @@ def peer_kinds(text: str) -> list[str]:
     return kinds
 
 
+def minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"expected a number of minutes above 0, found {text!r}")
+    return value
+
+
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text!r}")
@@ -82,6 +92,7 @@ def main(argv: Sequence[str]) -> int:
     args = made.parse_args(argv)
     if args.name and args.what != "kernels":
         made.error(f"{args.name!r}: only `bench kernels` takes a name")
+    from ..atomic import check_place
     from ..device import to_device, to_dtype
     from ..ops import chosen
     from .report import Report, machine, pyplot
@@ -89,6 +100,9 @@ def main(argv: Sequence[str]) -> int:
 
     if args.plot:
         pyplot()  # says at once that it is missing
+    for path in (args.json, args.plot):
+        if path:
+            check_place(path)
     chosen()
     device = to_device(args.device)
     clock = Clock(device, to_dtype(args.dtype, device), args.repeats or (20 if device.type == "cuda" else 5))

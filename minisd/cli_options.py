@@ -129,7 +129,8 @@ OPTIONS = {
     "target_size": "--target-size", "zero_negative": "--zero-negative", "aesthetic_score": "--aesthetic", "steps": "--steps",
     "sampler": "--sampler", "seed": "--seed", "eta": "--eta", "spacing": "--spacing", "strength": "--strength",
     "mask": "--mask", "crop": "--crop", "device": "--device", "dtype": "--dtype", "prediction": "--prediction",
-    "axis": "--x, --y",
+    "axis": "--x, --y", "method": "--method", "base": "--base", "blocks": "--blocks", "density": "--density", "ratio": "--ratio",
+    "name": "--name",
 }  # fmt: skip
 
 

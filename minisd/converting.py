@@ -73,6 +73,12 @@ def save(
     return write_parts(checkpoint, target, dtype, True, vae, text, progress, by_number=True)
 
 
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raises UsageError unless weights can be stored so."""
+    if dtype is not None and dtype not in STORABLE.values():
+        raise UsageError(f"dtype: expected torch.{', torch.'.join(STORABLE)}, found {dtype!r}")
+
+
 def write_parts(
     checkpoint: Checkpoint,
     target: str | os.PathLike[str],
@@ -83,6 +89,7 @@ def write_parts(
     progress: Progress | None,
     by_number: bool = False,
 ) -> Path:
+    check_dtype(dtype)
     origin: Origin = {key: (checkpoint, key) for key in checkpoint.entries if not (prune and is_unneeded(key))}
     if vae is not None:
         origin = {key: place for key, place in origin.items() if part_of(key) != "vae"} | vae_of(open_checkpoint(vae))

@@ -22,7 +22,7 @@ from torch import Tensor
 from .arithmetic import dare, generator_for, slerp, ties, weighted
 from .blocks import block_of, block_ratios, part_of
 from .checkpoint import Checkpoint, file_sha256, known_sha256, open_checkpoint
-from .converting import narrowed, stored_as
+from .converting import check_dtype, narrowed, stored_as
 from .errors import CheckpointError, UsageError
 from .family import CONV_IN, is_spare, listing, recognise
 from .saving import NAMES, Progress, described, write_checkpoint
@@ -74,6 +74,7 @@ def merge(
     Raises CheckpointError (a source that is broken, or of another family than A), UsageError, OutputError.
     """
     models = [open_checkpoint(path) for path in (*sources, *([base] if base is not None else []))]
+    check_dtype(dtype)
     by_block = block_ratios(blocks, models[0].entries) if isinstance(blocks, str) else dict(blocks or {})
     given = (float(ratios),) if isinstance(ratios, int | float) else tuple(ratios)
     recipe = settled(Recipe(method, given, by_part or {}, by_block, density, seed), len(sources) - 1, base is not None)

@@ -256,7 +256,8 @@ def number(name: str, value: object, low: float, high: float) -> None:
 
 def one_of(name: str, value: object, choices: Collection[str | None]) -> None:
     if value not in choices:
-        raise UsageError(f"{name}: expected one of {', '.join(map(str, choices))}, found {value!r}")
+        known = ", ".join(str(choice) for choice in choices if choice is not None)
+        raise UsageError(f"{name}: expected one of {known}, found {value!r}")
 
 
 # What other programs understand in a prompt: (red:1.2), <lora:name:0.8>.

@@ -340,3 +340,10 @@ def test_200_kills_during_a_save_leave_the_old_or_the_new_file_whole(tmp_path):
     assert int(done.stdout) > 50  # that many kills met a save half-way
     convert(source, target)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.int8, torch.float64])
+def test_a_dtype_that_cannot_be_stored_is_refused(small, tmp_path, dtype):
+    with pytest.raises(minisd.UsageError, match=r"dtype: expected torch\.float32, .*, found"):
+        convert(small, tmp_path / "x.safetensors", dtype)
+    assert not (tmp_path / "x.safetensors").exists()

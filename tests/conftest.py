@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n 2: each worker has a core of its own
@@ -17,6 +18,12 @@ if not torch.cuda.is_available():
 from helpers import REDUCED, Oracle, write_checkpoint
 
 import minisd
+
+if os.environ.get("TRITON_INTERPRET"):
+    with suppress(ImportError):  # Triton is for Linux
+        from interpreter import repair_index
+
+        repair_index()
 
 torch.backends.cudnn.allow_tf32 = False  # float32 is compared to five digits; by default a GPU convolves with three
 

@@ -1,6 +1,7 @@
 """Triton's interpreter, made to compute bfloat16 as a GPU does.
 
-As of Triton 3.9 it cuts float32 off to bfloat16 where a GPU rounds, and multiplies bfloat16 matrices by their bit patterns.
+As of Triton 3.9 it cuts float32 off to bfloat16 where a GPU rounds, and multiplies bfloat16 matrices by their bit patterns.  That
+of Triton 3.6 makes an index of an array of one number, which NumPy refuses from 2.4 on.
 """
 
 from __future__ import annotations
@@ -20,6 +21,16 @@ def convert(x: Any, source: Any, target: Any, rounding: Any) -> Any:
         return torch.from_numpy(x.view(np.float32)).to(torch.bfloat16).view(torch.uint16).numpy()
     assert (source, target) == (tl.bfloat16, tl.float32), (source, target)
     return x.view(np.uint16).astype(np.uint32) << 16
+
+
+def repair_index(patch: Any = interpreter._patch_lang_tensor) -> None:
+    """For good: without it Triton 3.6 interprets nothing beside a new NumPy."""
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
 
 
 def repair(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ For tests and benchmarks every file of KERNELS keeps the same protocol, `name` b
                                         those that run another kernel of ours)
     traffic(shape, element_size)        bytes that must move to and from memory
     flops(shape)                        floating-point operations
+    DTYPES                              where they are not all three: the number formats that the kernel takes
     tiles(shape)                        where a choice is worth timing: the values that the wrapper's argument `tile` may take
 """
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from . import attention as narrow
 from .checks import check, expect, jit, tl
 
+DTYPES = (torch.float16, torch.bfloat16)
 SCORES = 1 << 26  # numbers at once
 WHOLE = 1 << 14  # keys that a program holds in registers
 
@@ -77,7 +78,7 @@ def wide_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
     q (B, H, L, D), k and v (B, H, S, D), float16 or bfloat16, of any strides and any D -> (B, H, L, D), the view of a contiguous
     (B, L, H, D), in q's dtype.  ValueError for other shapes, dtypes or devices.
     """
-    check("q", q, (None, None, None, None), dtypes=(torch.float16, torch.bfloat16))
+    check("q", q, (None, None, None, None), dtypes=DTYPES)
     b, heads, length, d = q.shape
     check("k", k, (b, heads, None, d), like=q, dtypes=(q.dtype,))
     check("v", v, tuple(k.shape), like=q, dtypes=(q.dtype,))

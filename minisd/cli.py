@@ -28,6 +28,7 @@ from .errors import MinisdError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
+    from .request import Request
     from .result import Result, Step
 
 EPILOG = """\
@@ -148,28 +149,49 @@ def draw(argv: Sequence[str]) -> int:
     args, more = parser.parse_known_args(argv)
     if more:
         parser.error(unexpected(argv[0], more))
-    output = check_output(args.output, Path("out.png"))
-    for path in (args.grid, args.preview):
-        if path:
-            check_output(path, path)
+    if close := get_close_matches(args.prompt, COMMANDS, 1, cutoff=0.8):
+        warnings.warn(f"drawing {args.prompt!r}; did you mean the command {close[0]}?", stacklevel=2)
+    output = settled_output(args)
     from .image import grid, save_png
     from .pipeline import load
-    from .request import MAX_IMAGES, Request
-    from .result import Interrupted, numbered_paths
-
-    own = numbered_paths(args.output, min(args.num_images, MAX_IMAGES)) if args.output else []
-    check_distinct([*own, args.grid, args.preview], [args.init, args.mask])
-    for path in own:
-        check_output(path, path)
-    if args.grid and not args.output and re.fullmatch(r"out(-\d+)?\.png", args.grid.name):
-        raise UsageError(f"--grid {args.grid}: is a name that pictures take when nobody names them; choose another, or give -o")
-    close = get_close_matches(args.prompt, COMMANDS, 1, cutoff=0.8)
-    if close:
-        warnings.warn(f"drawing {args.prompt!r}; did you mean the command {close[0]}?", stacklevel=2)
+    from .result import Interrupted
 
     pipe = load(args.model, args.device, args.dtype, args.vae, args.prediction, args.offload, args.ema)
     refiner = load(args.refiner, args.device, args.dtype, offload=args.offload) if args.refiner else None
-    request = Request(
+    look = Preview(pipe, args.preview) if args.preview else None
+    try:
+        result = with_progress(pipe.stream(request_of(args), refiner), look)
+    except (Interrupted, MinisdError) as stop:
+        if stop.result is not None:
+            report(stop.result, output, args)
+            print(f"minisd: of {args.num_images} pictures {len(stop.result.images)} are finished", file=sys.stderr)
+        raise
+    status = report(result, output, args)
+    if args.grid:
+        save_png(grid(result.images), args.grid, as_grid(result))
+    return status
+
+
+def settled_output(args: argparse.Namespace) -> Path:
+    """Where the pictures go, once every name is found to be free for it.  Raises UsageError, OutputError."""
+    output = check_output(args.output, Path("out.png"))
+    from .request import MAX_IMAGES
+    from .result import numbered_paths
+
+    own = numbered_paths(args.output, min(args.num_images, MAX_IMAGES)) if args.output else []
+    named = [*own, *(path for path in (args.grid, args.preview) if path)]
+    for path in named:
+        check_output(path, path)
+    check_distinct(named, [args.init, args.mask])
+    if args.grid and not args.output and re.fullmatch(r"out(-\d+)?\.png", args.grid.name):
+        raise UsageError(f"--grid {args.grid}: is a name that pictures take when nobody names them; choose another, or give -o")
+    return output
+
+
+def request_of(args: argparse.Namespace) -> Request:
+    from .request import Request
+
+    return Request(
         prompt=args.prompt,
         negative_prompt=args.negative,
         width=args.size[0],
@@ -194,18 +216,6 @@ def draw(argv: Sequence[str]) -> int:
         target_size=args.target_size,
         aesthetic_score=args.aesthetic,
     )
-    look = Preview(pipe, args.preview) if args.preview else None
-    try:
-        result = with_progress(pipe.stream(request, refiner), look)
-    except (Interrupted, MinisdError) as stop:
-        if stop.result is not None:
-            report(stop.result, output, args)
-            print(f"minisd: of {args.num_images} pictures {len(stop.result.images)} are finished", file=sys.stderr)
-        raise
-    status = report(result, output, args)
-    if args.grid:
-        save_png(grid(result.images), args.grid, as_grid(result))
-    return status
 
 
 def unexpected(first: str, more: Sequence[str]) -> str:

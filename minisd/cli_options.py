@@ -75,14 +75,13 @@ def check_output(given: Path | None, default: Path) -> Path:
     return given or default
 
 
-def check_distinct(outputs: Iterable[Path | None], inputs: Iterable[str | None]) -> None:
+def check_distinct(outputs: Iterable[Path], inputs: Iterable[str | None]) -> None:
     """Raises UsageError if an output is named twice or is also read: what is written later would replace the other."""
     taken = {Path(path).resolve() for path in inputs if path}
     for path in outputs:
-        if path is not None:
-            if path.resolve() in taken:
-                raise UsageError(f"output {path}: expected a name of its own, found one that is read or written before")
-            taken.add(path.resolve())
+        if path.resolve() in taken:
+            raise UsageError(f"output {path}: expected a name of its own, found one that is read or written before")
+        taken.add(path.resolve())
 
 
 @contextlib.contextmanager

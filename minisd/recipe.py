@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,23 @@ from .samplers import SAMPLERS
 REPEATED = tuple(name for name in Request.__dataclass_fields__ if name not in ("latents", "num_images"))
 
 
+# What a recipe may hold, where it holds anything.  Ranges are checked as those of any request.
+TEXTS = [
+    "prompt", "negative_prompt", "sampler", "spacing", "device", "dtype", "prediction", "model_path", "vae_path", "refiner_path",
+    "init_image", "mask",
+]  # fmt: skip
+NUMBERS = [
+    "width", "height", "steps", "guidance_scale", "seed", "eta", "guidance_rescale", "clip_skip", "strength",
+    "image_guidance_scale", "aesthetic_score", "negative_aesthetic_score", "high_noise_frac",
+]  # fmt: skip
+PAIRS = ("original_size", "crop", "target_size")
+FLAGS = ("ema", "zero_negative")
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
 def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
@@ -28,26 +45,17 @@ def is_pair(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(is_number(each) for each in value)
 
 
-# What a recipe may hold where it holds anything: it may come from a stranger.  Ranges are checked as those of any request.
-KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
-    name: (expected, fits)
-    for expected, fits, names in (
-        (
-            "a text",
-            lambda value: isinstance(value, str),
-            "prompt negative_prompt sampler spacing device dtype prediction model_path vae_path refiner_path init_image mask",
-        ),
-        (
-            "a number",
-            is_number,
-            "width height steps guidance_scale seed eta guidance_rescale clip_skip strength image_guidance_scale aesthetic_score "
-            "negative_aesthetic_score high_noise_frac",
-        ),
-        ("two numbers", is_pair, "original_size crop target_size"),
-        ("true or false", lambda value: isinstance(value, bool), "ema zero_negative"),
-    )
-    for name in names.split()
-}
+def is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def check_kinds(path: object, recipe: Mapping[str, Any]) -> None:
+    """Raises UsageError if something in a recipe, which may come from a stranger, is of another kind than minisd writes."""
+    kinds = (("a text", is_text, TEXTS), ("a number", is_number, NUMBERS), ("two numbers", is_pair, PAIRS))
+    for expected, fits, names in (*kinds, ("true or false", is_flag, FLAGS)):
+        for name in names:
+            if recipe.get(name) is not None and not fits(recipe[name]):
+                raise UsageError(f"{path}: its minisd chunk: {name}: expected {expected}, found {str(recipe[name])[:80]!r}")
 
 
 def recipe_of(plan: Plan, i: int) -> dict[str, Any]:
@@ -117,9 +125,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UsageError(f"{path}: is not a PNG that can be read: {error}") from None
     if not isinstance(recipe, dict):
         raise UsageError(f"{path}: its minisd chunk is not a recipe")
-    for name, (expected, fits) in KINDS.items():
-        if recipe.get(name) is not None and not fits(recipe[name]):
-            raise UsageError(f"{path}: its minisd chunk: {name}: expected {expected}, found {str(recipe[name])[:80]!r}")
+    check_kinds(path, recipe)
     return recipe
 
 

@@ -76,6 +76,8 @@ def main(dtype: torch.dtype, names: list[str]) -> None:
     JITFunction.run = compile_only
     for name in names or kernels.KERNELS:
         module = kernels.KERNELS[name]
+        if dtype not in getattr(module, "DTYPES", checks.FLOATS):
+            continue
         for shape in module.SHAPES:
             label = f"{name} {shape.label}"
             getattr(kernels, name)(**module.make(shape, "meta", dtype))

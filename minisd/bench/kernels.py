@@ -24,6 +24,9 @@ def bench(report: Report, args: Any) -> None:
     if args.name is not None and args.name not in known:
         raise UsageError(f"bench kernels: expected one of {', '.join(known)}, found {args.name!r}")
     for name in [args.name] if args.name else known:
+        if report.clock.dtype not in getattr(known[name], "DTYPES", kernels().checks.FLOATS):
+            report.skip(name, f"does not take {name_of(report.clock.dtype)}")
+            continue
         bench_kernel(report, name, args.full, args.tiles)
 
 

@@ -39,6 +39,7 @@ def add(source: str | os.PathLike[str], name: str | None = None, folder: str | o
     home = own_folder() if folder is None else Path(folder)
     for path in namesakes(name, facts.kind, home, everywhere=folder is None):
         if equal(path, source):
+            warnings.warn(f"{shown(str(path), 500)} is the same file: nothing was copied", stacklevel=2)
             return path
         raise OutputError(f"output {home / name}: {shown(str(path), 500)} has this name already; choose another with --name")
     target = home / f"{name}{'.ckpt' if head.startswith(TORCH_SAVE) else '.safetensors'}"

@@ -218,4 +218,4 @@ def unknown(name: str, files: list[File]) -> str:
 
 def places_shown() -> list[str]:
     """The searched folders as a person reads them, or what to do if there are none."""
-    return [shown(str(folder), 200) for folder in searched()] or ["no folder: there is no ./models, and MINISD_MODELS is not set"]
+    return [shown(str(folder), 200) for folder in searched()] or ["no folder: there is no ./models, and MINISD_MODELS names none"]

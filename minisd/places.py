@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
@@ -32,12 +33,18 @@ class File:
         return self.full.rsplit("/", 1)[-1]
 
 
+@cache
+def tell_missing(folder: Path) -> None:
+    """Once, however often it is looked for."""
+    warnings.warn(f"MINISD_MODELS: {folder} is not a folder", stacklevel=3)
+
+
 def searched() -> list[Path]:
     """The folders that are searched, in this order, without those that do not exist."""
     given = [Path(os.path.expanduser(part)) for part in os.environ.get("MINISD_MODELS", "").split(os.pathsep) if part]
     for folder in given:
         if not folder.is_dir():
-            warnings.warn(f"MINISD_MODELS: {folder} is not a folder", stacklevel=2)
+            tell_missing(folder)
     home = Path(os.path.expanduser("~"))
     programs = [place / name for place in (Path(), home, home / "Documents", home / "comfy") for name in PROGRAMS]
     folders: dict[str, Path] = {}

@@ -336,6 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains while it exits
         return 141
     except OSError as error:
+        # Files that are read or written have errors of their own, and a name: what has none is standard output.
         if "--debug" in arguments or error.filename is not None:
             raise
         print(f"minisd: error: standard output could not be written: {error.strerror}", file=sys.stderr)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .codec import Codec
 from .denoiser import ClassifierFree, Conditioning, Guide, TextAndImage, unguided
 from .family import REFINER, Recognition
-from .prompt import Texts, with_sizes, zeroed
+from .prompt import Conditioner, with_sizes, zeroed
 from .request import Canvas, Plan
 
 
@@ -24,10 +24,10 @@ class Guided:
     guide: Guide
 
 
-def guided(plan: Plan, prompts: Sequence[str], recognition: Recognition, texts: Texts, codec: Codec) -> Guided:
+def guided(plan: Plan, prompts: Sequence[str], recognition: Recognition, conditioner: Conditioner, codec: Codec) -> Guided:
     """What the plan tells the UNet of B pictures with these prompts."""
     request, count = plan.request, len(prompts)
-    positive, negative = both_sides(plan, prompts, texts)
+    positive, negative = positive_and_negative(plan, prompts, conditioner)
     if recognition.task == "edit":
         assert plan.canvas is not None
         picture = (codec.encode(plan.canvas.pixels) / codec.scale).expand(count, -1, -1, -1)  # not scaled (edit_cli.py)
@@ -43,11 +43,11 @@ def guided(plan: Plan, prompts: Sequence[str], recognition: Recognition, texts: 
     return Guided([negative, positive], ClassifierFree(request.guidance_scale, request.guidance_rescale))
 
 
-def both_sides(plan: Plan, prompts: Sequence[str], texts: Texts) -> tuple[Conditioning, Conditioning]:
+def positive_and_negative(plan: Plan, prompts: Sequence[str], conditioner: Conditioner) -> tuple[Conditioning, Conditioning]:
     """The conditionings of the positive and of the negative prompts, equally many chunks long."""
-    request, family = plan.request, texts.family
+    request, family = plan.request, conditioner.family
     negatives = [request.negative_prompt] * len(prompts)
-    positive, negative = halves(texts.encode([*prompts, *negatives], request.clip_skip))
+    positive, negative = halves(conditioner.encode([*prompts, *negatives], request.clip_skip))
     if not family.vector:
         return positive, negative
     if plan.zero_negative:

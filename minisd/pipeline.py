@@ -31,7 +31,7 @@ from .library import resolve
 from .model import StableDiffusion, averaged, load_model, load_vae
 from .places import tiny_checkpoint
 from .preview import LinearDecoder, fit_decoder
-from .prompt import Texts
+from .prompt import Conditioner
 from .recipe import recipe_of
 from .request import Canvas, Model, Plan, Request, noise_source, one_of, settle
 from .result import Result, Step, finish, keeping_finished
@@ -122,12 +122,12 @@ class Pipeline:
         return Runtime(self.unet, graphs=True) if on_gpu else None
 
     @cached_property
-    def texts(self) -> Texts:
+    def conditioner(self) -> Conditioner:
         """The text encoders, recorded where they live on a GPU."""
         if next(self.text_encoders[0].parameters()).device.type != "cuda":
-            return Texts(self.family, self.text_encoders, self.device)
+            return Conditioner(self.family, self.text_encoders, self.device)
         recorded = {encoder: text_recorder(encoder, graphs=True) for encoder in self.text_encoders}
-        return Texts(self.family, self.text_encoders, self.device, lambda encoder, ids: recorded[encoder](ids).unbind())
+        return Conditioner(self.family, self.text_encoders, self.device, lambda encoder, ids: recorded[encoder](ids).unbind())
 
     @torch.no_grad()
     def preview(self, denoised: Tensor) -> list[Image.Image]:
@@ -231,7 +231,7 @@ class Pipeline:
 
     def sample(self, plan: Plan, part: slice, x: Tensor, sigmas: Tensor, known: Tensor | None, noise: Noise) -> Steps:
         """From x down the noise levels `sigmas`, for some of the pictures; yields (latents, denoised), (B, C, h, w) each."""
-        told = guided(plan, plan.prompts[part], self.recognition, self.texts, self.codec)
+        told = guided(plan, plan.prompts[part], self.recognition, self.conditioner, self.codec)
         for condition in told.conditions:
             check_finite(condition.context, self.dtype, "text encoder")
         mask = plan.canvas.mask if plan.canvas and self.recognition.task == "draw" else None
@@ -249,7 +249,7 @@ class Pipeline:
     def encode_prompt(self, prompts: str | Sequence[str], clip_skip: int | None = None) -> Conditioning:
         """Texts -> what conditions the UNet: context (B, 77*k, D), pooled (B, P) or None."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        return self.texts.encode(prompts, clip_skip)
+        return self.conditioner.encode(prompts, clip_skip)
 
     def recipe(self, plan: Plan, i: int, refiner: Pipeline | None = None) -> dict[str, Any]:
         """What `minisd again` and other programs need to know about picture i."""

@@ -23,7 +23,7 @@ def hidden_states(encoder: TextEncoder, ids: Tensor) -> Sequence[Tensor]:
 
 
 @dataclass(frozen=True)
-class Texts:
+class Conditioner:
     """The text encoders of a model, and the family that says how they are read."""
 
     family: Family

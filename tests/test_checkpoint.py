@@ -70,17 +70,17 @@ def test_spare_buffers_are_ignored(small, tmp_path):
     assert inspect(path)["parts"]["unused"]["tensors"] == 17
 
 
-def test_a_missing_key_is_named(small):
+def test_each_missing_key_is_named(small):
     checkpoint = open_checkpoint(small)
-    for key in list(checkpoint.entries)[::17]:
+    for key in list(checkpoint.entries)[::5]:
         entries = {name: entry for name, entry in checkpoint.entries.items() if name != key}
         with pytest.raises(minisd.CheckpointError, match=re.escape(key.rsplit(".", 1)[0])):
             build(replace(checkpoint, entries=entries), SD1)
 
 
-def test_a_changed_shape_is_refused(small):
+def test_each_changed_shape_is_refused(small):
     checkpoint = open_checkpoint(small)
-    for key, entry in list(checkpoint.entries.items())[::19]:
+    for key, entry in list(checkpoint.entries.items())[::7]:
         if len(entry.shape) == 1:
             changed = {**checkpoint.entries, key: replace(entry, shape=(entry.shape[0] + 32,))}
             with pytest.raises(minisd.CheckpointError):

@@ -608,11 +608,10 @@ def test_mutated_pickles(storm):
     assert bad > 1000
 
 
-@pytest.mark.parametrize("count", [50_000, pytest.param(200_000, marks=pytest.mark.slow)])
-def test_mutated_safetensors(storm, count):
-    good, bad = storm(pickles.mutants(save(HONEST, {"format": "pt"}), count, seed=3))
-    assert good > count / 40
-    assert bad > count / 2
+def test_200_000_mutated_safetensors(storm):
+    good, bad = storm(pickles.mutants(save(HONEST, {"format": "pt"}), 200_000, seed=3))
+    assert good > 5000
+    assert bad > 100_000
 
 
 def test_a_whole_model_builds(tmp_path, reduced_file):

@@ -424,10 +424,10 @@ def test_recorded_decoding_equals_eager(files):
 def test_recorded_texts_are_the_texts(name, files, recording):
     pipe = load(files[name], DEVICE)
     prompts = ["a red star", "a blue circle " * 40]
-    plain_texts = replace(pipe.texts, run=hidden_states)
+    plain_texts = replace(pipe.conditioner, run=hidden_states)
     wanted = plain_texts.encode(prompts, clip_skip=2)
     recorded = {encoder: text_recorder(encoder, graphs=True) for encoder in pipe.text_encoders}
-    texts = replace(pipe.texts, run=lambda encoder, ids: recorded[encoder](ids).unbind())
+    texts = replace(pipe.conditioner, run=lambda encoder, ids: recorded[encoder](ids).unbind())
     for _ in range(3):
         found = texts.encode(prompts, clip_skip=2)
         assert relative_error(found.context, wanted.context) <= LIMIT

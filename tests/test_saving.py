@@ -117,13 +117,13 @@ def test_a_new_file_has_the_mode_of_new_files(small, tmp_path):
 def test_targets_that_are_no_files_are_refused(small, tmp_path):
     os.mkfifo(tmp_path / "pipe.safetensors")
     (tmp_path / "folder.safetensors").mkdir()
-    for name, message in (
-        ("pipe.safetensors", "is not a regular file"),
-        ("folder.safetensors", "is not a regular file"),
-        ("none/x.safetensors", "does not exist"),
-        ("x.ckpt", "ends in .safetensors"),
+    for name, error, message in (
+        ("pipe.safetensors", minisd.OutputError, "is not a regular file"),
+        ("folder.safetensors", minisd.OutputError, "is not a regular file"),
+        ("none/x.safetensors", minisd.OutputError, "does not exist"),
+        ("x.ckpt", minisd.UsageError, "ends in .safetensors"),
     ):
-        with pytest.raises((minisd.OutputError, minisd.UsageError), match=message):
+        with pytest.raises(error, match=message):
             convert(small, tmp_path / name)
 
 

@@ -9,13 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import tiling
-from .device import name_of, visiting
 from .errors import NonFiniteError
-from .family import Recognition, Training
-from .runtime import decoder_recorder
-from .taesd import TinyAutoencoder
-from .vae import AutoencoderKL
+from .fast import tiling
+from .fast.cuda import decoder_recorder
+from .models.family import Recognition, Training
+from .models.taesd import TinyAutoencoder
+from .models.vae import AutoencoderKL
+from .system.device import name_of, visiting
 
 Autoencoder = AutoencoderKL | TinyAutoencoder
 

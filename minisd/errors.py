@@ -48,3 +48,9 @@ class OutputError(MinisdError, OSError):
     """A file could not be written; the one that stood there before is whole."""
 
     exit_code = 6
+
+
+def shown(text: str, limit: int) -> str:
+    """Printable characters only, and not too many of them."""
+    safe = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[: limit + 1])
+    return safe if len(text) <= limit else f"{safe[:limit]}… ({len(text):,} characters)"

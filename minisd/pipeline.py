@@ -18,28 +18,29 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import __version__, ops
-from .checkpoint import Checkpoint, open_checkpoint
+from . import __version__
 from .codec import Autoencoder, Codec, check_finite
-from .denoiser import Conditioning, Denoiser, keeping
-from .device import memory_errors, name_of, to_device, to_dtype, visiting
+from .diffusion.denoiser import Conditioning, Denoise, Denoiser, Noise, Steps, keeping
+from .diffusion.samplers import SAMPLERS
+from .diffusion.schedule import TRAINING_STEPS, Continuous, Schedule, noise_levels, scaled_linear, start_scale, zero_terminal
 from .errors import CheckpointError, UsageError
-from .family import Recognition, Training
-from .guidance import guided, shrunk
-from .image import to_pil
-from .library import resolve
-from .model import StableDiffusion, averaged, load_model, load_vae
-from .places import tiny_checkpoint
-from .preview import LinearDecoder, fit_decoder
-from .prompt import Conditioner
-from .recipe import recipe_of
-from .request import Canvas, Model, Plan, Request, noise_source, one_of, settle
+from .fast.cuda import Runtime, plain, text_recorder
+from .files.checkpoint import Checkpoint, open_checkpoint
+from .files.model import StableDiffusion, averaged, load_model, load_vae
+from .files.saving import save_model
+from .library.names import resolve
+from .library.places import tiny_checkpoint
+from .models import ops
+from .models.family import Recognition, Training
+from .models.taesd import TinyAutoencoder
+from .pictures.image import to_pil
+from .pictures.preview import LinearDecoder, fit_decoder
+from .request import Canvas, Model, Plan, Request, noise_source, one_of, recipe_of, settle
 from .result import Result, Step, finish, keeping_finished
-from .runtime import Runtime, plain, text_recorder
-from .samplers import SAMPLERS, Denoise, Noise, Steps
-from .saving import save_model
-from .schedule import TRAINING_STEPS, Continuous, Schedule, noise_levels, scaled_linear, start_scale, zero_terminal
-from .taesd import TinyAutoencoder
+from .system.device import name_of, to_device, to_dtype, visiting
+from .system.memory import memory_errors
+from .text.conditioner import Conditioner
+from .walks import guided, shrunk
 
 
 def load(

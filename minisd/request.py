@@ -6,18 +6,22 @@ import os
 import re
 import secrets
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from .diffusion.denoiser import Noise
+from .diffusion.samplers import SAMPLERS
+from .diffusion.schedule import BY_SIGMA, SPACINGS, TRAINING_STEPS
 from .errors import UsageError
-from .family import Recognition
-from .picture import Picture, fingerprint, open_picture, to_mask, to_pixels
-from .samplers import SAMPLERS, Noise
-from .schedule import BY_SIGMA, SPACINGS, TRAINING_STEPS
+from .files.checkpoint import data_sha256, file_sha256
+from .models.family import Recognition
+from .pictures.init import Picture, fingerprint, open_picture, to_mask, to_pixels
 
 MAX_PROMPT = 10_000  # characters; the text encoder reads about 300 of them
 MAX_SIDE = 4096  # pixels
@@ -281,3 +285,46 @@ def check_text(text: object) -> None:
         warnings.warn(
             f"prompt: {found[0]!r} is read as plain words: weights and LoRAs in a prompt are not known yet", stacklevel=2
         )
+
+
+REPEATED = tuple(name for name in Request.__dataclass_fields__ if name not in ("latents", "num_images"))
+
+
+def recipe_of(plan: Plan, i: int) -> dict[str, Any]:
+    """What was asked for and settled about picture i, ready for JSON."""
+    asked = {name: getattr(plan.request, name) for name in REPEATED}
+    settled = {"prompt": plan.prompts[i], "width": plan.width, "height": plan.height, "spacing": plan.spacing}
+    settled |= {"seed": plan.seeds[i], "sampler_label": SAMPLERS[plan.request.sampler].label}
+    given = {"strength": plan.canvas.strength, **plan.canvas.sources} if plan.canvas else {}
+    recipe = asked | settled | given
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in recipe.items()}
+
+
+def is_same(recipe: Mapping[str, Any], checkpoint: Path) -> bool:
+    """Whether a file is the model that a recipe names, or has its numbers, as a merge that was made again."""
+    if recipe.get("model_sha256") in (None, file_sha256(checkpoint)):
+        return True
+    tensors = recipe.get("model_tensors_sha256")
+    return isinstance(tensors, str) and data_sha256(checkpoint) == tensors.removeprefix("0x")
+
+
+def repeat(recipe: Mapping[str, Any], checkpoint: Path) -> Request:
+    """The request that a picture's recipe describes.  Warns if a file is no longer the one it was; raises UsageError."""
+    if recipe.get("seed") in (None, -1):
+        raise UsageError(
+            "the picture was drawn from noise that its caller gave, which it does not carry; it cannot be made again"
+        )
+    if not is_same(recipe, checkpoint):
+        warnings.warn(f"{checkpoint} is not the checkpoint that drew this picture ({recipe.get('model')})", stacklevel=2)
+    for name, known in (("init_image", recipe.get("init_sha256")), ("mask", recipe.get("mask_sha256"))):
+        if known is None:
+            continue
+        if not recipe.get(name):
+            raise UsageError(f"{name}: the picture was made from one that had no file; it cannot be made again")
+        if fingerprint(open_picture(name, recipe[name])) != known:
+            warnings.warn(f"{name} {recipe[name]} is not the picture that this one was made from", stacklevel=2)
+    if "prompt" not in recipe:
+        raise UsageError("the picture's minisd chunk says nothing of its prompt")
+    count = recipe.get("grid", 1)  # pictures; a grid carries the recipe of its first
+    whole("grid", count, 1, MAX_IMAGES)
+    return Request(**{name: recipe[name] for name in REPEATED if name in recipe}, num_images=count)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import MinisdError
-from .image import save_png
+from .pictures.image import save_png
 
 Outcome = TypeVar("Outcome")  # what a generator of steps returns
 

@@ -40,9 +40,9 @@ def bench_tiles(repeats: int) -> None:
     import torch.nn.functional as F
     from live_bytes import peak_bytes
 
-    from minisd.blueprint import random_weights, vae
-    from minisd.tiling import decode_tiled
-    from minisd.vae import AutoencoderKL
+    from minisd.fast.tiling import decode_tiled
+    from minisd.models.vae import AutoencoderKL
+    from minisd.workbench.blueprint import random_weights, vae
 
     shapes = vae((128, 256, 512, 512), (128, 256, 512, 512), (2, 3))
     with torch.device("meta"):
@@ -79,7 +79,7 @@ def bench_cli(repeats: int) -> None:
 
     from minisd.bench.networks import MODELS, random_checkpoint
 
-    command = [sys.executable, "-m", "minisd.cli"]
+    command = [sys.executable, "-m", "minisd"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sd15.safetensors"
         random_checkpoint(MODELS["sd15"], path, torch.device("cpu"))
@@ -97,9 +97,9 @@ def bench_cli(repeats: int) -> None:
 
 def bench_library(repeats: int) -> None:
     """Whole processes; the checkpoints are files of holes, of which only the headers take space and are read."""
-    from minisd.blueprint import sd15, sdxl
-    from minisd.saving import header
-    from minisd.shapes import Entry
+    from minisd.files.entry import Entry
+    from minisd.files.saving import header
+    from minisd.workbench.blueprint import sd15, sdxl
 
     kinds = [{key: ("F16", shape) for key, shape in shapes.items()} for shapes in (sd15(), sdxl())]
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +112,7 @@ def bench_library(repeats: int) -> None:
                 file.truncate(len(head) + sum(Entry(*facts, 0).nbytes for facts in planned.values()))
         cache = Path(folder) / "cache"
         environment = os.environ | {"MINISD_MODELS": f"{folder}/models", "XDG_CACHE_HOME": str(cache)}
-        command = [sys.executable, "-m", "minisd.cli", "models"]
+        command = [sys.executable, "-m", "minisd", "models"]
         run = partial(subprocess.run, command, check=True, capture_output=True, env=environment)
 
         def first() -> None:
@@ -127,9 +127,9 @@ def bench_library(repeats: int) -> None:
 
 FILES = """
 import os, shutil, sys, time
-from minisd.converting import convert
-from minisd.inspection import inspect
-from minisd.merging import merge
+from minisd.workbench.converting import convert
+from minisd.workbench.inspecting import inspect
+from minisd.workbench.merging import merge
 a, b, out = sys.argv[1:]
 def copy():
     shutil.copyfile(a, out)

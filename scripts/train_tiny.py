@@ -25,14 +25,14 @@ from tiny_world import SIZE, STYLES, caption, draw, training_scene
 from torch import Tensor, nn
 
 import minisd
-from minisd import blueprint
-from minisd.clip import TextEncoder, text_encoder
-from minisd.family import SD1
-from minisd.schedule import TRAINING_STEPS, scaled_linear
-from minisd.shapes import Shapes, below
-from minisd.tokenizer import tokenize
-from minisd.unet import UNet
-from minisd.vae import AutoencoderKL
+from minisd.diffusion.schedule import TRAINING_STEPS, scaled_linear
+from minisd.models.clip import TextEncoder, text_encoder
+from minisd.models.family import SD1
+from minisd.models.shapes import Shapes, below
+from minisd.models.unet import UNet
+from minisd.models.vae import AutoencoderKL
+from minisd.text.tokenizer import tokenize
+from minisd.workbench import blueprint
 
 SEED = 0
 PICTURES = 32_000

@@ -10,9 +10,9 @@ import torch
 from helpers import clip_tokenizer
 from safetensors.torch import load_file, save_file
 
-from minisd import blueprint
-from minisd.family import REFINER, SD1, SD2, SDXL, UNET, VAE, Family, Tower
-from minisd.shapes import Shapes
+from minisd.models.family import REFINER, SD1, SD2, SDXL, UNET, VAE, Family, Tower
+from minisd.models.shapes import Shapes
+from minisd.workbench import blueprint
 
 TEXT = 64  # channels of every text encoder here
 LAYERS = 3

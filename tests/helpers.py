@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from minisd import blueprint
-from minisd.checkpoint import open_checkpoint
-from minisd.family import SD1, recognise
-from minisd.tokenizer import bpe, byte_letters, merges_text
+from minisd.files.checkpoint import open_checkpoint
+from minisd.files.recognition import recognise
+from minisd.models.family import SD1
+from minisd.text.tokenizer import bpe, byte_letters, merges_text
+from minisd.workbench import blueprint
 
 HERE = Path(__file__).parent
 

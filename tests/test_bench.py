@@ -12,13 +12,14 @@ import torch
 from families import SMALL
 
 import minisd
-from minisd import blueprint
-from minisd.bench import everything, main, networks, peers, steps
+from minisd.bench import everything, networks, peers, steps
 from minisd.bench.report import Report, write_json
 from minisd.bench.roofline import class_of
 from minisd.bench.summary import summary
 from minisd.bench.timing import Clock
-from minisd.family import UNET
+from minisd.cli.bench import bench as main
+from minisd.models.family import UNET
+from minisd.workbench import blueprint
 
 CLOCK = Clock(torch.device("cpu"), torch.float32, 2)
 CPU = ["--device", "cpu", "--dtype", "float32", "--repeats", "1"]
@@ -177,15 +178,15 @@ def test_summary_finds_the_rows_that_bench_writes(little, tmp_path):
     assert values["which_peer"] == "diffusers, eager"
     assert 0 < values["floor_ms"] < values["time_ms"]
     from minisd.bench.summary import SHAPES
-    from minisd.ops import kernels
+    from minisd.models.ops import kernels
 
     for kernel, shape in SHAPES:
         assert any(each.label == shape for each in kernels().KERNELS[kernel].SHAPES), shape
 
 
 def test_every_part_of_all_is_a_command():
-    from minisd.bench import parser
-    from minisd.ops import kernels
+    from minisd.cli.bench import parser
+    from minisd.models.ops import kernels
 
     parts = [parser().parse_args(part) for part in everything.parts(with_files=True)]
     assert {part.what for part in parts} == {"unet", "vae", "kernels", "image", "load", "roofline"}

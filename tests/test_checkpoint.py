@@ -15,13 +15,14 @@ from helpers import FULL, REDUCED, manifest, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 import minisd
-from minisd.checkpoint import Checkpoint, file_sha256, open_checkpoint
-from minisd.family import SD1, is_spare, recognise
-from minisd.inspection import as_text, inspect
-from minisd.model import build
-from minisd.shapes import Entry
-from minisd.tensors import convert, load_tensors
-from minisd.tree import arithmetic, part_in_words
+from minisd.files.checkpoint import Checkpoint, file_sha256, open_checkpoint
+from minisd.files.entry import Entry
+from minisd.files.model import build
+from minisd.files.recognition import is_spare, recognise
+from minisd.files.tensors import convert, load_tensors
+from minisd.models.family import SD1
+from minisd.workbench.inspecting import as_text, inspect
+from minisd.workbench.tree import arithmetic, part_in_words
 
 
 @pytest.fixture(scope="session")
@@ -195,7 +196,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(reduced_file, tmp_path
     """Not a SIGBUS, which would be the end of a process that had mapped it."""
     path = tmp_path / "shrinks.safetensors"
     path.write_bytes(reduced_file.read_bytes())
-    monkeypatch.setattr("minisd.model.compare", lambda *_: path.open("r+b").truncate(path.stat().st_size // 2))
+    monkeypatch.setattr("minisd.files.model.compare", lambda *_: path.open("r+b").truncate(path.stat().st_size // 2))
     assert "changed while it was being opened" in refused(path)
 
 
@@ -207,12 +208,12 @@ def test_a_file_that_ends_while_it_is_read_is_an_error(reduced_file, tmp_path, m
         if path.stat().st_size > 100_000:
             path.open("r+b").truncate(100_000)
 
-    monkeypatch.setattr("minisd.tensors.convert", cut)
+    monkeypatch.setattr("minisd.files.tensors.convert", cut)
     assert "could not be read to its end: it ends at byte" in refused(path)
 
 
 def test_a_tensor_longer_than_the_buffer_is_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("minisd.tensors.PIECE", 64)
+    monkeypatch.setattr("minisd.files.tensors.PIECE", 64)
     weights = {
         "a": torch.randn(7, 11),
         "b": torch.zeros(0, 3),
@@ -253,7 +254,7 @@ def test_inspect_shows_hostile_metadata_escaped_and_short(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_check_finds_every_broken_number(small, tmp_path, dtype, monkeypatch):
-    monkeypatch.setattr("minisd.tensors.PIECE", 4096)
+    monkeypatch.setattr("minisd.files.tensors.PIECE", 4096)
     weights = {key: value.to(dtype) for key, value in load_file(small).items()}
     weights["large"] = torch.full((3000,), float(torch.finfo(dtype).max) / 2, dtype=dtype)  # its sum overflows, no number does
     save_file(weights, tmp_path / "whole.safetensors")

@@ -96,7 +96,9 @@ def test_over_a_picture_and_again(capsys):
 
 def test_a_preview_is_written_while_drawing(monkeypatch):
     seen = []
-    monkeypatch.setattr("minisd.image.save_png", lambda image, path, recipe: seen.append((image.size, str(path))) or Path(path))
+    monkeypatch.setattr(
+        "minisd.pictures.image.save_png", lambda image, path, recipe: seen.append((image.size, str(path))) or Path(path)
+    )
     monkeypatch.setattr("time.monotonic", iter(range(1000)).__next__)
     assert main(["a star", "--preview", "now.png", "--steps", "3", "--device", "cpu"]) == 0
     assert seen == [((64, 64), "now.png")] * 3
@@ -173,14 +175,14 @@ def test_a_process_says_the_same(tmp_path):
 
 
 def test_out_of_memory_is_told(capsys, monkeypatch):
-    monkeypatch.setattr("minisd.unet.UNet.forward", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr("minisd.models.unet.UNet.forward", lambda *_: (_ for _ in ()).throw(MemoryError()))
     assert main(["a star", *FAST]) == 4
     assert "out of memory" in capsys.readouterr().err
     assert not Path("out.png").exists()
 
 
 def test_interrupt(capsys, monkeypatch):
-    monkeypatch.setattr("minisd.unet.UNet.forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr("minisd.models.unet.UNet.forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     assert main(["a star", *FAST]) == 130
     assert capsys.readouterr().err == "minisd: interrupted\n"
 

@@ -17,16 +17,16 @@ from PIL import Image, ImageFont
 from safetensors.torch import save_file
 
 import minisd
-from minisd import comparing
-from minisd.checkpoint import open_checkpoint
 from minisd.cli import main
-from minisd.comparing import Axis, cells_again, compare, labels, settle_cells
 from minisd.errors import CheckpointError, NonFiniteError, OutOfMemoryError, UsageError
-from minisd.image import fitting, labelled_grid
-from minisd.merging import merge
-from minisd.places import tiny_checkpoint
+from minisd.files.checkpoint import open_checkpoint
+from minisd.library.places import tiny_checkpoint
+from minisd.models.unet import UNet
+from minisd.pictures.grids import fitting, labelled_grid
 from minisd.request import Request
-from minisd.unet import UNet
+from minisd.workbench import comparing
+from minisd.workbench.comparing import Axis, cells_again, compare, labels, settle_cells
+from minisd.workbench.merging import merge
 
 LIT = tiny_checkpoint().with_name("tiny-lit.safetensors")
 FAST = {"steps": 2, "device": "cpu"}
@@ -145,7 +145,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_what_is_wrong_is_told_before_anything_is_drawn(case, capsys, monkeypatch, tmp_path):
     arguments, code, message = BAD[case]
-    monkeypatch.setattr("minisd.unet.UNet.forward", lambda *_: pytest.fail("something was drawn"))
+    monkeypatch.setattr("minisd.models.unet.UNet.forward", lambda *_: pytest.fail("something was drawn"))
     try:
         found = main(["compare", PROMPT, "--device", "cpu", *arguments])
     except SystemExit as stop:
@@ -310,7 +310,7 @@ def test_a_cell_that_fails_does_not_lose_the_others(monkeypatch, capsys):
 
 
 def test_no_picture_at_all_is_an_error(monkeypatch, capsys):
-    monkeypatch.setattr("minisd.unet.UNet.forward", lambda self, x, *_: torch.full_like(x, float("nan")))
+    monkeypatch.setattr("minisd.models.unet.UNet.forward", lambda self, x, *_: torch.full_like(x, float("nan")))
     assert main(["compare", PROMPT, "--seeds", "1,2", "--steps", "1", "--device", "cpu"]) == 5
     assert not Path("compare.png").exists()
     with pytest.raises(NonFiniteError):

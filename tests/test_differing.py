@@ -8,9 +8,9 @@ from families import SMALL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from minisd.blueprint import random_weights
 from minisd.cli import main
-from minisd.differing import as_text, diff, heat_map
+from minisd.workbench.blueprint import random_weights
+from minisd.workbench.differing import as_text, diff, heat_map
 
 CONV = "model.diffusion_model.middle_block.0.in_layers.2.weight"
 ATTN = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"

@@ -13,14 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import minisd
-from minisd import diffusers_folder
 from minisd.cli import main
-from minisd.converting import convert
-from minisd.diffusers_folder import REST, from_folder, to_folder
-from minisd.diffusers_names import is_open, names_of, places
-from minisd.family import SD2, is_spare, ranking
-from minisd.inspection import inspect
-from minisd.shapes import Shapes
+from minisd.files.recognition import is_spare, ranking
+from minisd.models.family import SD2
+from minisd.models.shapes import Shapes
+from minisd.workbench.converting import convert
+from minisd.workbench.folders import folder as diffusers_folder
+from minisd.workbench.folders.folder import REST, from_folder, to_folder
+from minisd.workbench.folders.names import is_open, names_of, places
+from minisd.workbench.inspecting import inspect
 
 POSITIONS = "text_model.embeddings.position_ids"
 
@@ -112,7 +113,7 @@ def test_diffusers_opens_it_and_draws_the_same(name, tmp_path):
 def test_the_tokenizer_is_clips(tmp_path):
     from transformers import CLIPTokenizer
 
-    from minisd.tokenizer import tokenize
+    from minisd.text.tokenizer import tokenize
 
     folder = to_folder(SMALL["sdxl"].write(tmp_path / "a.safetensors"), tmp_path / "folder")
     prompts = ["a photograph of an astronaut riding a horse", "", "Ärger's 日本 🎨  x" * 3]
@@ -224,12 +225,12 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_sd2_without_its_last_text_layer_keeps_all_others(tmp_path, monkeypatch):
     """Some merges dropped the 24th, which nobody needs; what is then the last is needed."""
-    from minisd import family
+    from minisd.models import family
 
     weights = load_file(SMALL["sd2"].write(tmp_path / "a.safetensors"))
     save_file({key: value for key, value in weights.items() if ".resblocks.2." not in key}, tmp_path / "b.safetensors")
     monkeypatch.setattr(
-        "minisd.diffusers_names.text_skip", lambda tower, layers: 0 if layers == 2 else family.text_skip(tower, layers)
+        "minisd.workbench.folders.names.text_skip", lambda tower, layers: 0 if layers == 2 else family.text_skip(tower, layers)
     )
     folders = [to_folder(tmp_path / f"{name}.safetensors", tmp_path / name) for name in "ab"]
     first, second = (load_file(folder / "text_encoder" / "model.safetensors") for folder in folders)

@@ -45,8 +45,8 @@ def test_ddim_with_eta_equals_diffusers_step(reduced):
     """eta > 0 draws noise in an order of its own, so one step is compared, with the noise given to both."""
     from diffusers import DDIMScheduler
 
-    from minisd.samplers import ddim
-    from minisd.schedule import noise_levels
+    from minisd.diffusion.samplers.one_step import ddim
+    from minisd.diffusion.schedule import noise_levels
 
     reference = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
                               set_alpha_to_one=False, steps_offset=1)  # fmt: skip

@@ -8,8 +8,8 @@ from families import EULER, SMALL, Parts, pipeline, tokenizers
 from helpers import assert_close
 
 import minisd
-from minisd.denoiser import Conditioning
-from minisd.prompt import with_sizes
+from minisd.diffusion.denoiser import Conditioning
+from minisd.text.conditioner import with_sizes
 
 PROMPT, NEGATIVE = "a photograph of an astronaut riding a horse", "blurry"
 
@@ -298,7 +298,7 @@ def test_tiny_autoencoder_in_place_of_the_vae(opened, tmp_path):
     from helpers import manifest
     from safetensors.torch import save_file
 
-    from minisd.blueprint import random_weights
+    from minisd.workbench.blueprint import random_weights
 
     pipe, _ = opened("sd2")
     halves = random_weights(manifest("taesd"))
@@ -339,10 +339,10 @@ def test_full_width_sdxl_unet():
     from diffusers import UNet2DConditionModel
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    from minisd import blueprint
-    from minisd.family import UNET
-    from minisd.shapes import below
-    from minisd.unet import UNet
+    from minisd.models.family import UNET
+    from minisd.models.shapes import below
+    from minisd.models.unet import UNet
+    from minisd.workbench import blueprint
 
     shapes = below(blueprint.sdxl(), UNET)
     weights = blueprint.random_weights(shapes)

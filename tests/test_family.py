@@ -11,15 +11,15 @@ from helpers import assert_close, manifest, recognised
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minisd import blueprint
-from minisd.checkpoint import CheckpointError
-from minisd.denoiser import Conditioning
-from minisd.diffusers_names import raw_levels, unet_names
-from minisd.family import FAMILIES, SD1, UNET
-from minisd.inspection import as_text, inspect
-from minisd.prompt import with_sizes
-from minisd.shapes import Shapes
-from minisd.unet import UNet
+from minisd.diffusion.denoiser import Conditioning
+from minisd.files.checkpoint import CheckpointError
+from minisd.models.family import FAMILIES, SD1, UNET
+from minisd.models.shapes import Shapes
+from minisd.models.unet import UNet
+from minisd.text.conditioner import with_sizes
+from minisd.workbench import blueprint
+from minisd.workbench.folders.names import raw_levels, unet_names
+from minisd.workbench.inspecting import as_text, inspect
 
 MEASURED = f"{UNET}.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 

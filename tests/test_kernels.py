@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from helpers import relative_error
 from torch import Tensor
 
-from minisd import kernels, samplers
+from minisd import kernels
+from minisd.diffusion.samplers import one_step as samplers
 from minisd.kernels import checks
 from minisd.kernels.attention import TILES
 from minisd.kernels.guided_step import coefficients

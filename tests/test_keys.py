@@ -6,11 +6,12 @@ import pytest
 import torch
 from helpers import manifest, recognised
 
-from minisd import blueprint
-from minisd.checkpoint import CheckpointError
-from minisd.family import FAMILIES, SD1, is_spare
-from minisd.model import StableDiffusion
-from minisd.shapes import Shapes
+from minisd.files.checkpoint import CheckpointError
+from minisd.files.model import StableDiffusion
+from minisd.files.recognition import is_spare
+from minisd.models.family import FAMILIES, SD1
+from minisd.models.shapes import Shapes
+from minisd.workbench import blueprint
 
 DRAWS = {
     "sd15": ("sd1", "draw", 512, 15),  # 12 schedule buffers, position_ids, 2 scalars of the moving average

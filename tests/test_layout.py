@@ -1,4 +1,4 @@
-"""The structure that the README promises: imports go downward, line counts are real, the models stay small."""
+"""The structure that the docs promise: rooms that stand on one another, one way only; small networks; real line counts."""
 
 from __future__ import annotations
 
@@ -13,49 +13,82 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "minisd"
+# A room, or a file beside the rooms, imports from those of earlier levels only; within a room the files do likewise.
 LEVELS = [
-    ["errors", "shapes", "ops", "pickled", "cache", "places", "arithmetic", "cli_options"],
-    ["layers", "atomic", "tokenizer", "schedule", "samplers", "torch_file", "device", "picture", "preview"],
-    ["clip", "unet", "vae", "denoiser", "checkpoint"],
-    ["tensors", "family"],
-    ["upload", "request", "prompt", "blueprint", "taesd", "tiling", "fused", "blocks", "diffusers_names", "graphs"],
-    ["runtime"],
-    ["recipe", "model", "codec", "saving"],
-    ["tree"],
-    ["inspection"],
-    ["guidance", "converting", "differing", "library", "diffusers_configs"],
-    ["merging", "importing", "diffusers_folder"],
-    ["image"],
-    ["result"],
+    ["errors"],
+    ["system"],
+    ["models", "diffusion"],
+    ["text", "pictures"],
+    ["files"],
+    ["fast", "library"],
+    ["codec", "request", "result"],
+    ["walks"],
     ["pipeline"],
-    ["comparing"],
-    ["cli_files", "cli_models"],
+    ["workbench"],
+    ["bench"],
     ["cli"],
+    ["__main__"],
 ]
+LARGEST_ROOM = 12  # files, __init__.py included
 
 
-def modules() -> dict[str, Path]:
-    return {path.stem: path for path in sorted((ROOT / "minisd").glob("*.py")) if path.stem != "__init__"}
+def name_of(path: Path) -> str:
+    """The dotted name of a module below minisd."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(path: Path) -> set[str]:
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"}
+
+
+def imports(name: str) -> set[str]:
     """The minisd modules that a file imports at its top."""
-    found: set[str] = set()
+    path, found = MODULES[name], set()
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            found |= {node.module} if node.module else {alias.name for alias in node.names}
-    return found & set(modules())
+        if isinstance(node, ast.ImportFrom) and node.level:
+            source = [*package[: len(package) - node.level + 1], *(node.module.split(".") if node.module else [])]
+            for alias in node.names:
+                inner = ".".join([*source, alias.name])
+                found.add(inner if inner in MODULES else ".".join(source))
+    return found - {""}
 
 
-def test_every_module_has_a_level():
-    assert sorted(modules()) == sorted(name for names in LEVELS for name in names)
+def room(name: str) -> str:
+    return name.split(".")[0]
 
 
-@pytest.mark.parametrize("name", modules())
+def test_every_room_has_a_level():
+    assert sorted({room(name) for name in MODULES}) == sorted(name for names in LEVELS for name in names)
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_imports_go_downward(name):
-    level = {module: i for i, names in enumerate(LEVELS) for module in names}
-    for other in imports(modules()[name]):
-        assert level[other] < level[name] or (other == "errors"), f"{name} imports {other}"
+    level = {each: i for i, names in enumerate(LEVELS) for each in names}
+    for other in imports(name):
+        assert room(other) == room(name) or level[room(other)] < level[room(name)], f"{name} imports {other}"
+
+
+def test_within_a_room_imports_run_one_way():
+    seen: dict[str, bool] = {}
+
+    def visit(name: str) -> None:
+        assert seen.get(name) is not False, f"{name} imports itself by way of others"
+        if name not in seen:
+            seen[name] = False
+            for other in imports(name):
+                if MODULES[other].name != "__init__.py":
+                    visit(other)
+            seen[name] = True
+
+    for name in MODULES:
+        visit(name)
+
+
+def test_rooms_are_small_and_say_what_is_in_them():
+    for folder in {path.parent for path in MODULES.values()} - {PACKAGE}:
+        assert len(list(folder.glob("*.py"))) <= LARGEST_ROOM, folder
+        assert len(ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or "") > 40, folder
 
 
 def code_lines(path: Path) -> int:
@@ -74,7 +107,7 @@ def code_lines(path: Path) -> int:
 
 
 def test_the_three_networks_are_small():
-    sizes = {name: code_lines(ROOT / "minisd" / f"{name}.py") for name in ("unet", "clip", "vae")}
+    sizes = {name: code_lines(PACKAGE / "models" / f"{name}.py") for name in ("unet", "clip", "vae")}
     assert sum(sizes.values()) <= 550, sizes
 
 

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import minisd
-from minisd.checkpoint import file_sha256
 from minisd.cli import main
 from minisd.errors import CheckpointError, OutputError, UsageError
-from minisd.importing import add, checked_name
-from minisd.library import as_text, identify, list_models, resolve
-from minisd.places import extra_folders, model_files, searched, tiny_checkpoint
+from minisd.files.checkpoint import file_sha256
+from minisd.library.importing import add, checked_name
+from minisd.library.names import as_text, identify, list_models, resolve
+from minisd.library.places import extra_folders, model_files, searched, tiny_checkpoint
 
 CONV = "model.diffusion_model.input_blocks.0.0.weight"
 SD1 = {CONV: (32, 4, 3, 3), "first_stage_model.x": (2,), "cond_stage_model.transformer.x": (2,)}
@@ -231,7 +231,7 @@ def test_two_hundred_checkpoints_and_a_second_time(capsys, monkeypatch):
     for i in range(200):
         put(f"models/{i % 7}/mix{i:03}.safetensors", SD1, number=str(i))
     opened = []
-    monkeypatch.setattr("minisd.library.identify", lambda path: opened.append(path) or identify(path))
+    monkeypatch.setattr("minisd.library.names.identify", lambda path: opened.append(path) or identify(path))
     assert main(["models", "--json"]) == 0
     first = json.loads(capsys.readouterr().out)
     assert len(opened) == 202
@@ -260,7 +260,7 @@ def test_a_file_that_may_not_be_read_today_is_looked_at_again_tomorrow(monkeypat
     refused = CheckpointError("a", "cannot be opened: Permission denied")
     with monkeypatch.context() as closed:
         closed.setattr("os.access", lambda *_: False)
-        closed.setattr("minisd.library.open_checkpoint", lambda _: (_ for _ in ()).throw(refused))
+        closed.setattr("minisd.library.names.open_checkpoint", lambda _: (_ for _ in ()).throw(refused))
         assert {model.kind for model in list_models()} == {"other"}
     assert {model.kind for model in list_models()} == {"checkpoint"}
 
@@ -510,9 +510,11 @@ def test_of_two_imports_at_once_one_is_told(monkeypatch, links):
         monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
     sources = [put(f"{i}.safetensors", SD1, number=str(i)) for i in range(2)]
     together = threading.Barrier(2)
-    monkeypatch.setattr("minisd.importing.check_room", lambda *_: together.wait(10))  # both have seen that the name is free
+    monkeypatch.setattr(
+        "minisd.library.importing.check_room", lambda *_: together.wait(10)
+    )  # both have seen that the name is free
     monkeypatch.setattr("os.getpid", threading.get_ident)  # as if two processes
-    monkeypatch.setattr("minisd.atomic.running", lambda _: True)
+    monkeypatch.setattr("minisd.system.atomic.running", lambda _: True)
     outcome: list[object] = [None, None]
 
     def run(i: int) -> None:
@@ -541,14 +543,14 @@ def flip(path: Path) -> None:
 
 def test_a_copy_that_went_wrong_is_not_kept(monkeypatch):
     source = put("x.safetensors")
-    monkeypatch.setattr("minisd.importing.PIECE", 1 << 10)
-    monkeypatch.setattr("minisd.atomic.sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr("minisd.library.importing.PIECE", 1 << 10)
+    monkeypatch.setattr("minisd.system.atomic.sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OutputError, match="No space left on device"):
         add(source)
     assert os.listdir("models") == []
-    monkeypatch.setattr("minisd.atomic.sync", lambda path: None)
+    monkeypatch.setattr("minisd.system.atomic.sync", lambda path: None)
     with monkeypatch.context() as flipped:  # a disk that changes one byte of the numbers, which no header tells
-        flipped.setattr("minisd.importing.identify", lambda path: flip(path) or identify(path))
+        flipped.setattr("minisd.library.importing.identify", lambda path: flip(path) or identify(path))
         with pytest.raises(OutputError, match="what was written is not what was read back"):
             add(source)
     assert os.listdir("models") == []

@@ -11,14 +11,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import minisd
-from minisd.arithmetic import dare, generator_for, slerp, ties
-from minisd.blocks import block_ratios, blocks_of, group_of, part_of
-from minisd.blueprint import random_weights
-from minisd.checkpoint import file_sha256
 from minisd.cli import main
-from minisd.differing import diff
-from minisd.family import CONV_IN
-from minisd.merging import legacy_hash, merge, repeat
+from minisd.files.checkpoint import file_sha256
+from minisd.files.recognition import CONV_IN
+from minisd.models.blocks import block_ratios, blocks_of, group_of, part_of
+from minisd.workbench.arithmetic import dare, generator_for, slerp, ties
+from minisd.workbench.blueprint import random_weights
+from minisd.workbench.differing import diff
+from minisd.workbench.merging import legacy_hash, merge, repeat
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_with_a_base_what_two_models_learned_is_added_up(models, tmp_path):
 
 def test_pieces_do_not_matter(models, tmp_path, monkeypatch):
     wanted = load_file(merge(models[:2], tmp_path / "m.safetensors", 0.3))
-    monkeypatch.setattr("minisd.tensors.NUMBERS", 1000)
+    monkeypatch.setattr("minisd.files.tensors.NUMBERS", 1000)
     found = load_file(merge(models[:2], tmp_path / "m.safetensors", 0.3))
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 

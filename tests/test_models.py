@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import relative_error
 
-from minisd.ops import attention
+from minisd.models.ops import attention
 
 LIMIT = 1e-5
 

@@ -16,13 +16,13 @@ import pytest
 from PIL import Image
 
 from minisd.cli import main
-from minisd.cli_options import with_progress
-from minisd.converting import convert
+from minisd.cli.options import with_progress
 from minisd.errors import NonFiniteError, OutputError
-from minisd.image import save_png
-from minisd.places import tiny_checkpoint
+from minisd.library.places import tiny_checkpoint
+from minisd.pictures.image import save_png
 from minisd.request import Request
 from minisd.result import Interrupted, finish
+from minisd.workbench.converting import convert
 
 FAST = ["--steps", "1", "--size", "32x32", "--seed", "1", "--device", "cpu"]
 
@@ -88,7 +88,7 @@ def test_pictures_are_there_where_their_grid_fails(monkeypatch, capsys):
     def fails(*_):
         raise OutputError("output g.png: no room")
 
-    monkeypatch.setattr("minisd.image.save_png", fails)
+    monkeypatch.setattr("minisd.pictures.image.save_png", fails)
     assert main(["a star", *FAST, "--num-images", "2", "--grid", "g.png"]) == 6
     assert capsys.readouterr().out.split() == ["out.png", "out-2.png"]
 
@@ -117,7 +117,7 @@ def test_ctrl_c_waits_for_what_is_drawn_to_be_written(monkeypatch, capsys):
 
 
 def test_previews_that_fail_do_not_end_the_drawing(tiny, monkeypatch, capsys):
-    monkeypatch.setattr("minisd.cli.time.monotonic", count(0.0, 1.0).__next__)
+    monkeypatch.setattr("time.monotonic", count(0.0, 1.0).__next__)
 
     def fails(self, denoised):
         raise NonFiniteError("broken")

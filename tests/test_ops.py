@@ -12,10 +12,11 @@ from families import SMALL, Small
 from helpers import relative_error
 
 import minisd
-from minisd import blueprint, ops
-from minisd.shapes import below
-from minisd.unet import UNet
-from minisd.vae import AutoencoderKL
+from minisd.models import ops
+from minisd.models.shapes import below
+from minisd.models.unet import UNet
+from minisd.models.vae import AutoencoderKL
+from minisd.workbench import blueprint
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMIT = 1e-5

@@ -25,13 +25,13 @@ from pickles import HONEST, archive, data_pkl, saved, tensor, text, with_weights
 from safetensors.torch import load_file, save
 
 import minisd
-from minisd.checkpoint import open_checkpoint
 from minisd.cli import main
-from minisd.family import SD1
-from minisd.inspection import inspect
-from minisd.model import averaged, build
-from minisd.shapes import FLOATS
-from minisd.tensors import load_tensors
+from minisd.files.checkpoint import open_checkpoint
+from minisd.files.entry import FLOATS
+from minisd.files.model import averaged, build
+from minisd.files.tensors import load_tensors
+from minisd.models.family import SD1
+from minisd.workbench.inspecting import inspect
 
 
 def refused(path: Path) -> str:
@@ -512,7 +512,7 @@ MEASURE = """
 import sys, time
 from pathlib import Path
 from peak import memory, reset
-from minisd.checkpoint import open_checkpoint
+from minisd.files.checkpoint import open_checkpoint
 from minisd.errors import CheckpointError
 for path in sorted(Path(sys.argv[1]).iterdir()):
     reset()

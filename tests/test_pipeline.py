@@ -11,8 +11,8 @@ import torch
 from PIL import Image, PngImagePlugin
 
 import minisd
-from minisd.picture import to_mask, to_pixels
-from minisd.recipe import parameters_text, read_recipe
+from minisd.pictures.init import to_mask, to_pixels
+from minisd.pictures.metadata import parameters_text, read_recipe
 from minisd.request import Request, settle
 
 FAST = {"steps": 2, "width": 64, "height": 64}
@@ -234,7 +234,7 @@ def test_recipe_says_no_more_about_this_machine_than_the_user_did(tiny, reduced_
 
 
 def test_a_visitor_goes_home_even_after_an_error():
-    from minisd.device import visiting
+    from minisd.system.device import visiting
 
     places: list[str] = []
     part = torch.nn.Linear(1, 1)
@@ -264,7 +264,7 @@ def test_every_part_visits_the_device_only_while_it_works(tiny, monkeypatch):
         yield
         inside.remove(module)
 
-    for name in ("pipeline", "prompt", "codec"):
+    for name in ("pipeline", "text.conditioner", "codec"):
         monkeypatch.setattr(f"minisd.{name}.visiting", recorded)
     tiny("a star", seed=0, **FAST)
     assert order == ["CLIPTextModel", "UNet", "AutoencoderKL"]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from minisd.errors import NonFiniteError
-from minisd.preview import fit_decoder
+from minisd.pictures.preview import fit_decoder
 
 
 def correlation(a: torch.Tensor, b: torch.Tensor) -> float:

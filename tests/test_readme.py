@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import minisd
-from minisd.places import tiny_checkpoint
+from minisd.library.places import tiny_checkpoint
 
 SAMPLES = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
 

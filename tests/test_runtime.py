@@ -16,15 +16,17 @@ from helpers import relative_error
 from PIL import Image
 
 import minisd
-from minisd import blueprint, ops
-from minisd.fused import FusedDecoder, FusedUNet
-from minisd.graphs import NetworkRecorder, Recording
-from minisd.prompt import hidden_states
+from minisd.fast.cuda import Runtime, decoder_recorder, plain, text_recorder
+from minisd.fast.decoder import FusedDecoder
+from minisd.fast.graphs import NetworkRecorder, Recording
+from minisd.fast.unet import FusedUNet
+from minisd.models import ops
+from minisd.models.shapes import below
+from minisd.models.unet import UNet
+from minisd.models.vae import AutoencoderKL
 from minisd.request import Request, noise_source, settle
-from minisd.runtime import Runtime, decoder_recorder, plain, text_recorder
-from minisd.shapes import below
-from minisd.unet import UNet
-from minisd.vae import AutoencoderKL
+from minisd.text.conditioner import hidden_states
+from minisd.workbench import blueprint
 
 LIMIT = 1e-5
 CUDA = torch.cuda.is_available()
@@ -202,8 +204,8 @@ class Live:
 def recording(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recorded for real on a GPU; on a CPU by `Live`."""
     if not CUDA:
-        for module in ("graphs", "runtime"):
-            monkeypatch.setattr(f"minisd.{module}.record", lambda run, others: Live(run))
+        for module in ("graphs", "cuda"):
+            monkeypatch.setattr(f"minisd.fast.{module}.record", lambda run, others: Live(run))
 
 
 UNPLAIN = {
@@ -313,8 +315,8 @@ def test_a_stream_that_ends_after_the_weights_have_changed_leaves_nothing_behind
 def test_a_dropped_pipeline_is_gone_at_once(files, monkeypatch):
     """With its recordings: they keep no hold of what made them."""
     if not CUDA:
-        for module in ("graphs", "runtime"):
-            monkeypatch.setattr(f"minisd.{module}.record", lambda run, others: Recording(Live.graph, run()))
+        for module in ("graphs", "cuda"):
+            monkeypatch.setattr(f"minisd.fast.{module}.record", lambda run, others: Recording(Live.graph, run()))
         monkeypatch.setattr(Recording, "replay", lambda self: self.result)
     pipe = load(files["sd1"], DEVICE)
     pipe.runtime = Runtime(pipe.unet, graphs=True)
@@ -337,7 +339,7 @@ def test_without_memory_to_record_drawing_goes_on(files, monkeypatch):
         yield
 
     monkeypatch.setattr("torch.cuda.CUDAGraph", object)
-    monkeypatch.setattr("minisd.graphs.capture", full)
+    monkeypatch.setattr("minisd.fast.graphs.capture", full)
     pipe = load(files["sd1"])
     for options in ({}, {"guidance_rescale": 0.7}):
         request = Request("a star", width=64, height=64, steps=4, seed=1, **options)
@@ -366,7 +368,7 @@ def test_a_graph_outlives_the_others(files):
 
 
 def test_what_is_not_plain_goes_the_plain_way():
-    from minisd.denoiser import ClassifierFree, TextAndImage, unguided
+    from minisd.diffusion.denoiser import ClassifierFree, TextAndImage, unguided
 
     assert plain(unguided, "epsilon", 1.0, 0.0)
     assert plain(ClassifierFree(7.5), "v", 1.0, 0.0)

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from minisd.samplers import SAMPLERS, ddim, euler
-from minisd.schedule import BY_TIMESTEP, SPACINGS, leading, linspace, noise_levels, scaled_linear, start_scale, trailing
+from minisd.diffusion.samplers import SAMPLERS
+from minisd.diffusion.samplers.one_step import ddim, euler
+from minisd.diffusion.schedule import BY_TIMESTEP, SPACINGS, leading, linspace, noise_levels, scaled_linear, start_scale, trailing
 
 SCHEDULE = scaled_linear()
 

@@ -17,12 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import minisd
-from minisd import saving
-from minisd.atomic import counted, placed
-from minisd.blueprint import random_weights
 from minisd.cli import main
-from minisd.converting import convert, save
-from minisd.inspection import inspect
+from minisd.files import saving
+from minisd.system.atomic import counted, placed
+from minisd.workbench.blueprint import random_weights
+from minisd.workbench.converting import convert, save
+from minisd.workbench.inspecting import inspect
 
 FAST = {"steps": 2, "width": 64, "height": 64}
 
@@ -175,7 +175,7 @@ def test_every_call_that_fails_leaves_the_old_file_and_no_draft(small, tmp_path,
             if call in ("fsync", "listdir"):
                 patch.setattr(os, call, failing(getattr(os, call)))
             elif call == "write":
-                patch.setattr("minisd.saving.bytes_of", failing(saving.bytes_of))
+                patch.setattr("minisd.files.saving.bytes_of", failing(saving.bytes_of))
             else:
                 kind = type(small)
                 patch.setattr(kind, call, failing(getattr(kind, call)))
@@ -212,7 +212,7 @@ def test_a_disk_that_fails_in_the_background_is_noticed(small, tmp_path, monkeyp
 
 def test_a_small_piece_makes_the_same_file(small, tmp_path, monkeypatch):
     wanted = convert(small, tmp_path / "a.safetensors").read_bytes()
-    monkeypatch.setattr("minisd.tensors.NUMBERS", 3)
+    monkeypatch.setattr("minisd.files.tensors.NUMBERS", 3)
     monkeypatch.setattr(saving, "FLUSH", 1)
     assert convert(small, tmp_path / "a.safetensors").read_bytes() == wanted
 
@@ -309,7 +309,7 @@ def test_a_pipeline_that_broke_is_not_saved(tmp_path):
 KILLS = """
 import os, random, signal, sys, time, torch
 from safetensors.torch import load_file
-from minisd.converting import convert, save
+from minisd.workbench.converting import convert, save
 
 torch.set_num_threads(1)  # a process that forks must have one thread only
 source, target, rng = sys.argv[1], sys.argv[2], random.Random(0)

@@ -9,11 +9,12 @@ import torch
 from helpers import manifest, relative_error
 from safetensors.torch import save_file
 
-from minisd.blueprint import random_weights
-from minisd.checkpoint import open_checkpoint
 from minisd.errors import CheckpointError, UsageError
-from minisd.shapes import Shapes
-from minisd.taesd import TinyAutoencoder, load_tiny, prefix_of
+from minisd.files.checkpoint import open_checkpoint
+from minisd.files.model import load_tiny
+from minisd.models.shapes import Shapes
+from minisd.models.taesd import TinyAutoencoder, prefix_of
+from minisd.workbench.blueprint import random_weights
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
 MANIFEST = manifest("taesd")  # "encoder:7.weight": before the colon, the file

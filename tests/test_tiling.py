@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from helpers import relative_error
 from live_bytes import peak_bytes
 
-from minisd import blueprint, tiling
 from minisd.errors import OutOfMemoryError
-from minisd.tiling import decode_tiled, encode_tiled
-from minisd.vae import AutoencoderKL
+from minisd.fast import tiling
+from minisd.fast.tiling import decode_tiled, encode_tiled
+from minisd.models.vae import AutoencoderKL
+from minisd.workbench import blueprint
 
 
 def autoencoder(widths: tuple[int, ...], blocks: tuple[int, int] = (2, 3)) -> AutoencoderKL:
@@ -91,7 +92,7 @@ def test_bfloat16(narrow):
 def test_memory(monkeypatch):
     """The published shapes at 1024x1024 pixels, on the meta device: nothing is computed, everything is counted."""
     # There, unlike on a CPU or GPU, PyTorch's attention would keep all of its scores.
-    monkeypatch.setattr("minisd.vae.attention", lambda q, k, v, heads: torch.empty_like(q))
+    monkeypatch.setattr("minisd.models.vae.attention", lambda q, k, v, heads: torch.empty_like(q))
     widths = (128, 256, 512, 512)
     with torch.device("meta"):
         vae = AutoencoderKL(blueprint.vae(widths, widths, (2, 3)))

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from tiny_world import TRAINING, caption, draw, held_back, training_scene
 
 import minisd
-from minisd.checkpoint import file_sha256
-from minisd.recipe import read_recipe
+from minisd.files.checkpoint import file_sha256
+from minisd.pictures.metadata import read_recipe
 
 LIT = Path(__file__).parents[1] / "weights" / "tiny-lit.safetensors"
 

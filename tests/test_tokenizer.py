@@ -6,7 +6,7 @@ from pathlib import Path
 
 from helpers import clip_tokenizer
 
-from minisd.tokenizer import END_ID, START_ID, encode, merges_text, tokenize
+from minisd.text.tokenizer import END_ID, START_ID, encode, merges_text, tokenize
 
 GOLDEN = json.loads((Path(__file__).parent / "clip_vectors.json").read_text())
 MORE = [

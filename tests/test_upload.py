@@ -8,10 +8,10 @@ from pickles import archive, tensor, text
 from safetensors.torch import save_file
 
 import minisd
-from minisd import upload
-from minisd.checkpoint import open_checkpoint
 from minisd.errors import CheckpointError
-from minisd.tensors import load_tensors
+from minisd.files import upload
+from minisd.files.checkpoint import open_checkpoint
+from minisd.files.tensors import load_tensors
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from ..device import name_of
 from ..errors import UsageError
-from ..ops import kernels
+from ..models.ops import kernels
+from ..system.device import name_of
 from .networks import MODELS, random_checkpoint
 from .report import Report, write_json
 from .summary import COLUMNS, summary
@@ -65,7 +65,7 @@ def bench(report: Report, args: Any) -> None:
                 continue
             out = Path(folder) / f"{number}.json"
             file = ["--checkpoint", str(path)] if part[0] in ("image", "load") else []
-            command = [sys.executable, "-P", "-m", "minisd.cli", "bench", *part, *common, *file, "--json", str(out)]
+            command = [sys.executable, "-P", "-m", "minisd", "bench", *part, *common, *file, "--json", str(out)]
             print(f"\n$ minisd bench {name}", flush=True)
             start = time.monotonic()
             process = subprocess.Popen(command)

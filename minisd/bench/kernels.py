@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..device import name_of
 from ..errors import UsageError
-from ..ops import kernels
+from ..models.ops import kernels
+from ..system.device import name_of
 from .report import Report
 from .timing import Run
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import blueprint, ops
-from ..family import SD1, SD2, SDXL, UNET, VAE, Family
-from ..model import NoInit, StableDiffusion
-from ..shapes import Shapes, below
-from ..unet import UNet
-from ..vae import AutoencoderKL
+from ..files.model import NoInit, StableDiffusion
+from ..models import ops
+from ..models.family import SD1, SD2, SDXL, UNET, VAE, Family
+from ..models.shapes import Shapes, below
+from ..models.unet import UNet
+from ..models.vae import AutoencoderKL
+from ..workbench import blueprint
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ class StepInput:
 
 
 def step_input(model: Published, side: int, device: torch.device, dtype: torch.dtype) -> StepInput:
-    from ..denoiser import Conditioning
-    from ..prompt import with_sizes
+    from ..diffusion.denoiser import Conditioning
+    from ..text.conditioner import with_sizes
 
     torch.manual_seed(0)
 

@@ -131,9 +131,9 @@ def bench(
 
 def write_configs(path: Path, folder: Path) -> None:
     """What `from_single_file(config=…)` wants: the small files of a diffusers folder, without weights."""
-    from ..checkpoint import open_checkpoint
-    from ..diffusers_configs import small_files
-    from ..family import recognise
+    from ..files.checkpoint import open_checkpoint
+    from ..files.recognition import recognise
+    from ..workbench.folders.configs import small_files
 
     checkpoint = open_checkpoint(path)
     for name, text in small_files(checkpoint, recognise(checkpoint)).items():

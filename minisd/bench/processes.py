@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import open_checkpoint
-from ..device import name_of
-from ..library import resolve
-from ..tiling import free_memory
+from ..files.checkpoint import open_checkpoint
+from ..library.names import resolve
+from ..system.device import name_of
+from ..system.memory import free_memory
 from . import peers
 from .networks import MODELS, random_checkpoint
 from .report import Report
@@ -116,7 +116,7 @@ def bench_image(report: Report, args: Any) -> None:
         if peers.INSTALLED and args.peers and args.model == "sd15":
             with report.attempt("diffusers, eager"):
                 diffusers_picture(report, path, side, steps, ours)
-        command = [sys.executable, "-P", "-m", "minisd.cli", PROMPT, "-m", str(path), "--size", f"{side}x{side}"]
+        command = [sys.executable, "-P", "-m", "minisd", PROMPT, "-m", str(path), "--size", f"{side}x{side}"]
         command += ["--steps", str(steps), "--seed", "0"]
         command += ["--device", str(report.clock.device), "--dtype", name_of(report.clock.dtype)]
         with tempfile.TemporaryDirectory() as folder:

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from ..device import name_of
 from ..errors import MinisdError, UsageError
+from ..system.device import name_of
 from .timing import Clock
 
 Row = dict[str, Any]

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from .. import ops
-from ..fused import FusedUNet
+from ..fast.unet import FusedUNet
+from ..models import ops
 from .networks import MODELS, laid_out, random_unet, step_input
 from .report import Report
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import ops
-from ..denoiser import ClassifierFree, Conditioning
-from ..device import name_of
-from ..fused import FusedDecoder, FusedUNet
-from ..runtime import Runtime, step
-from ..schedule import noise_levels, scaled_linear
-from ..unet import UNet
+from ..diffusion.denoiser import ClassifierFree, Conditioning
+from ..diffusion.schedule import noise_levels, scaled_linear
+from ..fast.cuda import Runtime, step
+from ..fast.decoder import FusedDecoder
+from ..fast.unet import FusedUNet
+from ..models import ops
+from ..models.unet import UNet
+from ..system.device import name_of
 from . import peers
 from .networks import MODELS, StepInput, laid_out, random_unet, random_vae, step_input
 from .report import Report

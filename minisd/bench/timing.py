@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..graphs import capture
+from ..fast.graphs import capture
 
 Run = Callable[[], Any]
 

@@ -1,0 +1,198 @@
+"""The commands that work on checkpoint files: inspect, save, convert, merge, diff.  Each is a thin call of a Python function."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError
+from .options import Parser, add_output_options, byte_bar, size
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPE = "float32, bfloat16, float16, float8_e4m3fn or float8_e5m2"
+
+
+def inspect(argv: Sequence[str]) -> int:
+    parser = Parser(prog="minisd inspect", description="What a checkpoint is, from its header alone.")
+    parser.add_argument("file", metavar="FILE")
+    parser.add_argument("--check", action="store_true", help="also look for NaN and infinity (reads the whole file)")
+    parser.add_argument("--hash", action="store_true", help="also the model hashes (reads the whole file)")
+    parser.add_argument("--tree", action="store_true", help="also block by block; with --check also how large the numbers are")
+    parser.add_argument("--size", type=size, metavar="WxH", help="of the picture whose arithmetic --tree counts")
+    add_output_options(parser)
+    args = parser.parse_args(argv)
+    from ..library.names import resolve
+    from ..workbench.inspecting import as_text, inspect
+
+    facts = inspect(resolve(args.file), args.hash, args.check, args.tree, args.size)
+    print(json.dumps(facts) if args.json else as_text(facts))
+    return 0
+
+
+def convert(argv: Sequence[str]) -> int:
+    parser = Parser(
+        prog="minisd convert", description="Write a checkpoint anew as .safetensors: another dtype, pruned, with another VAE."
+    )
+    parser.add_argument("file", metavar="FILE", help="a .safetensors or .ckpt checkpoint, or a folder of diffusers")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT.safetensors", help="where to, over what is there"
+    )
+    parser.add_argument("--diffusers", action="store_true", help="to a folder of diffusers instead")
+    add_writing_options(parser)
+    parser.add_argument("--prune", action="store_true", help="leave out what nobody needs to draw")
+    args = parser.parse_args(argv)
+    from ..workbench.converting import convert
+    from ..workbench.folders.folder import from_folder, to_folder
+
+    dtype = stored_dtype(args.dtype)
+    source, vae, text = files(args.file, args.vae, args.text)
+    if source.is_dir() or args.diffusers:
+        if args.prune or vae or text:
+            raise UsageError("--prune, --vae, --text: expected with files on both sides; convert once more")
+        with byte_bar("converting") as tell:
+            print((from_folder if source.is_dir() else to_folder)(source, args.output, dtype, tell))
+        return 0
+    tell_replaced(args.output, [each for each in (source, vae, text) if each])
+    with byte_bar("converting") as tell:
+        path = convert(source, args.output, dtype, args.prune, vae, text, tell)
+    return written(path, source if dtype and dtype.itemsize == 1 else None)
+
+
+def save(argv: Sequence[str]) -> int:
+    parser = Parser(
+        prog="minisd save", description="Put a checkpoint together: a model, and the VAE or text encoders of other files."
+    )
+    parser.add_argument("-m", "--model", required=True, metavar="FILE", help="the checkpoint that the rest comes from")
+    parser.add_argument(
+        "--filename-prefix",
+        default="checkpoints/minisd",
+        metavar="PREFIX",
+        help="folder and beginning of the name; a number follows, as ComfyUI gives it (default: checkpoints/minisd)",
+    )
+    add_writing_options(parser)
+    args = parser.parse_args(argv)
+    from ..workbench.converting import save
+
+    dtype = stored_dtype(args.dtype)
+    source, vae, text = files(args.model, args.vae, args.text)
+    with byte_bar("saving") as tell:
+        path = save(source, args.filename_prefix, dtype, vae, text, tell)
+    return written(path, source if dtype and dtype.itemsize == 1 else None)
+
+
+def add_writing_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", metavar="NAME", help=f"{DTYPE} (default: what the file has)")
+    parser.add_argument("--vae", metavar="FILE", help="with the VAE of this file")
+    parser.add_argument("--text", metavar="FILE", help="with the text encoders of this checkpoint")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def files(source: str, vae: str | None, text: str | None) -> tuple[Path, Path | None, Path | None]:
+    """The paths of what was named by path or by name."""
+    from ..library.names import resolve
+
+    return resolve(source), resolve(vae, "vae") if vae else None, resolve(text) if text else None
+
+
+def stored_dtype(name: str | None) -> torch.dtype | None:
+    from ..workbench.converting import STORABLE
+
+    if name is not None and name not in STORABLE:
+        raise UsageError(f"dtype: expected {DTYPE}, found {name!r}")
+    return STORABLE[name] if name else None
+
+
+def tell_replaced(output: Path, sources: Sequence[Path]) -> None:
+    """Says beforehand that a source is about to go: the new file takes its place once it is whole."""
+    if output.exists() and any(output.samefile(source) for source in sources if source.exists()):
+        print(f"minisd: the result will take the place of {output}, which it is made from", file=sys.stderr)
+
+
+def written(path: Path, source: Path | None) -> int:
+    """Says where the result is and, where it was made coarser from `source`, by how much."""
+    if source is not None and not path.samefile(source):
+        from ..workbench.differing import diff, percent
+
+        changes = [f"{part} {percent(facts['change'])}" for part, facts in diff(source, path)["parts"].items()]
+        print(f"minisd: relative change: {', '.join(changes)}", file=sys.stderr)
+    print(path)
+    return 0
+
+
+def merge(argv: Sequence[str]) -> int:
+    parser = Parser(
+        prog="minisd merge",
+        description="Mix checkpoints: (1 - R) A + R B, or with --base C what B learned since C on top: A + R (B - C).",
+    )
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="the first decides keys, dtype and metadata")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT.safetensors", help="where to, over what is there"
+    )
+    parser.add_argument(
+        "--ratio", type=float, action="append", default=[], metavar="R",
+        help="how much of the second model; again for a third (default: equal shares; with --base 1)",
+    )  # fmt: skip
+    parser.add_argument("--base", metavar="C", help="mix what the models learned since this one")
+    parser.add_argument("--method", default="weighted", metavar="NAME", help="weighted, slerp, ties or dare (default: weighted)")
+    for part, what in (("unet", "UNet"), ("text", "text encoders"), ("vae", "VAE")):
+        parser.add_argument(f"--{part}-ratio", type=float, metavar="R", help=f"another ratio for the {what}")
+    parser.add_argument(
+        "--blocks", metavar="RATIOS",
+        help="ratios for blocks of the UNet: input.0-3=0.2,middle=0.5,output=1; or a number for each; or grad_v, grad_a, "
+        "smoothstep, cosine, reverse-smoothstep, reverse-cosine, inputs, outputs",
+    )  # fmt: skip
+    parser.add_argument("--density", type=float, metavar="D", help="ties, dare: the part of the changes to keep (0.2, 0.1)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="dare: of the choice (default: 0)")
+    parser.add_argument("--dtype", metavar="NAME", help=f"{DTYPE} (default: the first model's)")
+    parser.add_argument("--from", dest="recipe", metavar="FILE", help="repeat the merge that made this file, from its sources")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    from ..library.names import resolve
+    from ..library.places import model_files
+    from ..workbench.merging import PARTS, merge, repeat
+
+    by_part = {part: value for part in PARTS if (value := getattr(args, f"{part}_ratio")) is not None}
+    models, base = [resolve(model) for model in args.models], resolve(args.base) if args.base else None
+    tell_replaced(args.output, [*models, *([base] if base else [])])
+    options = (args.ratio, base, args.method, by_part, args.blocks, args.density, args.seed, stored_dtype(args.dtype))
+    with byte_bar("merging") as tell:
+        if args.recipe is None:
+            print(merge(models, args.output, *options, progress=tell))
+        elif models or any(options[:2]) or by_part or args.blocks:
+            raise UsageError("merge: expected models and ratios, or --from FILE, which has its own; found both")
+        else:
+            merged = resolve(args.recipe)
+            tell_replaced(args.output, [merged])
+            folders = [merged.parent, Path(), *{file.path.parent: None for file in model_files()}]
+            print(repeat(merged, args.output, folders, tell))
+    return 0
+
+
+def diff(argv: Sequence[str]) -> int:
+    parser = Parser(prog="minisd diff", description="What is different between two checkpoints, and how much.")
+    parser.add_argument("a", metavar="A")
+    parser.add_argument("b", metavar="B")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PNG", help="a picture of it: the blocks of the UNet, darker where they differ"
+    )
+    add_output_options(parser)
+    args = parser.parse_args(argv)
+    from ..library.names import resolve
+    from ..workbench.differing import as_text, diff, heat_map
+
+    if args.plot:
+        from ..pictures.image import check_writable, save_png
+
+        check_writable(args.plot)
+    with byte_bar("comparing") as tell:
+        facts = diff(resolve(args.a), resolve(args.b), tell)
+    if args.plot:
+        save_png(heat_map(facts), args.plot, None)
+    print(json.dumps(facts) if args.json else as_text(facts))
+    return 0

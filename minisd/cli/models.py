@@ -1,0 +1,132 @@
+"""The commands about several models, `minisd models` and `minisd compare`.  Each is a thin call of a Python function."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+from .options import Parser, add_device, add_output_options, check_output, one_line, size, with_progress
+
+if TYPE_CHECKING:
+    from ..workbench.comparing import Cells
+
+
+def numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 1,2,3, found {text!r}") from None
+
+
+def compare(argv: Sequence[str]) -> int:
+    parser = Parser(
+        prog="minisd compare",
+        description="Draw a prompt in every combination of two things that change: one labelled picture.",
+        epilog="Without --x and --y, checkpoints are columns and seeds rows.  What changes: model, seed, sampler, steps or cfg.",
+    )
+    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("-n", "--negative", default="", metavar="TEXT", help="what the pictures should not show")
+    parser.add_argument(
+        "-m", "--model", metavar="FILE", action="append", help="a checkpoint, or its name; -m A -m B compares two"
+    )
+    parser.add_argument("--seeds", type=numbers, default=[], metavar="N,N,…", help="(default: one, at random, for all)")
+    parser.add_argument("--x", metavar="WHAT=A,B,…", help="what changes from column to column, such as sampler=ddim,euler")
+    parser.add_argument("--y", metavar="WHAT=A,B,…", help="what changes from row to row, such as cfg=3,7")
+    parser.add_argument("-o", "--output", type=Path, metavar="PNG", help="where to (default: compare.png, or the next free)")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="of all (default: 20)")
+    parser.add_argument("--cfg", type=float, default=7.5, metavar="W", help="of all (default: 7.5)")
+    parser.add_argument("--sampler", default="euler", metavar="NAME", help="of all (default: euler)")
+    parser.add_argument("--size", type=size, default=(None, None), metavar="WxH", help="of all (default: each checkpoint's)")
+    add_device(parser)
+    args = parser.parse_args(argv)
+    output = check_output(args.output, Path("compare.png"))
+    from ..request import Request
+    from ..workbench.comparing import Axis, settle_cells
+
+    request = Request(
+        prompt=args.prompt,
+        negative_prompt=args.negative,
+        width=args.size[0],
+        height=args.size[1],
+        steps=args.steps,
+        guidance_scale=args.cfg,
+        sampler=args.sampler,
+    )
+    x, y = (Axis.parse(text) if text else None for text in (args.x, args.y))
+    for option, given, name in (("-m", args.model, "model"), ("--seeds", args.seeds, "seed")):
+        if given and name in [axis.name for axis in (x, y) if axis]:
+            raise UsageError(f"{option}: expected none beside an axis of {name}s, found {', '.join(map(str, given))}")
+    return draw_cells(settle_cells(request, args.model or [None], args.seeds, x, y), output, args)
+
+
+def compare_again(recipe: dict[str, Any], args: argparse.Namespace) -> int:
+    output = check_output(args.output, args.picture.with_stem(f"{args.picture.stem}-again"))
+    from ..workbench.comparing import cells_again
+
+    if args.model:
+        raise UsageError("-m: expected none, as the picture is a comparison, which names its checkpoints itself")
+    args.device, args.dtype = args.device or recipe.get("device"), args.dtype or recipe.get("dtype")
+    return draw_cells(cells_again(recipe), output, args)
+
+
+def draw_cells(cells: Cells, output: Path, args: argparse.Namespace) -> int:
+    """Draws, writes and reports a comparison.  The exit code is that of the first cell that has no picture, if any."""
+    from ..pipeline import load
+    from ..workbench.comparing import stream
+
+    done = with_progress(stream(cells, partial(load, device=args.device, dtype=args.dtype, offload=args.offload)))
+    path = str(done.save(output, replace=args.output is not None))
+    failures = [failure for failure in done.failures if failure]
+    facts = {"image": path, "recipe": done.recipe, "cells": done.metadata, "failures": list(map(str, failures))}
+    print(json.dumps(facts) if args.json else path)
+    for text in dict.fromkeys(map(one_line, failures)):
+        print(f"minisd: error: {text}", file=sys.stderr)
+    return failures[0].exit_code if failures else 0
+
+
+def models(argv: Sequence[str]) -> int:
+    parser = Parser(
+        prog="minisd models",
+        description="The models on this machine: name, kind, what it is, size, model hash where known, path.",
+        epilog="minisd models add FILE [--name NAME] [--folder FOLDER] imports one: checked first, never executed.",
+    )
+    parser.add_argument("what", nargs="?", choices=["list"], help=argparse.SUPPRESS)
+    parser.add_argument("--hash", action="store_true", help="also the hashes that are not known yet (reads those files)")
+    parser.add_argument("--all", action="store_true", help="also the files that minisd cannot use, and why")
+    add_output_options(parser)
+    if argv[:1] == ["add"]:
+        return add_model(argv[1:])
+    if argv[:1] and not argv[0].startswith("-") and argv[0] != "list":
+        parser.error(f"expected nothing, list, or add FILE, found {argv[0]!r}; to remove a model, delete its file")
+    args = parser.parse_args(argv)
+    from ..library.names import as_text, list_models, places_shown
+
+    found = list_models(args.hash)
+    listed = [model for model in found if args.all or model.kind != "other"]
+    if args.json:
+        entries = [vars(model) | {"path": str(model.path)} for model in listed]
+        print(json.dumps({"searched": places_shown(), "models": entries}))
+        return 0
+    print(as_text(listed))
+    hidden = f"; {len(found) - len(listed)} files of no use to it, see --all" if len(found) > len(listed) else ""
+    print(f"minisd: searched {', '.join(places_shown())}{hidden}", file=sys.stderr)
+    return 0
+
+
+def add_model(argv: Sequence[str]) -> int:
+    parser = Parser(prog="minisd models add", description="Copy a model file into the library, once it is checked.")
+    parser.add_argument("file", metavar="FILE", help="a .safetensors or .ckpt file")
+    parser.add_argument("--name", metavar="NAME", help="what to call it (default: as the file)")
+    parser.add_argument("--folder", metavar="FOLDER", help="where to (default: the first of $MINISD_MODELS, else models)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    from ..library.importing import add
+
+    print(add(args.file, args.name, args.folder))
+    return 0

@@ -1,0 +1,134 @@
+"""CUDA graphs: a sequence of kernels, recorded once and then launched as one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import OutOfMemoryError
+from ..models import ops
+from ..system.memory import memory_errors
+
+KEPT = 4  # recordings of one function; each holds the memory of its intermediate results, in a pool that they share
+
+
+def always(*given: Tensor | None) -> bool:
+    return True
+
+
+@cache
+def capture_stream(device: int) -> Any:
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def capture(graph: Any, pool: Any = None) -> Iterator[None]:
+    """torch.cuda.graph, with three precautions.
+
+    cuBLAS keeps its workspace by stream: without clearing, the memory of one graph would become that of all later ones, and be
+    gone with the first (as inductor's cudagraph_trees.py does it).  What other threads do, a second model that is loaded for
+    instance, does not break the capture.  After an error the stream is again the one before.
+    """
+    stream = torch.cuda.current_stream()
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        where = capture_stream(torch.cuda.current_device())
+        with torch.cuda.graph(graph, pool=pool, stream=where, capture_error_mode="thread_local"):
+            yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.set_stream(stream)
+
+
+@dataclass(frozen=True)
+class Recording:
+    graph: Any  # a torch.cuda.CUDAGraph
+    result: Tensor  # where the call leaves it each time
+
+    def replay(self) -> Tensor:
+        self.graph.replay()
+        return self.result
+
+
+def record(run: Callable[[], Tensor], others: Iterable[Recording | None]) -> Recording | None:
+    """A call as a CUDA graph.  Making it runs nothing, and everything must have run before.  None if there is no memory for it.
+
+    others: recordings that never run at the same time; the new one shares their memory, which lives as long as one of them.
+    """
+    graph = torch.cuda.CUDAGraph()
+    pool = next((other.graph.pool() for other in others if other), None)
+    try:
+        with memory_errors(), capture(graph, pool):
+            result = run()
+    except OutOfMemoryError:
+        warnings.warn("no memory to record a CUDA graph: going on without, which is slower", stacklevel=2)
+        return None
+    return Recording(graph, result)
+
+
+class Recorder:
+    """A function of tensors (or None), as one CUDA graph for each combination of their shapes.
+
+    The first call runs kernel by kernel and brings all kernels to life, the second is recorded, those after it are replayed.
+    graphs: whether to record at all, which only a GPU can.  roomy: asked before recording, whether there is memory for it.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], graphs: bool, roomy: Callable[..., bool] = always) -> None:
+        self.function, self.graphs, self.roomy = function, graphs, roomy
+        self.seen: set[tuple[object, ...]] = set()
+        self.refused: set[tuple[object, ...]] = set()  # for want of memory
+        self.recordings: dict[tuple[object, ...], tuple[list[Tensor | None], Recording]] = {}
+
+    def __call__(self, *given: Tensor | None) -> Tensor:
+        """function(*given), in memory of its own."""
+        key = (ops.chosen(), *(None if x is None else (x.shape, x.dtype) for x in given))
+        again = key in self.seen and key not in self.recordings and key not in self.refused
+        if self.graphs and again and self.roomy(*given):
+            self.record(key, given)
+        self.seen.add(key)
+        if key not in self.recordings:
+            return self.function(*given)
+        held, recording = self.recordings[key]
+        for target, source in zip(held, given, strict=True):
+            if target is not None and source is not None:
+                target.copy_(source)
+        return recording.replay().clone()
+
+    def record(self, key: tuple[object, ...], given: tuple[Tensor | None, ...]) -> None:
+        while len(self.recordings) >= KEPT:
+            del self.recordings[next(iter(self.recordings))]
+        held, function = [None if x is None else x.clone() for x in given], self.function
+        recording = record(lambda: function(*held), (other for _, other in self.recordings.values()))
+        if recording is None:
+            self.refused.add(key)
+        else:
+            self.recordings[key] = held, recording
+
+
+class NetworkRecorder:
+    """A function that belongs to a network, recorded; made anew if somebody has changed the network's weights."""
+
+    def __init__(
+        self, network: nn.Module, make: Callable[[], Callable[..., Tensor]], graphs: bool, roomy: Callable[..., bool] = always
+    ) -> None:
+        self.network, self.make, self.graphs, self.roomy = network, make, graphs, roomy
+        self.calls: Recorder | None = None
+        self.weights: tuple[tuple[int, int], ...] = ()
+
+    def __call__(self, *given: Tensor | None) -> Tensor:
+        if self.calls is None or self.weights != versions(self.network):
+            self.calls = Recorder(self.make(), self.graphs, self.roomy)
+            self.weights = versions(self.network)
+        return self.calls(*given)
+
+
+def versions(network: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Changes when a weight is replaced or written to, other than through `.data`."""
+    return tuple((weight.data_ptr(), weight._version) for weight in network.parameters())

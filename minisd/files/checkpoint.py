@@ -1,0 +1,207 @@
+"""Opening checkpoint files: header first, lazily, and never believing what the file says about itself.
+
+A .safetensors header is checked by the safetensors library; this file adds what it leaves to its callers (caps, dtypes,
+names) and says what a file is that is none.  torch_file.py does the same for .ckpt.  From there on the two are one: a tensor is
+a type, a shape and a place in the file, which tensors.py reads.  Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+
+from ..errors import CheckpointError
+from ..models.shapes import Shapes
+from ..system.cache import keep, recall
+from .entry import MAX_TENSORS, Entry
+from .torch_file import read_torch_file
+
+MAX_NAME = 500  # characters of a tensor's name; the longest in SDXL has 92
+MAX_HEADER = 8 << 20  # bytes; SDXL's 2,500 tensors take a few hundred KB
+
+TORCH_SAVE = (b"PK\x03\x04", b"\x80")  # how a .ckpt begins: a zip archive or, before PyTorch 1.6, a pickle
+
+# How other files begin, and what they are.
+MAGIC = [
+    (b"PK", "a zip archive, but not one of torch.save", "unpack it, and give the model in it"),
+    (b"7z\xbc\xaf", "a 7z archive", "unpack it, and give the model in it"),
+    (b"\x1f\x8b", "a gzip archive", "unpack it, and give the model in it"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "fetch the file with: git lfs pull"),
+    (b"<", "an HTML or XML page, probably an error page saved in place of the file", "download the file again"),
+    (b"GGUF", "a GGUF file", "minisd opens .safetensors and .ckpt"),
+    (b"\x89PNG", "a PNG picture", "minisd again takes pictures; -m takes checkpoints"),
+    (b"{", "a JSON text", "give the .safetensors file itself"),
+]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open file: what its header says.  tensors.py reads the tensors."""
+
+    path: Path
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+    size: int  # bytes
+    modified: int  # time of the last change when it was opened, in ns
+    ema: bool = False  # whether the UNet's entries are those of its moving average, see `averaged` in model.py
+
+    @property
+    def shapes(self) -> Shapes:
+        return Shapes({key: entry.shape for key, entry in self.entries.items()})
+
+    def sha256(self) -> str | None:
+        """The hash of the file; None if it is gone or no longer the one that was opened, which is no reason to lose a picture."""
+        try:
+            stat = self.path.stat()
+            same = (stat.st_size, stat.st_mtime_ns) == (self.size, self.modified)
+            return file_sha256(self.path) if same else None
+        except OSError:
+            return None
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Reads the header of a .safetensors file, or what stands for one in a .ckpt (by content, whatever the file's name).
+
+    Raises CheckpointError if it is missing, empty, cut short, too large to be honest, or something else altogether.
+    """
+    path = Path(path)
+    head, size, modified = first_bytes(path)
+    length = int.from_bytes(head[:8], "little")
+    if size >= 10 and head[8:9] == b"{" and length <= size - 8:
+        entries, metadata = read_safetensors(path, length)
+    elif head.startswith(TORCH_SAVE):
+        entries, metadata = read_torch_file(path)
+    else:
+        raise CheckpointError(path, *what_else(head, size, length))
+    for key in entries:
+        if not key.isprintable() or ".." in key or key.startswith("/") or len(key) > MAX_NAME:
+            raise CheckpointError(path, "is not an honest tensor name", key=ascii(key[:MAX_NAME])[1:-1])
+    return Checkpoint(path, entries, metadata, size, modified)
+
+
+def first_bytes(path: Path) -> tuple[bytes, int, int]:
+    """(the first 64 bytes, size, time of the last change) of a file; CheckpointError if there are none."""
+    try:
+        if path.is_dir():
+            theirs = (path / "model_index.json").exists()
+            hint = f"convert it first: minisd convert {path} -o NAME.safetensors" if theirs else "name the file in it"
+            raise CheckpointError(path, "is a folder, expected a .safetensors or .ckpt file", hint)
+        if path.exists() and not path.is_file():  # a pipe would keep us waiting for its first byte
+            raise CheckpointError(path, "is not a regular file, expected a .safetensors or .ckpt file", "name the file itself")
+        with path.open("rb") as file:
+            stat = os.fstat(file.fileno())
+            head = file.read(64)
+    except FileNotFoundError:
+        raise CheckpointError(path, "does not exist", "check the path") from None
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be opened: {error.strerror}") from error
+    if not head:
+        raise CheckpointError(path, "is empty", "download it again")
+    return head, stat.st_size, stat.st_mtime_ns
+
+
+def what_else(head: bytes, size: int, length: int) -> tuple[str, str]:
+    """What a file is that is no checkpoint, and what to do; length is its header's, if it begins with one."""
+    for magic, what, hint in MAGIC:
+        if head.startswith(magic):
+            return f"is {what}; expected a .safetensors or .ckpt file", hint
+    if size >= 10 and head[8:9] == b"{" and length <= MAX_HEADER:
+        return f"ends at byte {size:,}, inside its header of {length:,} bytes", "download it again"
+    if head.isascii():
+        return "is a text; expected a .safetensors or .ckpt file", "-m takes the model file itself"
+    return "is not a .safetensors or .ckpt file", "minisd opens single-file Stable Diffusion checkpoints"
+
+
+def read_safetensors(path: Path, length: int) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors and the metadata of a .safetensors file whose header has `length` bytes."""
+    if length > MAX_HEADER:
+        raise CheckpointError(path, f"has a header of {length:,} bytes; at most {MAX_HEADER:,} were expected")
+    try:
+        with safetensors.safe_open(path, framework="np") as file:  # checks the header against the file
+            metadata = dict(file.metadata() or {})
+        with path.open("rb") as plain:
+            header = json.loads(plain.read(8 + length)[8:], object_pairs_hook=once_each)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(path, f"is not a whole .safetensors file: {error}", "copy or download it again") from error
+    header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise CheckpointError(path, f"has {len(header):,} tensors; at most {MAX_TENSORS:,} were expected")
+    start = 8 + length
+    return {
+        key: Entry(facts["dtype"], tuple(facts["shape"]), start + facts["data_offsets"][0])
+        for key, facts in sorted(header.items())
+    }, metadata
+
+
+def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name occurs twice in its header")
+    return dict(pairs)
+
+
+FORMATS = {"F64": "d", "F32": "f", "F16": "e", "BF16": "H"}  # of struct; a bfloat16 is the upper half of a float32
+
+
+def read_floats(checkpoint: Checkpoint, key: str, count: int | None = None) -> list[float]:
+    """The numbers of a small tensor (2 to 10,000 of them, or exactly `count`), without torch.  Raises CheckpointError."""
+    entry = checkpoint.entries[key]
+    expected = f"{count}" if count else "2 to 10,000"
+    if entry.dtype not in FORMATS or not (entry.numel == count if count else 2 <= entry.numel <= 10_000):
+        found = f"{entry.numel:,} of {entry.dtype}"
+        raise CheckpointError(checkpoint.path, f"expected {expected} floating-point numbers, found {found}", key=key)
+    with checkpoint.path.open("rb") as file:
+        file.seek(entry.offset)
+        data = file.read(entry.nbytes)
+    if len(data) != entry.nbytes:
+        raise CheckpointError(checkpoint.path, "could not be read to its end", "copy or download it again", key)
+    values = struct.unpack(f"<{entry.numel}{FORMATS[entry.dtype]}", data)
+    if entry.dtype == "BF16":
+        values = struct.unpack(f"<{entry.numel}f", b"".join(b"\0\0" + half.to_bytes(2, "little") for half in values))
+    if not all(math.isfinite(value) for value in values):
+        raise CheckpointError(checkpoint.path, "holds NaN or infinity", "the file is broken; get another copy", key)
+    return list(values)
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a whole file; its first 10 digits are what A1111 and Civitai call the model hash (AutoV2).
+
+    Remembered by path, size and time of change, because a large file takes seconds.
+    """
+    name = state_of(path)
+    known = recall("sha256")
+    if name not in known:
+        with path.open("rb") as file:
+            known[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        keep("sha256", known)
+    return str(known[name])
+
+
+def known_sha256(path: Path) -> str | None:
+    """The same if it has been found out before."""
+    found = recall("sha256").get(state_of(path))
+    return str(found) if found else None
+
+
+def data_sha256(path: Path) -> str | None:
+    """The sha256 of what follows the header of a .safetensors file (AutoV3, ModelSpec's hash); None for other files."""
+    with path.open("rb") as file:
+        head = file.read(9)
+        if head[8:] != b"{":
+            return None
+        file.seek(8 + int.from_bytes(head[:8], "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def state_of(path: Path) -> str:
+    """Tells a file and what is in it from all others, without reading it.  Raises OSError."""
+    stat = path.stat()
+    return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"

@@ -1,0 +1,205 @@
+"""What a set of keys is, and why.
+
+Everything here is read from names, shapes, metadata and, for one question, one small tensor; nothing is guessed from a file's
+name.  Every conclusion comes with its reason, which `minisd inspect` shows.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Mapping
+
+from ..errors import CheckpointError
+from ..models.family import FAMILIES, SD2, SDXL, TASKS, UNET, VAE, Family, Recognition, Training
+from ..models.shapes import Shapes, below
+from .checkpoint import Checkpoint, read_floats
+
+CONV_IN = f"{UNET}.input_blocks.0.0.weight"
+
+
+# Distilled UNets, told by the number of their transformer blocks (their published configurations); SDXL itself has 70.
+DISTILLED = {34: "SSD-1B", 15: "Segmind Vega", 21: "KOALA 700M", 30: "KOALA 1B"}
+
+
+# Single tensors by which a file says how it was trained (ComfyUI supported_models.py, SDXL.model_type).
+MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_min", "edm_vpred.sigma_max")
+
+
+# What files carry and nobody needs: (pattern, what it is).  Anything else that no module asks for is an error.
+TEXT = r"(cond_stage_model|conditioner\.embedders\.\d)"
+
+
+SPARE = [
+    (r"(alphas_cumprod(_prev)?|betas|log_one_minus_alphas_cumprod|lvlb_weights|logvar)", "schedule buffer"),
+    (r"(posterior_(variance|log_variance_clipped|mean_coef[12]))", "schedule buffer"),
+    (r"(sqrt_(alphas_cumprod|one_minus_alphas_cumprod|recip_alphas_cumprod|recipm1_alphas_cumprod))", "schedule buffer"),
+    (r"denoiser\.sigmas", "schedule buffer"),
+    (r"model_ema\..*", "moving average of the weights"),
+    (rf"{TEXT}\.transformer\.(text_model\.)?embeddings\.position_ids", "the numbers 0 to 76"),
+    (rf"{TEXT}\.(transformer\.|model\.)?logit_scale", "number of CLIP's own training"),
+    (rf"{TEXT}\.transformer\.(text_model\.)?text_projection(\.weight)?", "projection for CLIP's own training"),
+    (r"cond_stage_model\.text_projection(\.weight)?", "projection for CLIP's own training"),
+    (rf"{TEXT}\.transformer\.(vision_model|visual_projection)\..*", "CLIP's image encoder"),
+    (rf"{TEXT}\.model\.(attn_mask|visual\..*)", "CLIP's image encoder"),
+    (r"first_stage_model\.(loss\..*|model_ema\..*)", "of the autoencoder's training"),
+    (r"embedding_manager\..*", "textual inversion training"),
+    ("|".join(re.escape(marker) for marker in MARKERS), "marker of how the model was trained"),
+]
+
+
+_SPARE = re.compile("|".join(f"(?:{pattern})" for pattern, _ in SPARE))
+
+
+def is_spare(key: str) -> bool:
+    return _SPARE.fullmatch(key) is not None
+
+
+# Files that are something else: (a pattern that one of their keys matches, what it is, what to do).  The first match counts.
+NOT_A_UNET = "minisd draws with models of the Stable Diffusion UNet family"
+
+
+ON_TOP = "it goes on top of a checkpoint, which is what -m names"
+
+
+RAW = "minisd opens the single file that the model was published as"
+
+
+OTHERS = [
+    (r"lora_(unet|te\d?)_.*|.*\.lora_([AB]|up|down)\b.*|.*\.(hada_w1_a|lokr_w1)", "a LoRA", ON_TOP),
+    (r"(control_model|controlnet_cond_embedding|input_hint_block)\..*", "a ControlNet", ON_TOP),
+    (r"(model\.diffusion_model\.)?(double|single)_blocks\..*", "a Flux model", NOT_A_UNET),
+    (r"(model\.diffusion_model\.)?joint_blocks\..*", "a Stable Diffusion 3 model", NOT_A_UNET),
+    (r"depth_model\..*", "a depth-to-image model of Stable Diffusion 2", "minisd does not estimate depth; use a ControlNet"),
+    (r"(embedder\.model\.visual|noise_augmentor)\..*", "an unCLIP model of Stable Diffusion 2", NOT_A_UNET),
+    (r"low_scale_model\..*", "the x4 upscaler of Stable Diffusion 2", NOT_A_UNET),
+    (r"string_to_param.*|emb_params|clip_[lg]", "a textual inversion embedding", ON_TOP),
+    (r"(taesd_)?(encoder|decoder)\.(layers\.)?\d+\.|\d+\.(conv\.)?.*", "a tiny autoencoder (TAESD)", "give it as the VAE: --vae"),
+    (r"(down|up)_blocks\..*|conv_norm_out\..*", "a UNet or ControlNet in diffusers' naming, or a part of one", RAW),
+    (r"(encoder|decoder)\.(down|up)_blocks\..*", "a VAE in diffusers' naming", RAW),
+]
+
+
+UNKNOWN = "no model that minisd knows"
+
+
+PARTS = [
+    ("a UNet", (f"{UNET}.", "input_blocks.", "middle_block.", "output_blocks.")),
+    ("a VAE", (f"{VAE}.", "encoder.", "decoder.")),
+    ("a text encoder", ("cond_stage_model.", "conditioner.", "text_model.", "transformer.resblocks.")),
+]
+
+
+def looks_like(shapes: Shapes) -> tuple[str, str]:
+    """What a set of keys that is no whole checkpoint looks like, and what to do about it."""
+    for pattern, title, hint in OTHERS:
+        if any(re.match(pattern, key) for key in shapes):
+            return title, hint
+    family = ranking(shapes)[0]
+    if not missing(family, shapes):
+        channels = input_channels(shapes)
+        return f"{family.title} with {channels} input channels", f"minisd knows what to do with {', '.join(map(str, TASKS))}"
+    found = [title for title, names in PARTS if any(key.startswith(names) for key in shapes)]
+    if found == ["a VAE"]:
+        return "a VAE alone", "give it as the VAE of a checkpoint: --vae"
+    if found:
+        return f"{' and '.join(found)} alone", "a checkpoint holds a UNet, a VAE and its text encoders in one file"
+    return UNKNOWN, "minisd opens single-file Stable Diffusion checkpoints"
+
+
+def recognise(checkpoint: Checkpoint) -> Recognition:
+    """What a checkpoint is.  Raises CheckpointError, which says what else the file looks like, if minisd cannot draw with it."""
+    shapes = checkpoint.shapes
+    family, runner_up = ranking(shapes)[:2]
+    foreign = next((title for pattern, title, _ in OTHERS if any(re.match(pattern, key) for key in shapes)), None)
+    channels = input_channels(shapes)
+    if foreign or missing(family, shapes) or channels not in TASKS:
+        what, hint = looks_like(shapes)
+        reason = f"this looks like {what}, not like a checkpoint" if what != UNKNOWN else f"this is {what}"
+        raise CheckpointError(checkpoint.path, reason, f"{hint}; its keys{listing(shapes)}")
+    reasons = [f"{family.title}: weights below {', '.join(family.clues)}"]
+    absent = ", ".join(missing(runner_up, shapes)) or f"nothing, but {family.title} explains more of the file"
+    reasons.append(f"not {runner_up.title}: missing {absent}")
+    reasons.append(f"task {TASKS[channels]}: the first convolution takes {channels} channels")
+    if family is SDXL and (name := DISTILLED.get(transformer_blocks(shapes))):
+        reasons.append(f"distilled like {name}: {transformer_blocks(shapes)} transformer blocks, SDXL has 70")
+    training, why = trained(checkpoint, family, TASKS[channels])
+    size = native_size(family, training, checkpoint.metadata)
+    return Recognition(family, TASKS[channels], training, size, (*reasons, why))
+
+
+def ranking(shapes: Shapes) -> list[Family]:
+    """The families, best first: those of whose clues none is missing, and among them the one with most clues."""
+    return sorted(FAMILIES, key=lambda family: (len(missing(family, shapes)), -len(family.clues)))
+
+
+def missing(family: Family, shapes: Shapes) -> list[str]:
+    return [clue for clue in family.clues if clue not in shapes and not any(key.startswith(f"{clue}.") for key in shapes)]
+
+
+def input_channels(shapes: Shapes) -> int:
+    shape = shapes.get(CONV_IN, ())
+    return shape[1] if len(shape) == 4 else 4  # what has no such shape is refused when the UNet is built
+
+
+def transformer_blocks(shapes: Shapes) -> int:
+    return sum(key.startswith(UNET) and key.endswith(".attn1.to_q.weight") for key in shapes)
+
+
+def trained(checkpoint: Checkpoint, family: Family, task: str) -> tuple[Training, str]:
+    """How the network was trained, and how that is known: by a marker in the file, its metadata, or a measured rule."""
+    shapes, metadata = checkpoint.shapes, checkpoint.metadata
+    if "edm_mean" in shapes and "edm_std" in shapes:  # Playground 2.5 (Li et al. 2024, arXiv 2402.17245)
+        mean, std = (tuple(read_floats(checkpoint, key, 4)) for key in ("edm_mean", "edm_std"))
+        training = Training("edm", sigmas=(0.002, 80.0), sigma_data=0.5, latent_mean=mean, latent_std=std)
+        return training, "prediction edm: the markers edm_mean and edm_std"
+    if "edm_vpred.sigma_max" in shapes:  # CosXL; without the other marker its published range
+        low = read_floats(checkpoint, "edm_vpred.sigma_min", 1)[0] if "edm_vpred.sigma_min" in shapes else 0.002
+        high = read_floats(checkpoint, "edm_vpred.sigma_max", 1)[0]
+        if not 0 < low < high:
+            raise CheckpointError(
+                checkpoint.path, f"expected rising noise levels, found {low} to {high}", key="edm_vpred.sigma_max"
+            )
+        return Training("v", sigmas=(low, high)), "prediction v over continuous noise levels: the marker edm_vpred.sigma_max"
+    if "v_pred" in shapes:
+        zero = "ztsnr" in shapes
+        return Training("v", zero), f"prediction v: the marker v_pred{', zero terminal SNR: ztsnr' if zero else ''}"
+    stated = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key")
+    if stated in ("epsilon", "v", "v_prediction"):
+        return Training("epsilon" if stated == "epsilon" else "v", "ztsnr" in shapes), f"prediction {stated}: the metadata"
+    if family is SD2 and task == "draw":
+        return measured_prediction(checkpoint)
+    return Training(zero_terminal="ztsnr" in shapes), "prediction epsilon: no marker and no metadata say otherwise"
+
+
+def measured_prediction(checkpoint: Checkpoint) -> tuple[Training, str]:
+    """SD 2.x predicts epsilon or v with equal keys, but the v models were trained until this bias had spread further
+    (ComfyUI supported_models.py, SD20.model_type)."""
+    key = f"{UNET}.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    if key not in checkpoint.entries:
+        return Training(), f"prediction epsilon: there is no {key} to measure"
+    spread = statistics.stdev(read_floats(checkpoint, key))
+    prediction = "v" if spread > 0.09 else "epsilon"
+    sign = ">" if spread > 0.09 else "<="
+    return Training(prediction), f"prediction {prediction}: {key} has a standard deviation of {spread:.3f} {sign} 0.09"
+
+
+def native_size(family: Family, training: Training, metadata: Mapping[str, str]) -> tuple[int, int]:
+    """(width, height) to draw at where nobody says: what the file's ModelSpec metadata names, else what its kind was trained
+    at; of SD 2.x the models that predict v were trained at 768."""
+    match = re.fullmatch(r"(\d{2,4})x(\d{2,4})", metadata.get("modelspec.resolution", ""))
+    if match:
+        return int(match[1]), int(match[2])
+    side = 768 if family is SD2 and training.prediction == "v" else family.size
+    return side, side
+
+
+def listing(keys: object) -> str:
+    names = list(keys)  # type: ignore[call-overload]
+    shown = ", ".join(names[:10])
+    return f": {shown}" + (f", … ({len(names)} in all)" if len(names) > 10 else "")
+
+
+def vae_name(shapes: Shapes) -> str | None:
+    """Below which name a file has a VAE: a checkpoint's, nothing for a VAE alone, or None."""
+    return next((name for name in (VAE, "") if "decoder.conv_in.weight" in (below(shapes, name) if name else shapes)), None)

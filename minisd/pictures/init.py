@@ -1,0 +1,74 @@
+"""Pictures that a user gives: to start from, to edit, to mask.  Read carefully, because they come from anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..errors import UsageError
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_PIXELS = 16 << 20  # a small file can unpack to gigabytes; the header tells before it does
+
+Picture = Image.Image | str | os.PathLike[str]
+
+
+def open_picture(name: str, source: Picture) -> Image.Image:
+    """The picture that the argument `name` gives, upright.  Raises UsageError."""
+    if isinstance(source, Image.Image):
+        return source
+    if not isinstance(source, str | os.PathLike):
+        raise UsageError(f"{name}: expected a PIL image or the path of one, found {type(source).__name__}")
+    path = Path(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    found = f"{image.width}x{image.height}"
+                    raise UsageError(f"{name} {path}: expected at most {MAX_PIXELS / 1e6:.0f} million pixels, found {found}")
+                return ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise UsageError(f"{name} {path}: does not exist") from None
+    except IsADirectoryError:
+        raise UsageError(f"{name} {path}: expected a picture, found a folder") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UsageError(f"{name} {path}: is no {', '.join(FORMATS)} picture that can be read: {error}") from None
+
+
+def to_pixels(image: Image.Image, width: int, height: int) -> Tensor:
+    """A picture as (1, 3, H, W) in [-1, 1], float32; scaled if it has another size, transparent parts on white."""
+    image = resized(opaque(image, "white").convert("RGB"), width, height)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def to_mask(image: Image.Image, width: int, height: int) -> Tensor:
+    """A picture as (1, 1, H, W): 1 where it is lighter than half, which is where to paint, else 0; so where it is transparent."""
+    image = resized(opaque(image, "black").convert("L"), width, height)
+    return (torch.from_numpy(np.array(image))[None, None] >= 128).float()
+
+
+def opaque(image: Image.Image, background: str) -> Image.Image:
+    """Without transparency, and with 8 bits a channel: Pillow's own conversion cuts 16 bits of grey off at 255."""
+    if image.mode.startswith("I"):  # I;16 and the like
+        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return image
+
+
+def resized(image: Image.Image, width: int, height: int) -> Image.Image:
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def fingerprint(image: Image.Image) -> str:
+    """The sha256 of a picture's size and pixels, whatever file format they came in."""
+    return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()

@@ -1,0 +1,1 @@
+"""From words to what conditions the UNet.  Read tokenizer, conditioner."""

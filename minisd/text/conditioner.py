@@ -1,0 +1,80 @@
+"""From texts, and from what the family wants to know beside them, to what conditions the UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..diffusion.denoiser import Conditioning
+from ..models.clip import OpenTextTransformer, TextEncoder
+from ..models.family import Family, Tower, text_skip
+from ..models.unet import timestep_embedding
+from ..system.device import visiting
+from .tokenizer import LENGTH, tokenize
+
+SIZE_CHANNELS = 256  # of the sinusoids of one number in SDXL's vector (sd_xl_base.yaml, ConcatTimestepEmbedderND)
+
+
+def hidden_states(encoder: TextEncoder, ids: Tensor) -> Sequence[Tensor]:
+    return encoder.hidden_states(ids)
+
+
+@dataclass(frozen=True)
+class Conditioner:
+    """The text encoders of a model, and the family that says how they are read."""
+
+    family: Family
+    encoders: Sequence[TextEncoder]
+    device: torch.device
+    run: Callable[[TextEncoder, Tensor], Sequence[Tensor]] = hidden_states  # ids (B, 77) -> every layer's output, (B, 77, D)
+
+    def encode(self, prompts: Sequence[str], clip_skip: int | None = None) -> Conditioning:
+        """Texts -> context (B, 77*k, D), the encoders' channels side by side, and the pooled vector (B, P) where there is one.
+
+        clip_skip: 1 takes the last layer of every encoder, 2 the one before it, …; by default that which the family has.
+        """
+        contexts, pooled = [], None
+        for tower, encoder in zip(self.family.towers, self.encoders, strict=True):
+            ids = torch.tensor(tokenize(prompts, tower.pad), device=self.device)  # (B, 77*k)
+            with visiting(encoder, self.device):
+                states = self.run(encoder, ids.view(-1, LENGTH))  # (B*k, 77): every chunk is a text of its own
+                context, vector = read_states(tower, encoder, ids, states, clip_skip)
+            contexts.append(context)
+            pooled = vector if tower.pooled else pooled
+        return Conditioning(torch.cat(contexts, dim=-1), pooled)
+
+
+def read_states(
+    tower: Tower, encoder: TextEncoder, ids: Tensor, states: Sequence[Tensor], clip_skip: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """ids (B, 77*k), states (B*k, 77, D) -> context (B, 77*k, D) and, from the first chunk, pooled (B, P)."""
+    skip = text_skip(tower, len(states) - 1) if clip_skip is None else clip_skip - 1
+    state = states[-1 - skip]
+    if tower.final_norm:
+        state = encoder.final_norm(state)
+    context = state.view(*ids.shape, -1)
+    if not (tower.pooled and isinstance(encoder, OpenTextTransformer)):
+        return context, None
+    count = ids.shape[1] // LENGTH
+    return context, encoder.pooled(ids.view(-1, LENGTH), states[-1])[::count]
+
+
+def with_sizes(conditioning: Conditioning, numbers: Sequence[float]) -> Conditioning:
+    """Adds the UNet's vector: the pooled text, then the sinusoids of each number, (B, P + 256 * len(numbers)).
+
+    SDXL: original height and width, crop top and left, target height and width; its refiner: the first four and the aesthetic
+    score (generative-models, inference/helpers.py; Podell et al. 2023, arXiv 2307.01952, section 2.2).
+    """
+    assert conditioning.pooled is not None
+    sinusoids = timestep_embedding(torch.tensor(numbers, device=conditioning.pooled.device), SIZE_CHANNELS).flatten()
+    rows = sinusoids.to(conditioning.pooled.dtype).expand(len(conditioning.pooled), -1)
+    return replace(conditioning, vector=torch.cat([conditioning.pooled, rows], dim=1))
+
+
+def zeroed(conditioning: Conditioning) -> Conditioning:
+    """No text at all, as SDXL was trained to take it: zeros in place of the encoding of no words."""
+    assert conditioning.pooled is not None
+    return replace(conditioning, context=torch.zeros_like(conditioning.context), pooled=torch.zeros_like(conditioning.pooled))

@@ -1,0 +1,1 @@
+"""What checkpoints are worked on with: inspecting, comparing, merging, converting."""

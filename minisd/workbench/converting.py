@@ -1,0 +1,167 @@
+"""A checkpoint written anew: its parts each from where they are wanted, in another dtype, without what nobody needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, OutputError, UsageError
+from ..files.checkpoint import Checkpoint, open_checkpoint
+from ..files.recognition import MARKERS, is_spare, listing, recognise, vae_name
+from ..files.saving import NAMES, Progress, described, write_checkpoint
+from ..files.tensors import TORCH, finite, stored_pieces
+from ..models.blocks import part_of
+from ..models.family import VAE
+
+Origin = dict[str, tuple[Checkpoint, str]]  # for a key of the result: the file, and the key there
+STORABLE = {str(dtype).removeprefix("torch."): dtype for dtype in TORCH.values() if dtype != torch.float64}
+FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    prune: bool = False,
+    vae: str | os.PathLike[str] | None = None,
+    text: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes a checkpoint (.safetensors or .ckpt) anew as .safetensors; returns its path.
+
+    dtype: of the weights, where it is to change; numbers that are no floating-point numbers stay what they are.  In float8 only
+        matrices and convolutions of the UNet and the text encoders are stored, the rest in float16; they draw as any other.
+    prune: leaves out what nobody needs to draw: schedule buffers, the moving average, the loss of the training.
+    vae: a VAE file or another checkpoint, whose VAE takes the place of the source's.
+    text: another checkpoint of the same family, whose text encoders take the place of the source's.
+    Raises CheckpointError (the sources, also if they hold NaN), UsageError (the target's name) and OutputError (the target; what
+    stood there is then whole).
+    """
+    return write_parts(open_checkpoint(source), target, dtype, prune, vae, text, progress)
+
+
+def save(
+    model: str | os.PathLike[str],
+    filename_prefix: str = "checkpoints/minisd",
+    dtype: torch.dtype | None = None,
+    vae: str | os.PathLike[str] | None = None,
+    text: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    folder: str | os.PathLike[str] = ".",
+) -> Path:
+    """Puts a checkpoint together as ComfyUI's CheckpointSave does, and writes it under the next free number; returns its path.
+
+    filename_prefix: "checkpoints/mymix" gives checkpoints/mymix_00001_.safetensors, then _00002_; folders are made where they are
+        missing, below `folder` and nowhere else.
+    dtype, vae, text: as for `convert`; spare tensors are left out.
+    Raises CheckpointError, UsageError (the prefix leads out of the folder), OutputError.
+    """
+    root = Path(folder)
+    target = root / f"{filename_prefix}.safetensors"
+    inside = root.resolve() in target.resolve().parents
+    if not filename_prefix.isprintable() or Path(filename_prefix).name in ("", "..") or not inside:
+        raise UsageError(f"filename prefix: expected folder and name below {root}, found {filename_prefix!r}")
+    checkpoint = open_checkpoint(model)
+    recognise(checkpoint)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"output {target}: its folder cannot be made: {error.strerror}") from error
+    return write_parts(checkpoint, target, dtype, True, vae, text, progress, by_number=True)
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raises UsageError unless weights can be stored so."""
+    if dtype is not None and dtype not in STORABLE.values():
+        raise UsageError(f"dtype: expected torch.{', torch.'.join(STORABLE)}, found {dtype!r}")
+
+
+def write_parts(
+    checkpoint: Checkpoint,
+    target: str | os.PathLike[str],
+    dtype: torch.dtype | None,
+    prune: bool,
+    vae: str | os.PathLike[str] | None,
+    text: str | os.PathLike[str] | None,
+    progress: Progress | None,
+    by_number: bool = False,
+) -> Path:
+    check_dtype(dtype)
+    origin: Origin = {key: (checkpoint, key) for key in checkpoint.entries if not (prune and is_unneeded(key))}
+    if vae is not None:
+        origin = {key: place for key, place in origin.items() if part_of(key) != "vae"} | vae_of(open_checkpoint(vae))
+    if text is not None:
+        origin |= text_of(open_checkpoint(text), checkpoint)
+    entries = {key: file.entries[name] for key, (file, name) in origin.items()}
+    planned = {
+        key: (NAMES[stored_as(key, len(entry.shape), dtype)] if dtype and entry.dtype in TORCH else entry.dtype, entry.shape)
+        for key, entry in entries.items()
+    }
+
+    def read(key: str) -> Iterator[Tensor]:
+        file, name = origin[key]
+        for piece in stored_pieces(file, name):
+            if file.entries[name].dtype in TORCH:
+                yield rounded(piece, TORCH[planned[key][0]], file, name)
+            else:
+                yield piece
+
+    return write_checkpoint(target, planned, read, described(checkpoint), progress, by_number)
+
+
+def stored_as(key: str, dimensions: int, dtype: torch.dtype) -> torch.dtype:
+    if dtype in FLOAT8 and (dimensions < 2 or part_of(key) == "vae"):
+        return torch.float16
+    return dtype
+
+
+def rounded(numbers: Tensor, dtype: torch.dtype, file: Checkpoint, key: str) -> Tensor:
+    """The numbers in `dtype`.  Raises CheckpointError if they are not finite, or no longer."""
+    result = narrowed(numbers, dtype)
+    if not finite(result):
+        if finite(numbers):
+            raise CheckpointError(file.path, f"holds numbers too large for {dtype}", "choose bfloat16 or float32", key)
+        raise CheckpointError(file.path, "holds NaN or infinity", "it is not worth keeping; get another copy", key)
+    return result
+
+
+def narrowed(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers in `dtype`; what is too large for float8 becomes its largest number, as torch would make NaN of it."""
+    if dtype not in FLOAT8 or numbers.dtype == dtype:
+        return numbers.to(dtype)
+    limit = torch.finfo(dtype).max
+    return numbers.float().clamp(-limit, limit).to(dtype)
+
+
+def vae_of(checkpoint: Checkpoint) -> Origin:
+    """Where the weights of a file's VAE are, by the names that they have in a checkpoint.  Raises CheckpointError."""
+    name = vae_name(checkpoint.shapes)
+    if name is None:
+        raise CheckpointError(checkpoint.path, "expected a VAE, or a checkpoint that has one")
+    prefix = f"{name}." if name else ""
+    inside = {f"{VAE}.{key.removeprefix(prefix)}": key for key in checkpoint.entries if key.startswith(prefix)}
+    return {key: (checkpoint, original) for key, original in inside.items() if not is_spare(key)}
+
+
+def text_of(checkpoint: Checkpoint, like: Checkpoint) -> Origin:
+    """Where the weights of a checkpoint's text encoders are.  Raises CheckpointError unless they are those of `like`'s family."""
+
+    def encoders(file: Checkpoint) -> dict[str, tuple[int, ...]]:
+        prefixes = tuple(f"{tower.name}." for tower in recognise(file).family.towers)
+        return {key: entry.shape for key, entry in file.entries.items() if key.startswith(prefixes) and not is_spare(key)}
+
+    wanted, found = encoders(like), encoders(checkpoint)
+    other = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
+    if other:
+        reason = f"expected text encoders as in {like.path}, found {len(other)} keys that differ{listing(other)}"
+        raise CheckpointError(checkpoint.path, reason)
+    return {key: (checkpoint, key) for key in found}
+
+
+def is_unneeded(key: str) -> bool:
+    """Spare keys, but not the markers that say how a model was trained."""
+    return is_spare(key) and key not in MARKERS

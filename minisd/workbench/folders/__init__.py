@@ -1,0 +1,1 @@
+"""Folders of diffusers, to and from single files, to the bit."""

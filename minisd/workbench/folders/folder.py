@@ -1,0 +1,282 @@
+"""Between a raw checkpoint and a folder of diffusers: the same tensors under other names, and the configs that say their shapes.
+
+What diffusers has no place for (schedule buffers, markers, SD 2's last text layer, the metadata) waits in a file of its own,
+minisd.safetensors, which diffusers does not look at.  With it the way there and back changes no bit; without it only these are
+lost.  Weights are read and written as in saving.py.
+
+Reference: diffusers 0.42, pipelines/stable_diffusion*; the configs of the published folders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import CheckpointError, OutputError, UsageError
+from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.recognition import is_spare, listing, recognise
+from ...files.saving import NAMES, NO_HASH, Progress, write_checkpoint
+from ...files.tensors import TORCH, check_floats, read_stored
+from ...models.family import REFINER, SD1, SD2, SDXL, VAE, Family
+from ...system.atomic import check_place, check_room, running, sync
+from ..converting import FLOAT8, rounded, stored_as
+from .configs import small_files
+from .names import Link, Place, count, is_matrix, names_of, places
+
+REST = "minisd.safetensors"
+OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.18
+
+
+Tensors = dict[str, tuple[Checkpoint, str]]  # by name in a folder: the file that has it, and its name there
+
+
+def to_folder(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes a checkpoint as a folder that diffusers' `from_pretrained` opens; returns its path.
+
+    dtype: of the weights; by default that of the file.  The folder appears whole or not at all.
+    Raises CheckpointError (the source, also where diffusers has no config for its shape), UsageError (the dtype), OutputError
+    (the target exists).
+    """
+    checkpoint, target = open_checkpoint(source), Path(target)
+    if dtype in FLOAT8:
+        raise UsageError("dtype: expected float32, bfloat16 or float16 for a folder of diffusers, found float8")
+    found = recognise(checkpoint)
+    links = {place: links_of(place, checkpoint, found.family) for place in places(found.family)}
+    texts = small_files(checkpoint, found)
+    taken = {link.raw for each in links.values() for link in each}
+    rest = [key for key in checkpoint.entries if key not in taken]
+    total, done = sum(entry.nbytes for entry in checkpoint.entries.values()), 0
+    with whole_folder(target, total) as draft:
+        for name, content in texts.items():
+            (draft / name).parent.mkdir(exist_ok=True)
+            (draft / name).write_text(content, encoding="utf-8")
+        for place, each in links.items():
+            tell = (lambda part, _, before=done: progress(before + part, total)) if progress else None
+            done += write_component(checkpoint, each, draft / place.folder, dtype, tell)
+        planned = {key: (checkpoint.entries[key].dtype, checkpoint.entries[key].shape) for key in rest}
+        write_checkpoint(draft / REST, planned, lambda key: [read_stored(checkpoint, key)], checkpoint.metadata)
+    return target
+
+
+def links_of(place: Place, checkpoint: Checkpoint, family: Family) -> list[Link]:
+    """A link from every tensor of a network, by its whole raw name.  Raises CheckpointError if one has no place there."""
+    keys = [key.removeprefix(place.prefix) for key in checkpoint.entries if key.startswith(place.prefix) and not is_spare(key)]
+    names = names_of(place, keys, raw=True)
+    if family is SD2 and place.tower:
+        names.links = [link for link in names.links if link.raw != "text_projection"]
+    links = [Link(place.prefix + link.raw, link.theirs, link.transposed) for link in names.forward(keys)]
+    lost = {place.prefix + key for key in keys} - {link.raw for link in links}
+    if family is SD2 and place.tower:  # theirs ends with the last layer that is used, which is not the last there is
+        last = f"{place.prefix}transformer.resblocks.{count(keys, 'transformer.resblocks.') - 1}."
+        lost = {key for key in lost if not key.startswith(last) and not key.endswith(".text_projection")}
+    if lost:
+        raise CheckpointError(checkpoint.path, f"has {len(lost)} tensors that diffusers has no place for{listing(sorted(lost))}")
+    check_floats(checkpoint, {link.raw: checkpoint.entries[link.raw] for link in links})
+    return links
+
+
+def write_component(
+    checkpoint: Checkpoint, links: list[Link], folder: Path, dtype: torch.dtype | None, progress: Progress | None
+) -> int:
+    """Writes the weights of one network; returns their size in bytes."""
+    planned: dict[str, tuple[str, tuple[int, ...]]] = {}
+    origin: dict[str, tuple[Link, int]] = {}
+    for link in links:
+        entry = checkpoint.entries[link.raw]
+        shape = tuple(reversed(entry.shape)) if link.transposed else (entry.shape[0] // len(link.theirs), *entry.shape[1:])
+        if link.raw.startswith(f"{VAE}.") and is_matrix(link.raw.removeprefix(f"{VAE}.")):
+            shape = shape[:2]
+        for part, name in enumerate(link.theirs):
+            planned[name], origin[name] = (stored_name(entry.dtype, dtype), shape), (link, part)
+
+    def read(name: str) -> list[Tensor]:
+        link, part = origin[name]
+        tensor = read_stored(checkpoint, link.raw)
+        tensor = tensor.T if link.transposed else tensor.chunk(len(link.theirs))[part]
+        return [rounded(tensor, TORCH[planned[name][0]], checkpoint, link.raw)]
+
+    write_checkpoint(folder / f"{weights_name(folder.name)}.safetensors", planned, read, {"format": "pt"}, progress)
+    return sum(checkpoint.entries[link.raw].nbytes for link in links)
+
+
+def from_folder(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes the raw checkpoint of a diffusers folder (.safetensors weights, whole or in shards); returns its path.
+
+    dtype: of the weights; by default those of the folder.  Raises CheckpointError (the folder), OutputError.
+    """
+    folder = Path(source)
+    origin = raw_origin(folder)
+    rest = open_checkpoint(folder / REST) if (folder / REST).exists() else None
+    markers, metadata = training_of(folder) if rest is None else ((), dict(rest.metadata))
+    kept = [key for key in rest.entries if key not in origin] if rest else []
+    planned = {
+        key: (stored_name(found.dtype, stored_as(key, len(found.shape), dtype) if dtype else None), found.shape)
+        for key, found in origin.items()
+    }
+    if "modelspec.hash_sha256" in metadata:
+        metadata["modelspec.hash_sha256"] = NO_HASH  # to be found out again
+    planned |= {key: (rest.entries[key].dtype, rest.entries[key].shape) for key in kept if rest}
+    planned |= dict.fromkeys(markers, ("F32", (0,)))
+
+    def read(key: str) -> list[Tensor]:
+        if key in origin:
+            return [rounded(tensor, TORCH[planned[key][0]], file, name) for tensor, file, name in origin[key].read()]
+        return [read_stored(rest, key) if rest and key in kept else torch.zeros(0)]
+
+    return write_checkpoint(target, planned, read, {"format": "pt"} | metadata, progress)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A raw tensor in a folder: the tensors there that make it up, one above the other, and whether each is transposed."""
+
+    sources: list[tuple[Checkpoint, str]]
+    transposed: bool
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        file, name = self.sources[0]
+        return file.entries[name].dtype
+
+    def read(self) -> Iterator[tuple[Tensor, Checkpoint, str]]:
+        for file, name in self.sources:
+            tensor = read_stored(file, name)
+            yield (tensor.T if self.transposed else tensor), file, name
+
+
+def raw_origin(folder: Path) -> dict[str, Found]:
+    """Where the tensors of the raw checkpoint are in a folder.  Raises CheckpointError."""
+    origin: dict[str, Found] = {}
+    for place in places(family_of(folder)):
+        tensors = weights(folder / place.folder)
+        known = {key for key in tensors if not key.endswith(".position_ids")}
+        links = names_of(place, known, raw=False).backward(known)
+        strange = known - {name for link in links for name in link.theirs}
+        if strange:
+            raise CheckpointError(
+                folder / place.folder, f"has {len(strange)} tensors that minisd has no place for{listing(sorted(strange))}"
+            )
+        for name in known:
+            file, key = tensors[name]
+            check_floats(file, {key: file.entries[key]})
+        for link in links:
+            shapes = [file.entries[name].shape for file, name in map(tensors.__getitem__, link.theirs)]
+            shape = tuple(reversed(shapes[0])) if link.transposed else (sum(each[0] for each in shapes), *shapes[0][1:])
+            if place.folder == "vae" and is_matrix(link.raw):
+                shape = (*shape[:2], 1, 1)
+            origin[place.prefix + link.raw] = Found([tensors[name] for name in link.theirs], link.transposed, shape)
+    return origin
+
+
+def stored_name(stored: str, dtype: torch.dtype | None) -> str:
+    return NAMES[dtype] if dtype and stored in TORCH else stored
+
+
+def family_of(folder: Path) -> Family:
+    """By its text encoders, which are what a pipeline's folder has one or two of."""
+    first, second = ((folder / name / "config.json").is_file() for name in ("text_encoder", "text_encoder_2"))
+    if not (folder / "model_index.json").is_file() or not (first or second):
+        raise CheckpointError(folder, "is no diffusers folder of Stable Diffusion: expected model_index.json and text_encoder/")
+    if second:
+        return SDXL if first else REFINER
+    return SD2 if read_json(folder / "text_encoder" / "config.json").get("hidden_act") == "gelu" else SD1
+
+
+def weights(folder: Path) -> Tensors:
+    """The tensors of a network's folder: in one file or in shards, in half precision where there is no other."""
+    base = weights_name(folder.name)
+    for variant in (base, f"{base}.fp16"):
+        path, index = folder / f"{variant}.safetensors", folder / f"{variant}.safetensors.index.json"
+        if path.is_file():
+            files = [open_checkpoint(path)]
+        elif index.is_file():
+            names = {str(name) for name in dict(read_json(index).get("weight_map", {})).values()}
+            if any(Path(name).name != name for name in names):
+                raise CheckpointError(index, "names files outside of its folder")
+            files = [open_checkpoint(folder / name) for name in sorted(names)]
+        else:
+            continue
+        return {modern(key) if folder.name == "vae" else key: (file, key) for file in files for key in file.entries}
+    hint = (
+        "its .bin files are programs; save it again with safe_serialization" if list(folder.glob("*.bin")) else "is it complete?"
+    )
+    raise CheckpointError(folder, f"expected {base}.safetensors, found none", hint)
+
+
+def modern(key: str) -> str:
+    """A VAE's key in today's names."""
+    if ".attentions." not in key:
+        return key
+    start, _, rest = key.partition(".attentions.0.")
+    old, _, kind = rest.rpartition(".")
+    return f"{start}.attentions.0.{OLD_VAE.get(old, old)}.{kind}"
+
+
+def weights_name(folder: str) -> str:
+    return "model" if folder.startswith("text_encoder") else "diffusion_pytorch_model"
+
+
+def training_of(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The markers and the metadata by which the raw file says how it was trained, from the folder's scheduler."""
+    schedule = read_json(folder / "scheduler" / "scheduler_config.json")
+    metadata = {"modelspec.prediction_type": "v" if schedule.get("prediction_type") == "v_prediction" else "epsilon"}
+    return ("ztsnr",) if schedule.get("rescale_betas_zero_snr") else (), metadata
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(path, f"cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(path, f"expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path, size: int) -> Iterator[Path]:
+    """Gives a folder to fill, which then takes the name `target`; if something goes wrong nothing of it stays."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(f"output {target}: exists already; choose another name")
+    check_place(target / "model_index.json" if target.exists() else target)
+    check_room(target, size)
+    draft = target.with_name(f".{target.name}.minisd-tmp-{os.getpid()}")
+    try:
+        for stray in target.parent.glob(f".{target.name}.minisd-tmp-*"):
+            pid = stray.name.rpartition("-")[2]
+            if pid.isdecimal() and not running(int(pid)):
+                shutil.rmtree(stray, ignore_errors=True)
+        draft.mkdir()
+        yield draft
+        for folder, _, files in os.walk(draft):
+            for name in files:
+                sync(Path(folder) / name)
+            sync(Path(folder))
+        draft.replace(target)
+        sync(target.parent)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"output {target}: could not be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

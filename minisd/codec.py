@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import NonFiniteError
 from .fast import tiling
-from .fast.cuda import decoder_recorder
+from .fast.engine import Engine, Plain
 from .models.family import Recognition, Training
 from .models.taesd import TinyAutoencoder
 from .models.vae import AutoencoderKL
@@ -23,16 +25,16 @@ Autoencoder = AutoencoderKL | TinyAutoencoder
 class Codec:
     """A VAE together with the statistics of its latents: times `scale`, or by mean and deviation, they have unit variance.
 
-    Those of a tiny autoencoder have it by themselves.
+    Those of a tiny autoencoder have it by themselves.  engine: what decodes in the place of `vae.decode`.
     """
 
-    def __init__(self, vae: Autoencoder, recognition: Recognition, device: torch.device, dtype: torch.dtype) -> None:
-        self.vae, self.device = vae, device
+    def __init__(
+        self, vae: Autoencoder, recognition: Recognition, device: torch.device, dtype: torch.dtype, engine: Engine | None = None
+    ) -> None:
+        self.vae, self.device, self.engine = vae, device, engine or Plain()
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         self.dtype = vae_dtype(dtype, recognition.family.vector and isinstance(vae, AutoencoderKL), has_bfloat16)
         vae.to(self.dtype)
-        on_gpu = next(vae.parameters()).device.type == "cuda"
-        self.decoder = decoder_recorder(vae, graphs=True) if on_gpu and isinstance(vae, AutoencoderKL) else None
         training = Training() if isinstance(vae, TinyAutoencoder) else recognition.training
         self.scale = 1.0 if isinstance(vae, TinyAutoencoder) else recognition.latent_scale
         self.mean, self.std = (
@@ -45,8 +47,7 @@ class Codec:
 
         The mean, without the little noise that the VAE was trained with: the same picture always gives the same latents.
         """
-        whole_or_bands = partial(tiling.encode, self.vae) if isinstance(self.vae, AutoencoderKL) else self.vae.encode
-        latents = self.run(lambda x: whole_or_bands(x)[0], pixels.to(self.device))
+        latents = self.run(encode_with, pixels.to(self.device))
         if not latents.isfinite().all():
             raise NonFiniteError("the VAE made NaN or infinity of the init image: its weights are broken; try another VAE")
         return (latents - self.mean) / self.std * self.scale
@@ -54,7 +55,7 @@ class Codec:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1].  Raises NonFiniteError: no picture is made of NaN."""
         check_finite(latents, self.dtype, "UNet")
-        pixels = self.run(self.whole_or_bands, latents / self.scale * self.std + self.mean)
+        pixels = self.run(self.decode_with, latents / self.scale * self.std + self.mean)
         if not pixels.isfinite().all():
             raise NonFiniteError(
                 "the VAE produced NaN or infinity in float32 too: its weights or the latents are broken; try another VAE "
@@ -62,21 +63,23 @@ class Codec:
             )
         return pixels
 
-    def whole_or_bands(self, latents: Tensor) -> Tensor:
-        if not isinstance(self.vae, AutoencoderKL):
-            return self.vae.decode(latents)
-        return tiling.decode(self.vae, latents, self.decoder if latents.dtype == self.dtype else None)
+    def decode_with(self, vae: Autoencoder, latents: Tensor) -> Tensor:
+        if isinstance(vae, TinyAutoencoder):
+            return vae.decode(latents)
+        return tiling.decode(vae, latents, partial(self.engine.decode, vae) if vae is self.vae else None)
 
-    def run(self, half: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """One half of the VAE on x, float32; where it overflows in a smaller dtype, again in float32."""
+    def run(self, half: Callable[[Any, Tensor], Tensor], x: Tensor) -> Tensor:
+        """One half of the VAE on x, float32; where it overflows in a smaller dtype, again by a copy in float32."""
         with visiting(self.vae, self.device):
-            out = half(x.to(self.dtype)).float()
+            out = half(self.vae, x.to(self.dtype)).float()
             if not out.isfinite().all() and self.dtype != torch.float32:
                 warnings.warn(f"the VAE overflowed in {name_of(self.dtype)}; running it again in float32", stacklevel=4)
-                self.vae.float()
-                out = half(x)
-                self.vae.to(self.dtype)
+                out = half(copy.deepcopy(self.vae).float(), x)
         return out
+
+
+def encode_with(vae: Autoencoder, pixels: Tensor) -> Tensor:
+    return (tiling.encode(vae, pixels) if isinstance(vae, AutoencoderKL) else vae.encode(pixels))[0]
 
 
 def check_finite(x: Tensor, dtype: torch.dtype, network: str) -> None:

@@ -6,82 +6,148 @@ import os
 import re
 import secrets
 import warnings
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .diffusion.denoiser import Noise
-from .diffusion.samplers import SAMPLERS
-from .diffusion.schedule import BY_SIGMA, SPACINGS, TRAINING_STEPS
+from .diffusion.denoiser import Conditioning, Guide, Observer, Timeline
+from .diffusion.levels import BY_SIGMA
+from .diffusion.samplers import SAMPLERS, Sampler
 from .errors import UsageError
 from .files.checkpoint import data_sha256, file_sha256
 from .models.family import Recognition
+from .options import MAX_IMAGES, OPTIONS, RECORDED, checked, one_of, unknown, whole
 from .pictures.init import Picture, fingerprint, open_picture, to_mask, to_pixels
+from .pictures.masks import paste
+from .workbench.inspecting import inspect
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+    from .result import Step
 
 MAX_PROMPT = 10_000  # characters; the text encoder reads about 300 of them
-MAX_SIDE = 4096  # pixels
-MAX_IMAGES = 1000  # in one call
 STRENGTH = 0.8  # of img2img where nobody says (diffusers' and OctoAI's default)
 RANDOM_SEEDS = 4_294_967_294  # A1111 processing.py, get_fixed_seed
+
+Text = str | Conditioning | Timeline
 
 
 @dataclass(frozen=True)
 class Request:
     """What a user may ask for.
 
-    prompt: a text, or a list of texts, each of which gives num_images pictures.
+    prompt: a text, or a list of texts, each of which gives num_images pictures; or what `Pipeline.encode_prompt` makes of them.
+    negative_prompt, guidance_scale, seed: one for all pictures, or a list with one for each prompt or picture.
     width, height: pixels, multiples of 8; by default those of the init image, else what the checkpoint was trained at.
     steps: 1 … 999.  guidance_scale: 1 takes the prompt as trained and half the time, more follows it harder.
-    sampler: "euler" or "ddim".  eta: 0 … 1, how much noise DDIM adds back at each step.
-    spacing: one of schedule.SPACINGS, the noise levels visited; by default what the checkpoint or the sampler wants.
+    sampler: "euler", "ddim", or a function (denoise, x, sigmas, noise) that yields (latents, estimate): diffusion/samplers.
     seed: picture i uses seed + i and equals the single run with that seed; None or -1 draws one.
+    seeds: "rising" so, or "same": every prompt gets the same ones.
     latents: starting noise (B, C, h, w) of unit variance instead of a seed.
-    guidance_rescale: 0 … 1, against the glare of strong guidance; 0.7 is usual for models that predict v.
-    clip_skip: 1 takes the last layer of the text encoders, 2 the one before it, …; by default the family's.
-    init_image: a picture (PIL, or the path of one) to start from, to edit, or to paint into.
+    sigmas: noise levels (N + 1,) of one's own, falling, instead of steps and spacing.
+    guide: a function (answers, x, call) -> mixed, or a diffusion.denoiser.Guide, in the place of classifier-free guidance.
+    high_noise_frac: 0 … 1, the part of the noise schedule that the base draws before a refiner takes over.
+    init_image: a picture (PIL, array, tensor, or the path of one) to start from, to edit, or to paint into.
     strength: 0 … 1, how much of the way from noise is walked: 1 forgets the init image, a little keeps most of it.
     mask: a picture, white where to paint and black where to keep the init image.
     image_guidance_scale: how closely an editing model (InstructPix2Pix) keeps to the init image; 1 … 2 is usual.
-    zero_negative: SDXL: an empty negative prompt is zeros (True) or the encoding of no words (False).
+    clip_skip: 1 takes the last layer of the text encoders, 2 the one before it, …; by default the family's.
+    eta: 0 … 1, how much noise a sampler adds back at each step; by default its own.
+    spacing: one of options.SPACINGS, the noise levels visited; by default what the checkpoint or the sampler wants.
+    guidance_rescale: 0 … 1, against the glare of strong guidance; 0.7 is usual for models that predict v.
     original_size, crop, target_size: SDXL: (width, height), (left, top) and (width, height) that the UNet is told.
+    zero_negative: SDXL: an empty negative prompt is zeros (True) or the encoding of no words (False).
     aesthetic_score, negative_aesthetic_score: what the SDXL refiner is told of the picture wanted, and of the one not wanted.
-    high_noise_frac: 0 … 1, the part of the noise schedule that the base draws before a refiner takes over.
+    refiner: another pipeline (SDXL's refiner) that goes on where this one has drawn high_noise_frac of the noise schedule.
+    progress: show a bar.  transform: what the latents become after each step, Step -> (B, C, h, w).
+    observe: is shown every call of the network: (call, x, estimates of x_0 by role).
     """
 
-    prompt: str | Sequence[str]
-    negative_prompt: str = ""
+    prompt: Text | Sequence[str]
+    negative_prompt: Text | Sequence[str] = ""
     width: int | None = None
     height: int | None = None
     steps: int = 20
-    guidance_scale: float = 7.5
-    sampler: str = "euler"
-    seed: int | None = None
+    guidance_scale: float | Sequence[float] = 7.5
+    sampler: str | Sampler | Callable[..., Any] = "euler"
+    seed: int | Sequence[int] | None = None
     num_images: int = 1
     latents: Tensor | None = None
-    eta: float = 0.0
-    spacing: str | None = None
-    guidance_rescale: float = 0.0
-    clip_skip: int | None = None
+    seeds: Literal["rising", "same"] = "rising"
+    sigmas: Tensor | Sequence[float] | None = None
+    guide: Guide | Callable[..., Tensor] | None = None
+    high_noise_frac: float = 0.8
     init_image: Picture | None = None
     strength: float | None = None
     mask: Picture | None = None
     image_guidance_scale: float = 1.5
-    zero_negative: bool | None = None
+    clip_skip: int | None = None
+    eta: float | None = None
+    spacing: str | None = None
+    guidance_rescale: float = 0.0
     original_size: tuple[int, int] | None = None
     crop: tuple[int, int] = (0, 0)
     target_size: tuple[int, int] | None = None
+    zero_negative: bool | None = None
     aesthetic_score: float = 6.0
     negative_aesthetic_score: float = 2.5
-    high_noise_frac: float = 0.8
+    refiner: Pipeline | None = None
+    progress: bool = False
+    transform: Callable[[Step], Tensor] | None = None
+    observe: Observer | None = None
+
+
+def request_of(given: tuple[Any, ...], options: Mapping[str, Any]) -> Request:
+    """The request that a call's arguments are: those of Request, or one that is made already, and what is to be changed of it."""
+    if names := [name for name in options if name not in OPTIONS and name != "prompt"]:
+        raise unknown(names)
+    if given and isinstance(given[0], Request):
+        if len(given) > 1:
+            raise UsageError("request: expected names for what is changed of it, such as steps=30")
+        return replace(given[0], **options)
+    try:
+        return Request(*given, **options)
+    except TypeError as error:
+        raise UsageError(f"arguments: {str(error).replace('Request.__init__() ', '')}") from None
+
+
+Given = ParamSpec("Given")
+Answer = TypeVar("Answer", covariant=True)
+
+
+class TakesOptions(Protocol[Given, Answer]):
+    """A method with the arguments of Request, every one of them typed; or with a Request, and what is to be changed of it."""
+
+    @overload
+    def __call__(self, request: Request, /, **changes: Any) -> Answer: ...
+    @overload
+    def __call__(self, *given: Given.args, **options: Given.kwargs) -> Answer: ...
+
+
+def taking_options(
+    make: Callable[Given, Request],
+) -> Callable[[Callable[[Any, Request], Answer]], TakesOptions[Given, Answer]]:
+    """Gives a method of (self, request) the arguments that a Request is made of, checked at the call."""
+
+    def decorate(method: Callable[[Any, Request], Answer]) -> TakesOptions[Given, Answer]:
+        @wraps(method)
+        def taking(self: Any, *given: Any, **options: Any) -> Answer:
+            return method(self, request_of(given, options))
+
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        taking.__signature__ = inspect.Signature([own, *inspect.signature(make).parameters.values()])  # type: ignore[attr-defined]
+        return cast(TakesOptions[Given, Answer], taking)
+
+    return decorate
 
 
 @dataclass(frozen=True)
-class Canvas:
+class InitImage:
     """What is known of the picture before it is drawn."""
 
     pixels: Tensor  # (1, 3, H, W) in [-1, 1]
@@ -90,29 +156,40 @@ class Canvas:
     sources: dict[str, str | None]  # the init image and the mask: their paths where they have one, and fingerprints
 
 
+def pasted(picture: Image.Image, init: InitImage | None) -> Image.Image:
+    """A finished picture, with what the mask keeps of the init image exactly as it was."""
+    return picture if init is None or init.mask is None else paste(picture, init.pixels, init.mask)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """A request that was checked, everything settled that it left open.  prompts, seeds and noise go together, by picture."""
+    """A request that was checked, everything settled that it left open.  Lists go by picture."""
 
     request: Request
     prompts: list[str]
+    negatives: list[str]
+    scales: list[float]  # of guidance
+    seeds: list[int | None]  # None where the caller gave the noise
+    latents: Tensor | None  # (B, C, h, w), the caller's starting noise, float32
+    shape: tuple[int, int, int]  # (C, h, w) of the latents
     width: int
     height: int
+    sampler: Sampler
+    options: dict[str, Any]  # of the sampler
     spacing: str
-    zero_negative: bool
-    canvas: Canvas | None
-    seeds: list[int | None]  # None where the caller gave the noise
-    noise: Tensor  # (B, C, h, w), unit variance, float32, on the CPU
+    zero_negative: list[bool]
+    init: InitImage | None
 
 
 @dataclass(frozen=True)
-class Model:
+class Capabilities:
     """What must be known of a model to check a request for it."""
 
     recognition: Recognition
     channels: int  # of its latents
     downscale: int  # how many times smaller than the picture they are
     text_layers: int  # of its shallowest text encoder
+    context: int  # channels of what its UNet reads of a prompt
 
     @property
     def spacing(self) -> str | None:
@@ -123,81 +200,170 @@ class Model:
         return "trailing" if training.zero_terminal else None
 
 
-def settle(request: Request, model: Model) -> Plan:
+def settle(request: Request, model: Capabilities) -> Plan:
     """Checks a request for a model.  Raises UsageError, which names the argument, what was expected and what was found."""
-    given = [request.prompt] if isinstance(request.prompt, str) else list(request.prompt)
-    whole("num_images", request.num_images, 1, MAX_IMAGES)
-    for text in (*given, request.negative_prompt):
-        check_text(text)
-    if not given:
-        raise UsageError("prompt: expected at least one, found an empty list")
-    prompts = [text for text in given for _ in range(request.num_images)]
-    check_numbers(request, model)
-    spacing = request.spacing or model.spacing or SAMPLERS[request.sampler].spacing
-    one_of("spacing", spacing, tuple(BY_SIGMA) if model.recognition.training.sigmas else SPACINGS)
+    texts = texts_of(request, model)
+    plain = {name: checked(name, getattr(request, name)) for name in OPTIONS if name != "negative_prompt"}
+    request = replace(request, **plain)
+    sampler = sampler_of(request.sampler)
+    check_for_model(request, model, sampler)
+    spacing = request.spacing or model.spacing or sampler.wish.spacing
+    if model.recognition.training.sigmas:
+        one_of(*BY_SIGMA).check("spacing", spacing)
     init = open_picture("init_image", request.init_image) if request.init_image is not None else None
     width, height = picture_size(request, model, init)
-    canvas = settle_canvas(request, model, init, width, height)
+    shape = (model.channels, height // model.downscale, width // model.downscale)
+    prompts, negatives, scales, seeds = by_picture(request, *texts)
+    latents = own_latents(request, (len(prompts), *shape))
+    options = {name: value for name in sampler.options if (value := getattr(request, name, None)) is not None}
     zero = model.recognition.family.zero_negative if request.zero_negative is None else request.zero_negative
-    seeds, noise = start(request, (len(prompts), model.channels, height // model.downscale, width // model.downscale))
-    return Plan(request, prompts, width, height, spacing, zero and not request.negative_prompt, canvas, seeds, noise)
+    zeros = [zero and not negative and isinstance(request.negative_prompt, str | Sequence) for negative in negatives]
+    return Plan(
+        request, prompts, negatives, scales, [None] * len(seeds) if latents is not None else list(seeds), latents, shape,
+        width, height, sampler, options, spacing, zeros, settle_init(request, model, init, width, height),
+    )  # fmt: skip
 
 
-def check_numbers(request: Request, model: Model) -> None:
-    whole("steps", request.steps, 1, TRAINING_STEPS - 1)
-    number("guidance_scale", request.guidance_scale, 0, 100)
-    number("guidance_rescale", request.guidance_rescale, 0, 1)
-    number("image_guidance_scale", request.image_guidance_scale, 0, 100)
-    number("eta", request.eta, 0, 1)
-    one_of("sampler", request.sampler, SAMPLERS)
-    if request.eta and request.sampler != "ddim":
-        raise UsageError(f"eta: expected 0 with sampler {request.sampler!r}, found {request.eta}; only ddim adds noise")
+def texts_of(request: Request, model: Capabilities) -> tuple[list[str], list[str]]:
+    """The prompts, and the negative ones; empty texts where conditionings are given in their place."""
+    found = []
+    for name in ("prompt", "negative_prompt"):
+        value = getattr(request, name)
+        if name == "negative_prompt" and value is None:  # as diffusers has it
+            value = ""
+        if isinstance(value, Conditioning | Timeline):
+            count = check_conditioning(name, value, model)
+            texts = [""] * (count if name == "prompt" else 1)
+        else:
+            texts = [value] if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
+        for text in texts:
+            check_text(name, text)
+        if not texts:
+            raise UsageError(f"{name}: expected at least one, found an empty list")
+        found.append(texts)
+    return found[0], found[1]
+
+
+def check_conditioning(name: str, given: Conditioning | Timeline, model: Capabilities) -> int:
+    """How many pictures a conditioning is for."""
+    entries = given.entries if isinstance(given, Timeline) else ((0, given),)
+    for _, each in entries:
+        if each.context.dim() != 3 or each.context.shape[2] != model.context or each.context.shape[1] % 77:
+            expected = f"context (B, 77*k, {model.context})"
+            raise UsageError(f"{name}: expected a conditioning with {expected}, found {tuple(each.context.shape)}")
+        if model.recognition.family.vector and each.pooled is None:
+            raise UsageError(f"{name}: expected a conditioning with a pooled vector (B, P), found none")
+    counts = {len(each.context) for _, each in entries}
+    if len(counts) > 1:
+        raise UsageError(f"{name}: expected as many pictures at all times, found {sorted(counts)}")
+    return counts.pop()
+
+
+def by_picture(
+    request: Request, prompts: list[str], negatives: list[str]
+) -> tuple[list[str], list[str], list[float], list[int | None]]:
+    """Prompts, negative prompts, guidance scales and seeds, one for each picture."""
+    given = {"negative_prompt": negatives, "guidance_scale": request.guidance_scale, "seed": request.seed}
+    lists = {name: list(value) for name, value in given.items() if isinstance(value, list | tuple) and len(value) != 1}
+    each = request.num_images
+    if len(prompts) == 1 and each == 1:
+        each = max([1, *map(len, lists.values())])
+    count = len(prompts) * each
+    if count > MAX_IMAGES:
+        raise UsageError(f"num_images: expected at most {MAX_IMAGES:,} pictures in one call, found {count:,}")
+
+    def spread(name: str, value: Any) -> list[Any]:
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        if len(values) in (1, count):
+            return values * count if len(values) == 1 else values
+        if len(values) == len(prompts):
+            return [one for one in values for _ in range(each)]
+        known = f"one, {len(prompts)} (one a prompt) or {count} (one a picture)" if len(prompts) > 1 else f"one or {count}"
+        raise UsageError(f"{name}: expected {known}, found {len(values)}")
+
+    return (
+        [prompt for prompt in prompts for _ in range(each)],
+        spread("negative_prompt", negatives),
+        spread("guidance_scale", request.guidance_scale),
+        settle_seeds(request, len(prompts), each, spread),
+    )
+
+
+def settle_seeds(request: Request, prompts: int, each: int, spread: Callable[[str, Any], list[Any]]) -> list[int | None]:
+    """The seed of every picture, of `each` pictures of each prompt."""
+
+    def drawn(seed: int | None) -> int:
+        return secrets.randbelow(RANDOM_SEEDS) if seed in (None, -1) else seed  # type: ignore[return-value]
+
+    given = request.seed
+    if isinstance(given, list | tuple):
+        if request.seeds == "same" and len(given) == each:
+            return [drawn(seed) for seed in given] * prompts
+        seeds = [drawn(seed) for seed in spread("seed", given)]
+        rises = prompts > 1 and len(given) == prompts  # a seed for each prompt: its pictures go on from there
+        return [seed + i % each for i, seed in enumerate(seeds)] if rises else list(seeds)
+    first = drawn(given)  # type: ignore[arg-type]
+    return [first + (i % each if request.seeds == "same" else i) for i in range(prompts * each)]
+
+
+def own_latents(request: Request, shape: tuple[int, ...]) -> Tensor | None:
+    if request.latents is None:
+        return None
+    if request.seed is not None:
+        raise UsageError("latents and seed: expected one of the two, found both")
+    found = tuple(getattr(request.latents, "shape", ()))
+    if found != shape:
+        raise UsageError(f"latents: expected a tensor of shape {shape}, found {found}")
+    return torch.as_tensor(request.latents).detach().float().cpu()
+
+
+def sampler_of(given: object) -> Sampler:
+    """The sampler of a name, or of a user's own function."""
+    if isinstance(given, Sampler):
+        return given
+    if callable(given):
+        return Sampler(given, getattr(given, "__name__", type(given).__name__))
+    return SAMPLERS[one_of(*SAMPLERS).check("sampler", given)]
+
+
+def check_for_model(request: Request, model: Capabilities, sampler: Sampler) -> None:
+    """What one option says of another, or the model of it."""
+    if request.eta and "eta" not in sampler.options:
+        takes = ", ".join(name for name, each in SAMPLERS.items() if "eta" in each.options)
+        raise UsageError(f"eta: expected 0 with sampler {sampler.label!r}, found {request.eta}; only {takes} adds noise")
     if request.clip_skip is not None:
-        whole("clip_skip", request.clip_skip, 1, model.text_layers)
+        whole(1, model.text_layers).check("clip_skip", request.clip_skip)
     if request.zero_negative and not model.recognition.family.vector:
         raise UsageError(f"zero_negative: only SDXL was trained so, found {model.recognition.family.title}")
-    number("high_noise_frac", request.high_noise_frac, 0, 1)
-    for name in ("aesthetic_score", "negative_aesthetic_score"):
-        number(name, getattr(request, name), 0, 10)
-    for name in ("original_size", "crop", "target_size"):
-        pair = getattr(request, name)
-        if pair is not None and (len(pair) != 2 or not all(isinstance(side, int) and 0 <= side <= 65_536 for side in pair)):
-            raise UsageError(f"{name}: expected two whole numbers from 0 to 65,536, found {pair!r}")
+    if request.sigmas is not None:
+        sigmas = torch.as_tensor(request.sigmas)
+        falling = sigmas.dim() == 1 and len(sigmas) > 1 and bool((sigmas.diff() < 0).all()) and bool(sigmas[-1] >= 0)
+        if not falling:
+            found = f"shape {tuple(sigmas.shape)}" if sigmas.dim() != 1 else str(sigmas.tolist())[:80]
+            raise UsageError(f"sigmas: expected two or more numbers (N + 1,), falling, not below 0, found {found}")
 
 
-def picture_size(request: Request, model: Model, init: Image.Image | None) -> tuple[int, int]:
+def picture_size(request: Request, model: Capabilities, init: Image.Image | None) -> tuple[int, int]:
     """(width, height): as asked for, else that of the init image in whole eights, else the model's own."""
     default = tuple(max(8, side // 8 * 8) for side in init.size) if init else model.recognition.size
     width, height = (
         side if side is not None else own for side, own in zip((request.width, request.height), default, strict=True)
     )
     for name, side in (("width", width), ("height", height)):
-        whole(name, side, 8, MAX_SIDE)
+        checked(name, side)
         if side % 8:
             near = side // 8 * 8
             raise UsageError(f"{name}: expected a multiple of 8, found {side}; the nearest are {near} and {near + 8}")
     return width, height
 
 
-def settle_canvas(request: Request, model: Model, init: Image.Image | None, width: int, height: int) -> Canvas | None:
+def settle_init(request: Request, model: Capabilities, init: Image.Image | None, width: int, height: int) -> InitImage | None:
     """The pictures that the request gives, which must be those that the model's task asks for."""
-    task = model.recognition.task
+    check_task(request, model.recognition.task, init)
     if init is None:
-        if task != "draw":
-            needs = "a picture" if task == "edit" else "a picture and a mask"
-            raise UsageError(f"init_image: this checkpoint is trained to {task}; it needs {needs}, found none")
-        for name in ("mask", "strength"):
-            if getattr(request, name) is not None:
-                raise UsageError(f"{name}: expected an init_image to go with it, found none")
         return None
-    if task == "inpaint" and request.mask is None:
-        raise UsageError("mask: this checkpoint is trained to inpaint; it needs a mask, found none")
-    if task == "edit" and request.mask is not None:
-        raise UsageError("mask: this checkpoint edits the whole picture; expected no mask")
-    if task == "edit" and request.strength not in (None, 1):
-        raise UsageError(f"strength: this checkpoint edits by image_guidance_scale; expected 1, found {request.strength}")
-    strength = request.strength if request.strength is not None else STRENGTH if task == "draw" and request.mask is None else 1.0
-    number("strength", strength, 0, 1)
+    drawing = model.recognition.task == "draw" and request.mask is None
+    strength = request.strength if request.strength is not None else STRENGTH if drawing else 1.0
     if int(request.steps * strength) < 1:
         raise UsageError(f"strength: {strength} of {request.steps} steps is less than one; give more of either")
     sources = {"init_image": path_of(request.init_image), "init_sha256": fingerprint(init), "mask": None}
@@ -208,94 +374,73 @@ def settle_canvas(request: Request, model: Model, init: Image.Image | None, widt
         sources |= {"mask": path_of(request.mask), "mask_sha256": fingerprint(picture)}
         if not mask.any():
             raise UsageError("mask: expected white where to paint, found none")
-    return Canvas(to_pixels(init, width, height), mask, float(strength), sources)
+    return InitImage(to_pixels(init, width, height), mask, float(strength), sources)
+
+
+def check_task(request: Request, task: str, init: Image.Image | None) -> None:
+    if init is None:
+        if task != "draw":
+            needs = "a picture" if task == "edit" else "a picture and a mask"
+            raise UsageError(f"init_image: this checkpoint is trained to {task}; it needs {needs}, found none")
+        for name in ("mask", "strength"):
+            if getattr(request, name) is not None:
+                raise UsageError(f"{name}: expected an init_image to go with it, found none")
+    elif task == "inpaint" and request.mask is None:
+        raise UsageError("mask: this checkpoint is trained to inpaint; it needs a mask, found none")
+    elif task == "edit" and request.mask is not None:
+        raise UsageError("mask: this checkpoint edits the whole picture; expected no mask")
+    elif task == "edit" and request.strength not in (None, 1):
+        raise UsageError(f"strength: this checkpoint edits by image_guidance_scale; expected 1, found {request.strength}")
 
 
 def path_of(picture: Picture | None) -> str | None:
-    return None if picture is None or isinstance(picture, Image.Image) else os.path.abspath(picture)
-
-
-def start(request: Request, shape: tuple[int, ...]) -> tuple[list[int | None], Tensor]:
-    """The seed of every picture and the noise that it starts from, (B, C, h, w).
-
-    Each picture has a generator of its own, on the CPU: picture i equals the single run with its seed, on every device.
-    """
-    if request.latents is not None:
-        if request.seed is not None:
-            raise UsageError("latents and seed: expected one of the two, found both")
-        if not isinstance(request.latents, Tensor) or tuple(request.latents.shape) != shape:
-            raise UsageError(f"latents: expected a tensor of shape {shape}, found {tuple(getattr(request.latents, 'shape', ()))}")
-        return [None] * shape[0], request.latents.detach().float().cpu()
-    first = secrets.randbelow(RANDOM_SEEDS) if request.seed in (None, -1) else request.seed
-    assert first is not None
-    whole("seed", first, 0, 2**63 - 1 - shape[0])
-    seeds = [first + i for i in range(shape[0])]
-    return list(seeds), torch.cat([torch.randn((1, *shape[1:]), generator=generator(seed)) for seed in seeds])
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(seed)
-
-
-def noise_source(seeds: Sequence[int | None], like: Tensor) -> Noise:
-    """Fresh unit noise (B, C, h, w) at each call; every picture's own generator goes on behind its starting noise."""
-    generators = [torch.Generator("cpu").manual_seed(0) if seed is None else generator(seed) for seed in seeds]
-
-    def draw() -> Tensor:
-        return torch.cat([torch.randn((1, *like.shape[1:]), generator=source) for source in generators]).to(like.device)
-
-    draw()
-    return draw
-
-
-def whole(name: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise UsageError(f"{name}: expected a whole number from {low} to {high}, found {value!r}")
-
-
-def number(name: str, value: object, low: float, high: float) -> None:
-    if not isinstance(value, int | float) or not low <= value <= high:  # which NaN is not, either
-        raise UsageError(f"{name}: expected a number from {low} to {high}, found {value!r}")
-
-
-def one_of(name: str, value: object, choices: Collection[str | None]) -> None:
-    if value not in choices:
-        known = ", ".join(str(choice) for choice in choices if choice is not None)
-        raise UsageError(f"{name}: expected one of {known}, found {value!r}")
+    return os.path.abspath(picture) if isinstance(picture, str | os.PathLike) else None
 
 
 # What other programs understand in a prompt: (red:1.2), <lora:name:0.8>.
 SYNTAX = re.compile(r"\([^()]*[^\W\d][^()]*:\s*(\d?\.\d+|\d)\s*\)|<(lora|lyco|hypernet):[^<>]*>")
 
 
-def check_text(text: object) -> None:
+def check_text(name: str, text: object) -> None:
     if not isinstance(text, str):
-        raise UsageError(f"prompt: expected a text or a list of texts, found {type(text).__name__}")
+        raise UsageError(f"{name}: expected a text or a list of texts, found {type(text).__name__}")
     if len(text) > MAX_PROMPT:
         raise UsageError(
-            f"prompt: expected at most {MAX_PROMPT:,} characters, found {len(text):,}; the text encoder reads about 300"
+            f"{name}: expected at most {MAX_PROMPT:,} characters, found {len(text):,}; the text encoder reads about 300"
         )
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UsageError("prompt: expected text in UTF-8, found bytes that are not") from None
+        raise UsageError(f"{name}: expected text in UTF-8, found bytes that are not") from None
     if "\0" in text:
-        raise UsageError("prompt: expected a text, found a NUL character in it")
+        raise UsageError(f"{name}: expected a text, found a NUL character in it")
     if found := SYNTAX.search(text):
         warnings.warn(
-            f"prompt: {found[0]!r} is read as plain words: weights and LoRAs in a prompt are not known yet", stacklevel=2
+            f"{name}: {found[0]!r} is read as plain words: weights and LoRAs in a prompt are not known yet", stacklevel=2
         )
-
-
-REPEATED = tuple(name for name in Request.__dataclass_fields__ if name not in ("latents", "num_images"))
 
 
 def recipe_of(plan: Plan, i: int) -> dict[str, Any]:
     """What was asked for and settled about picture i, ready for JSON."""
-    asked = {name: getattr(plan.request, name) for name in REPEATED}
-    settled = {"prompt": plan.prompts[i], "width": plan.width, "height": plan.height, "spacing": plan.spacing}
-    settled |= {"seed": plan.seeds[i], "sampler_label": SAMPLERS[plan.request.sampler].label}
-    given = {"strength": plan.canvas.strength, **plan.canvas.sources} if plan.canvas else {}
+    request, handed = plan.request, Conditioning | Timeline
+    asked = {name: getattr(request, name) for name in RECORDED}
+    settled = {
+        "prompt": None if isinstance(request.prompt, handed) else plan.prompts[i],
+        "negative_prompt": None if isinstance(request.negative_prompt, handed) else plan.negatives[i],
+        "guidance_scale": plan.scales[i],
+        "seed": plan.seeds[i],
+        "width": plan.width,
+        "height": plan.height,
+        "spacing": plan.spacing,
+        "eta": plan.options.get("eta", plan.sampler.options.get("eta", 0.0)),
+        "sampler": request.sampler if isinstance(request.sampler, str) else plan.sampler.label,
+        "sampler_label": plan.sampler.label,
+        "sigmas": None if request.sigmas is None else torch.as_tensor(request.sigmas).tolist(),
+        "guide": None if request.guide is None else getattr(request.guide, "__name__", type(request.guide).__name__),
+        "init_image": None,
+        "mask": None,
+    }
+    given = {"strength": plan.init.strength, **plan.init.sources} if plan.init else {}
     recipe = asked | settled | given
     return {name: list(value) if isinstance(value, tuple) else value for name, value in recipe.items()}
 
@@ -308,14 +453,36 @@ def is_same(recipe: Mapping[str, Any], checkpoint: Path) -> bool:
     return isinstance(tensors, str) and data_sha256(checkpoint) == tensors.removeprefix("0x")
 
 
-def repeat(recipe: Mapping[str, Any], checkpoint: Path) -> Request:
-    """The request that a picture's recipe describes.  Warns if a file is no longer the one it was; raises UsageError."""
+def repeat(recipe: Mapping[str, Any], checkpoint: Path, elsewhere: Mapping[str, str | None] | None = None) -> Request:
+    """The request that a picture's recipe describes.  Warns if a file is no longer the one it was; raises UsageError.
+
+    elsewhere: paths that take the place of those that it names, of init_image and mask.
+    """
+    recipe = dict(recipe) | {name: path for name, path in (elsewhere or {}).items() if path is not None}
     if recipe.get("seed") in (None, -1):
         raise UsageError(
             "the picture was drawn from noise that its caller gave, which it does not carry; it cannot be made again"
         )
+    for name in ("prompt", "negative_prompt"):
+        if name in recipe and recipe[name] is None:
+            raise UsageError(
+                f"{name}: the picture's caller gave a conditioning, which it does not carry; it cannot be made again"
+            )
+    if recipe.get("guide") is not None:
+        raise UsageError(
+            f"guide: the picture was drawn with one of its caller's own, {recipe['guide']!r}; it cannot be made again"
+        )
     if not is_same(recipe, checkpoint):
         warnings.warn(f"{checkpoint} is not the checkpoint that drew this picture ({recipe.get('model')})", stacklevel=2)
+    check_sources(recipe)
+    if "prompt" not in recipe:
+        raise UsageError("the picture's minisd chunk says nothing of its prompt")
+    count = whole(1, MAX_IMAGES).check("grid", recipe.get("grid", 1))  # pictures; a grid carries the recipe of its first
+    return Request(**{name: recipe[name] for name in ("prompt", *RECORDED) if name in recipe}, num_images=count)
+
+
+def check_sources(recipe: Mapping[str, Any]) -> None:
+    """Warns where an init image or a mask is no longer the one that it was."""
     for name, known in (("init_image", recipe.get("init_sha256")), ("mask", recipe.get("mask_sha256"))):
         if known is None:
             continue
@@ -323,8 +490,3 @@ def repeat(recipe: Mapping[str, Any], checkpoint: Path) -> Request:
             raise UsageError(f"{name}: the picture was made from one that had no file; it cannot be made again")
         if fingerprint(open_picture(name, recipe[name])) != known:
             warnings.warn(f"{name} {recipe[name]} is not the picture that this one was made from", stacklevel=2)
-    if "prompt" not in recipe:
-        raise UsageError("the picture's minisd chunk says nothing of its prompt")
-    count = recipe.get("grid", 1)  # pictures; a grid carries the recipe of its first
-    whole("grid", count, 1, MAX_IMAGES)
-    return Request(**{name: recipe[name] for name in REPEATED if name in recipe}, num_images=count)

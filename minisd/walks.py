@@ -1,80 +1,240 @@
-"""What the UNet is told at every step, by the model's task: drawing, inpainting, or editing a picture."""
+"""From a plan to walks: who goes down which noise levels, told what, by which guide, and from where."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .codec import Codec
-from .diffusion.denoiser import ClassifierFree, Conditioning, Guide, TextAndImage, unguided
-from .models.family import REFINER, Recognition
-from .request import Canvas, Plan
-from .text.conditioner import Conditioner, with_sizes, zeroed
+from .codec import check_finite
+from .diffusion.denoiser import ClassifierFree, Conditioning, Guide, Known, Noise, Timeline
+from .diffusion.guides import Own, Rescaled, TextAndImage
+from .diffusion.levels import Levels, levels, own_levels
+from .diffusion.noise import per_picture
+from .diffusion.program import Program, program
+from .diffusion.schedule import TRAINING_STEPS
+from .errors import UsageError
+from .fast.ways import Moment, Walk
+from .models.family import REFINER
+from .pictures.masks import at_latents, without_masked
+from .request import Plan
+from .result import Step
+from .text.conditioner import halves, with_sizes, zeroed
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
 
 
 @dataclass(frozen=True)
-class Guided:
-    """The conditions that the network is called with, and how its outputs for them become one."""
+class Leg:
+    """Who draws which noise levels."""
 
-    conditions: Sequence[Conditioning]
+    pipe: Pipeline
+    levels: Levels
+    program: Program | None  # of the sampler over these levels, where it has one
+
+    @property
+    def steps(self) -> int | None:
+        return len(self.program.done) if self.program else None
+
+
+def course(plan: Plan, base: Pipeline) -> list[Leg]:
+    """The way of a picture: all of it by the base, or the rest of it by a refiner.
+
+    The base draws the noise levels of the first timesteps, the refiner goes on from there (Podell et al. 2023, arXiv 2307.01952,
+    section 2.5); a level belongs to the base if its timestep is at least the cutoff (diffusers, denoising_end).
+    """
+    whole, refiner = plan_levels(plan, base), plan.request.refiner
+    parts = [(base, whole)]
+    if refiner is not None:
+        cutoff = round(TRAINING_STEPS * (1 - plan.request.high_noise_frac))
+        turn = int((base.network.schedule.timestep(whole.sigmas[:-1]) >= cutoff).sum())
+        parts = list(zip((base, refiner), whole.split(turn), strict=True))
+    run = plan.sampler.run
+    return [Leg(pipe, part, program(run, part.sigmas, **plan.options)) for pipe, part in parts if part.steps > 0]
+
+
+def plan_levels(plan: Plan, base: Pipeline) -> Levels:
+    """The noise levels of the way, falling; a strength below 1 leaves out the first (diffusers, get_timesteps)."""
+    request = plan.request
+    if request.sigmas is not None:
+        found = own_levels(request.sigmas, plan.sampler.wish)
+    else:
+        found = levels(base.network.schedule, plan.spacing, request.steps, plan.sampler.wish)
+    return found.tail(int(found.steps * plan.init.strength)) if plan.init else found
+
+
+def kept(plan: Plan, pipe: Pipeline) -> Tensor | None:
+    """The mask (1, 1, H, W) outside of which the init image is kept; a model that is trained to inpaint is told it instead."""
+    return plan.init.mask if plan.init and pipe.recognition.task == "draw" else None
+
+
+def known_latents(plan: Plan, pipe: Pipeline) -> Tensor | None:
+    """The latents of the init image (1, C, h, w), where it is drawn over; an editing model starts from noise alone."""
+    return pipe.codec.encode(plan.init.pixels) if plan.init and pipe.recognition.task != "edit" else None
+
+
+def in_parts(plan: Plan, device: torch.device) -> list[slice]:
+    """One picture at a time on a CPU: as fast, less memory, and picture i is bit for bit that of the single run."""
+    count = len(plan.seeds)
+    return [slice(i, i + 1) for i in range(count)] if device.type == "cpu" else [slice(0, count)]
+
+
+def start(plan: Plan, part: slice, leg: Leg, known: Tensor | None) -> tuple[Tensor, Noise]:
+    """The first latents (B, C, h, w), and the source of all further noise.
+
+    Noise, and under it the latents of the init image (1, C, h, w), where it is drawn over.
+    """
+    drawn, noise = per_picture(plan.seeds[part], plan.shape, leg.pipe.device)
+    unit = drawn if plan.latents is None else plan.latents[part].to(leg.pipe.device)
+    if known is not None and plan.init and (plan.init.strength < 1 or kept(plan, leg.pipe) is not None):
+        return known + unit * float(leg.levels.sigmas[0]), noise
+    return unit * leg.levels.start_scale, noise
+
+
+def walk(plan: Plan, part: slice, leg: Leg, known: Tensor | None, progress: Progress) -> Walk:
+    """What one model does for some of the pictures.  known: the latents of the init image (1, C, h, w), where there is one."""
+    guide, told = guidance(plan, part, leg.pipe)
+    for timeline in told:
+        for _, conditioning in timeline.entries:
+            check_finite(conditioning.context, leg.pipe.dtype, "text encoder")
+    mask = kept(plan, leg.pipe)
+    region = Known(at_latents(mask, known), known) if mask is not None and known is not None else None
+    transform = progress.begin(part, leg)
+    how = (leg.levels, told, guide, leg.program, plan.options, region, transform, plan.request.observe)
+    return Walk(leg.pipe.network, plan.sampler, *how)
+
+
+class Progress:
+    """Counts the steps of a call, and says of each what it is."""
+
+    def __init__(self, plan: Plan, legs: Sequence[Leg], parts: int) -> None:
+        steps = [leg.steps for leg in legs]
+        self.plan, self.index = plan, 0
+        self.total = None if None in steps else parts * sum(step or 0 for step in steps)
+
+    def begin(self, part: slice, leg: Leg) -> Callable[[Moment], Tensor] | None:
+        """A walk begins; returns what its latents are to become after each step, where the user says so."""
+        self.part, self.leg, self.sigma = part, leg, float(leg.levels.sigmas[0])
+        change = self.plan.request.transform
+        return None if change is None else lambda moment: change(self.describe(moment))
+
+    def step(self, moment: Moment) -> Step:
+        step = self.describe(moment)
+        if step.latents.device.type == "cpu":  # not to draw on for minutes; a GPU would have to be waited for
+            check_finite(step.latents, self.leg.pipe.dtype, "UNet")
+        self.index += 1
+        return step
+
+    def describe(self, moment: Moment) -> Step:
+        sigma = moment.call.sigma if moment.call else self.sigma
+        self.sigma = sigma
+        timestep = float(self.leg.pipe.network.schedule.timestep(torch.tensor(sigma, dtype=torch.float64)))
+        seeds = tuple(self.plan.seeds[self.part])
+        at = (moment.latents, moment.denoised, moment.before, sigma, timestep)
+        return Step(self.index, self.total, *at, self.part.start, seeds)
+
+
+def guidance(plan: Plan, part: slice, pipe: Pipeline) -> tuple[Guide, list[Timeline]]:
+    """How the network's answers become one, and what it is told in each role."""
+    request, scales = plan.request, plan.scales[part]
+    scale = scales[0] if len(set(scales)) == 1 else tuple(scales)
+    roles = conditionings(plan, part, pipe)
     guide: Guide
+    if request.guide is not None:
+        guide = (
+            cast(Guide, request.guide) if hasattr(request.guide, "on") and hasattr(request.guide, "roles") else Own(request.guide)
+        )
+    elif "image" in roles:
+        guide = TextAndImage(scale, request.image_guidance_scale)
+    elif request.guidance_rescale and scale != 1:
+        guide = Rescaled(scale, request.guidance_rescale)
+    else:
+        guide = ClassifierFree(scale)
+    if unknown := [role for role in guide.roles if role not in roles]:
+        raise UsageError(f"guide: expected some of the roles {', '.join(roles)}, found {unknown[0]!r}")
+    return guide, [roles[role] for role in guide.roles]
 
 
-def guided(plan: Plan, prompts: Sequence[str], recognition: Recognition, conditioner: Conditioner, codec: Codec) -> Guided:
-    """What the plan tells the UNet of B pictures with these prompts."""
-    request, count = plan.request, len(prompts)
-    positive, negative = positive_and_negative(plan, prompts, conditioner)
-    if recognition.task == "edit":
-        assert plan.canvas is not None
-        picture = (codec.encode(plan.canvas.pixels) / codec.scale).expand(count, -1, -1, -1)  # not scaled (edit_cli.py)
-        nothing = replace(negative, extra=torch.zeros_like(picture))
-        conditions = [nothing, replace(negative, extra=picture), replace(positive, extra=picture)]
-        return Guided(conditions, TextAndImage(request.guidance_scale, request.image_guidance_scale))
-    if recognition.task == "inpaint":
-        assert plan.canvas is not None
-        extra = hole(plan.canvas, codec).expand(count, -1, -1, -1)
-        positive, negative = replace(positive, extra=extra), replace(negative, extra=extra)
-    if request.guidance_scale == 1:
-        return Guided([positive], unguided)
-    return Guided([negative, positive], ClassifierFree(request.guidance_scale, request.guidance_rescale))
+def conditionings(plan: Plan, part: slice, pipe: Pipeline) -> dict[str, Timeline]:
+    """What the network is told of some of the pictures, by role, with what the model's task wants to see beside the latents."""
+    positive, negative = positive_and_negative(plan, part, pipe)
+    count, task, init = len(plan.seeds[part]), pipe.recognition.task, plan.init
+    if task == "draw" or init is None:
+        return {"negative": negative, "positive": positive}
+    if task == "edit":
+        picture = (pipe.codec.encode(init.pixels) / pipe.codec.scale).expand(count, -1, -1, -1)  # not scaled (edit_cli.py)
+        return {
+            "negative": beside(negative, torch.zeros_like(picture)),
+            "image": beside(negative, picture),
+            "positive": beside(positive, picture),
+        }
+    assert init.mask is not None
+    seen = pipe.codec.encode(without_masked(init.pixels, init.mask))
+    extra = torch.cat([at_latents(init.mask, seen), seen], dim=1).expand(count, -1, -1, -1)  # (B, 1 + C, h, w)
+    return {"negative": beside(negative, extra), "positive": beside(positive, extra)}
 
 
-def positive_and_negative(plan: Plan, prompts: Sequence[str], conditioner: Conditioner) -> tuple[Conditioning, Conditioning]:
-    """The conditionings of the positive and of the negative prompts, equally many chunks long."""
-    request, family = plan.request, conditioner.family
-    negatives = [request.negative_prompt] * len(prompts)
-    positive, negative = halves(conditioner.encode([*prompts, *negatives], request.clip_skip))
+def beside(told: Timeline, extra: Tensor) -> Timeline:
+    return each_entry(told, lambda conditioning: replace(conditioning, extra=extra))
+
+
+def each_entry(told: Timeline, change: Callable[[Conditioning], Conditioning]) -> Timeline:
+    return Timeline(tuple((last, change(conditioning)) for last, conditioning in told.entries))
+
+
+def positive_and_negative(plan: Plan, part: slice, pipe: Pipeline) -> tuple[Timeline, Timeline]:
+    """The conditionings of the positive and of the negative prompts, equally many chunks long, with SDXL's sizes."""
+    request, family = plan.request, pipe.family
+    handed = [value for value in (request.prompt, request.negative_prompt) if isinstance(value, Conditioning | Timeline)]
+    chunks = max([1, *(told.context.shape[1] // 77 for value in handed for _, told in timeline(value).entries)])
+    prompts, negatives = plan.prompts[part], plan.negatives[part]
+    both = pipe.conditioner.encode([*prompts, *negatives], request.clip_skip, chunks)
+    positive, negative = (timeline(half) for half in halves(both))
+    if isinstance(request.prompt, Conditioning | Timeline):
+        positive = each_entry(timeline(request.prompt), lambda told: handed_over(told, plan, part, pipe))
+    if isinstance(request.negative_prompt, Conditioning | Timeline):
+        negative = each_entry(timeline(request.negative_prompt), lambda told: handed_over(told, plan, part, pipe))
     if not family.vector:
         return positive, negative
-    if plan.zero_negative:
-        negative = zeroed(negative)
-    size = (plan.width, plan.height)
+    negative = each_entry(negative, lambda told: zeroed(told, plan.zero_negative[part]))
+    good, bad = sizes(plan, pipe)
+    return each_entry(positive, lambda told: with_sizes(told, good)), each_entry(negative, lambda told: with_sizes(told, bad))
+
+
+def handed_over(told: Conditioning, plan: Plan, part: slice, pipe: Pipeline) -> Conditioning:
+    """Some of the pictures' rows of a user's own conditioning, where and in the dtype that the network takes them."""
+
+    def rows(x: Tensor) -> Tensor:
+        return x.expand(len(plan.seeds), *x.shape[1:])[part].to(pipe.device, pipe.dtype)
+
+    return Conditioning(rows(told.context), None if told.pooled is None else rows(told.pooled))
+
+
+def timeline(told: Conditioning | Timeline) -> Timeline:
+    return told if isinstance(told, Timeline) else Timeline(((0, told),))
+
+
+def sizes(plan: Plan, pipe: Pipeline) -> tuple[list[float], list[float]]:
+    """The numbers that SDXL's UNet is told of the picture that is wanted, and of the one that is not."""
+    request, size = plan.request, (plan.width, plan.height)
     (width, height), (left, top) = request.original_size or size, request.crop
-    told = [height, width, top, left]
-    if family is REFINER:
-        good, bad = [*told, request.aesthetic_score], [*told, request.negative_aesthetic_score]
-    else:
-        good = bad = [*told, *reversed(request.target_size or size)]
-    return with_sizes(positive, good), with_sizes(negative, bad)
+    told: list[float] = [height, width, top, left]
+    if pipe.family is REFINER:
+        return [*told, request.aesthetic_score], [*told, request.negative_aesthetic_score]
+    good = [*told, *reversed(request.target_size or size)]
+    return good, good
 
 
-def halves(both: Conditioning) -> tuple[Conditioning, Conditioning]:
-    contexts = both.context.chunk(2)
-    pooled = both.pooled.chunk(2) if both.pooled is not None else (None, None)
-    return Conditioning(contexts[0], pooled[0]), Conditioning(contexts[1], pooled[1])
-
-
-def hole(canvas: Canvas, codec: Codec) -> Tensor:
-    """The mask and the latents of the picture without what is under it, (1, 1 + C, h, w), as inpainting models take them."""
-    assert canvas.mask is not None
-    seen = codec.encode(canvas.pixels * (canvas.mask < 0.5))  # mid-grey where to paint
-    return torch.cat([shrunk(canvas.mask, seen), seen], dim=1)
-
-
-def shrunk(mask: Tensor, latents: Tensor) -> Tensor:
-    """A mask (1, 1, H, W) at the size of latents, by nearest pixel, as inpainting models were trained (inpaint_st.py)."""
-    return F.interpolate(mask, size=latents.shape[-2:]).to(latents)
+def check_refiner(base: Pipeline, refiner: Pipeline) -> None:
+    """Raises UsageError unless the two can share latents and noise levels."""
+    if base.recognition.task != "draw" or refiner.recognition.task != "draw":
+        raise UsageError("refiner: expected two models that draw from text, found one that edits or inpaints")
+    same = (base.recognition.latent_scale, base.training.sigmas) == (refiner.recognition.latent_scale, refiner.training.sigmas)
+    if not same or base.training.sigmas:
+        raise UsageError(
+            f"refiner: expected a model with the latents and noise levels of {base.family.title}, found {refiner.family.title}"
+        )

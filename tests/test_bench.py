@@ -178,7 +178,7 @@ def test_summary_finds_the_rows_that_bench_writes(little, tmp_path):
     assert values["which_peer"] == "diffusers, eager"
     assert 0 < values["floor_ms"] < values["time_ms"]
     from minisd.bench.summary import SHAPES
-    from minisd.models.ops import kernels
+    from minisd.fast.choice import kernels
 
     for kernel, shape in SHAPES:
         assert any(each.label == shape for each in kernels().KERNELS[kernel].SHAPES), shape
@@ -186,7 +186,7 @@ def test_summary_finds_the_rows_that_bench_writes(little, tmp_path):
 
 def test_every_part_of_all_is_a_command():
     from minisd.cli.bench import parser
-    from minisd.models.ops import kernels
+    from minisd.fast.choice import kernels
 
     parts = [parser().parse_args(part) for part in everything.parts(with_files=True)]
     assert {part.what for part in parts} == {"unet", "vae", "kernels", "image", "load", "roofline"}

@@ -12,6 +12,7 @@ from families import SMALL, Small
 from helpers import relative_error
 
 import minisd
+from minisd.fast import choice
 from minisd.models import ops
 from minisd.models.shapes import below
 from minisd.models.unet import UNet
@@ -39,8 +40,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that are called from now on."""
     names: list[str] = []
     for name in ("group_norm", "layer_norm", "attention", "geglu", "linear_geglu"):
-        kernel = getattr(ops.kernels(), name)
-        monkeypatch.setattr(ops.kernels(), name, lambda *args, n=name, k=kernel, **more: names.append(n) or k(*args, **more))
+        kernel = getattr(choice.kernels(), name)
+        monkeypatch.setattr(choice.kernels(), name, lambda *args, n=name, k=kernel, **more: names.append(n) or k(*args, **more))
     return names
 
 
@@ -51,10 +52,10 @@ def test_unet_with_kernels_equals_the_one_without(name, calls):
     unet = small_unet(small)
     x, t, context = noise(2, 4, 6, 5), torch.tensor([981.0, 1.0], device=DEVICE), noise(2, 7, small.context, seed=1)
     y = noise(2, small.vector, seed=2) if small.vector else None
-    with ops.using("torch"):
+    with choice.using("torch"):
         wanted = unet(x, t, context, y)
     assert not calls
-    with ops.using("triton"):
+    with choice.using("triton"):
         found = unet(x, t, context, y)
     assert set(calls) == {"group_norm", "layer_norm", "attention", "geglu"}
     assert relative_error(found, wanted) <= LIMIT
@@ -68,9 +69,9 @@ def test_vae_with_kernels_equals_the_one_without(kernels, calls):
     vae.load_state_dict(blueprint.random_weights(shapes, 3))
     vae = vae.requires_grad_(False).to(DEVICE)
     latents = noise(1, 4, 3, 5)
-    with ops.using("torch"):
+    with choice.using("torch"):
         wanted = vae.decode(latents)
-    with ops.using(kernels):
+    with choice.using(kernels):
         found = vae.decode(latents)
     assert set(calls) == {"group_norm", "attention"}
     assert relative_error(found, wanted) <= LIMIT
@@ -87,9 +88,9 @@ def test_what_a_kernel_does_not_take_goes_to_pytorch(layout, calls):
     else:
         q = k = v = noise(2, 5, 16).double()
     heads = 2 if layout == "rows of 10 bytes" else 1
-    with ops.using("torch"):
+    with choice.using("torch"):
         wanted = ops.attention(q, k, v, heads)
-    with ops.using("triton"):
+    with choice.using("triton"):
         assert torch.equal(ops.attention(q, k, v, heads), wanted)
     assert not calls
 
@@ -97,7 +98,7 @@ def test_what_a_kernel_does_not_take_goes_to_pytorch(layout, calls):
 @pytest.mark.parametrize("x", [pytest.param("grad", marks=runs_kernels)])
 def test_training_goes_to_pytorch(x, calls):
     x = noise(1, 32, 2, 2).requires_grad_()
-    with ops.using("triton"):
+    with choice.using("triton"):
         ops.group_norm(x, 4, torch.ones(32, device=DEVICE), torch.zeros(32, device=DEVICE), 1e-5).square().sum().backward()
     assert not calls
     assert x.grad is not None
@@ -105,7 +106,7 @@ def test_training_goes_to_pytorch(x, calls):
 
 def test_wrong_switch_is_named(monkeypatch):
     with pytest.raises(minisd.UsageError, match=r"kernels: expected auto, triton, torch or some of .*, found 'cuda'"):
-        ops.use("cuda")
+        choice.use("cuda")
     monkeypatch.setenv("MINISD_KERNELS", "group_norm,softmax")
     with pytest.raises(minisd.UsageError, match=r"MINISD_KERNELS: expected auto, .* found 'group_norm,softmax'"):
         minisd.load(device="cpu")
@@ -113,15 +114,15 @@ def test_wrong_switch_is_named(monkeypatch):
 
 def test_switch_in_the_environment_and_in_python(monkeypatch):
     monkeypatch.setenv("MINISD_KERNELS", "group_norm,geglu")
-    assert ops.chosen() == {"group_norm", "geglu"}
-    with ops.using("torch"):
-        assert not ops.chosen()
-        with ops.using("triton"):
-            assert ops.chosen() == ops.ALL
-        assert not ops.chosen()
-    assert ops.chosen() == {"group_norm", "geglu"}
+    assert choice.chosen() == {"group_norm", "geglu"}
+    with choice.using("torch"):
+        assert not choice.chosen()
+        with choice.using("triton"):
+            assert choice.chosen() == choice.ALL
+        assert not choice.chosen()
+    assert choice.chosen() == {"group_norm", "geglu"}
     monkeypatch.setenv("MINISD_KERNELS", "")
-    assert ops.chosen() == ops.AUTO
+    assert choice.chosen() == choice.AUTO
 
 
 def test_auto_on_a_cpu_is_pytorch_and_does_not_import_triton():
@@ -140,11 +141,11 @@ def test_without_a_c_compiler_auto_goes_on_without_kernels(monkeypatch):
     def fails(x):
         raise RuntimeError("Failed to find C compiler.\nMore.")
 
-    monkeypatch.setattr(ops.kernels(), "geglu", fails)
+    monkeypatch.setattr(choice.kernels(), "geglu", fails)
     monkeypatch.setattr(torch, "zeros", lambda *size, **more: None)
-    ops.triton_builds.cache_clear()
+    choice.triton_builds.cache_clear()
     try:
         with pytest.warns(UserWarning, match=r"Triton cannot build kernels here.*Failed to find C compiler\.$"):
-            assert not ops.wants("group_norm", torch.device("cuda"))
+            assert not choice.wants("group_norm", torch.device("cuda"))
     finally:
-        ops.triton_builds.cache_clear()
+        choice.triton_builds.cache_clear()

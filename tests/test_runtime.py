@@ -16,11 +16,11 @@ from helpers import relative_error
 from PIL import Image
 
 import minisd
+from minisd.fast import choice
 from minisd.fast.cuda import Runtime, decoder_recorder, plain, text_recorder
 from minisd.fast.decoder import FusedDecoder
 from minisd.fast.graphs import NetworkRecorder, Recording
 from minisd.fast.unet import FusedUNet
-from minisd.models import ops
 from minisd.models.shapes import below
 from minisd.models.unet import UNet
 from minisd.models.vae import AutoencoderKL
@@ -93,14 +93,14 @@ REQUESTS = {
 @pytest.mark.parametrize("case", REQUESTS)
 def test_every_step_equals_the_plain_way(case, files):
     options = {"prompt": "a red circle", "width": 64, "height": 64, "steps": 3, "seed": 1} | REQUESTS[case]
-    with ops.using("torch"):
+    with choice.using("torch"):
         compare(load(files[case.split(",")[0]], DEVICE), Request(**options))
 
 
 def test_a_mask_beside_the_latents_goes_the_fast_way(files):
     options = {"init_image": Image.fromarray(PICTURE), "mask": Image.fromarray(HALF), "strength": 1.0}
     pipe = load(files["sd1-inpaint"], DEVICE)
-    with ops.using("torch"):
+    with choice.using("torch"):
         compare(pipe, Request("a star", width=64, height=64, steps=3, seed=1, **options))
 
 
@@ -109,11 +109,11 @@ def test_whole_steps_with_kernels(kernels, files):
     """At the least size: the interpreter is slow."""
     pipe = load(files["sd1"], DEVICE)
     request = Request("a star", width=64, height=64, steps=3 if CUDA else 1, seed=1)
-    with ops.using("torch"):
+    with choice.using("torch"):
         pipe.runtime = None
         wanted = steps(pipe, request)
     pipe.runtime = Runtime(pipe.unet, graphs=CUDA)
-    with ops.using(kernels):
+    with choice.using(kernels):
         found = steps(pipe, request)
     assert max(relative_error(x, true) for (x, _), (true, _) in zip(found, wanted, strict=True)) <= LIMIT
 
@@ -126,9 +126,9 @@ def test_fused_decoder_equals_the_vae(kernels):
     network.load_state_dict(blueprint.random_weights(shapes, 3))
     network = network.requires_grad_(False).to(DEVICE)
     latents = noise(2, 4, 3, 5).to(DEVICE)
-    with ops.using("torch"):
+    with choice.using("torch"):
         wanted = network.decode(latents)
-    with ops.using(kernels):
+    with choice.using(kernels):
         assert relative_error(FusedDecoder(network)(latents), wanted) <= LIMIT
 
 
@@ -221,7 +221,7 @@ UNPLAIN = {
 def test_all_others_call_the_recorded_network(case, files, recording):
     pipe = load(files[case.split(",")[0]], DEVICE)
     options = {"prompt": "a red circle", "width": 64, "height": 64, "steps": 4, "seed": 1} | UNPLAIN[case]
-    with ops.using("torch"):
+    with choice.using("torch"):
         pipe.runtime = None
         wanted = steps(pipe, Request(**options))
         pipe.runtime = Runtime(pipe.unet, graphs=True)
@@ -284,7 +284,7 @@ def test_what_a_recorder_returns_stays(recording):
     given = [noise(2, 3, seed=seed).to(DEVICE) for seed in range(4)]
     found = [calls(x) for x in given]
     assert all(torch.allclose(y, weight(x)) for x, y in zip(given, found, strict=True))
-    with ops.using("torch"):
+    with choice.using("torch"):
         calls(given[0])
         calls(given[0])
     assert len(calls.calls.recordings) == 2  # one for each choice of kernels
@@ -398,7 +398,7 @@ def test_sdxl_decodes_in_bfloat16_where_the_unet_runs_in_float16():
 def test_codec_decodes_with_the_fast_decoder_what_is_in_its_dtype(files):
     pipe = load(files["sdxl"], DEVICE)
     latents = noise(1, 4, 8, 8).to(DEVICE)
-    with ops.using("torch"):
+    with choice.using("torch"):
         pipe.codec.decoder = None
         wanted = pipe.codec.decode(latents)
         pipe.codec.decoder = decoder_recorder(pipe.vae, graphs=CUDA)
@@ -478,7 +478,7 @@ def test_kernels_on_and_off_draw_the_same_picture(files):
     """In half precision every operation rounds: the latents stay within a hundredth (random weights), pixels within 3."""
     results = {}
     for kernels in ("torch", "auto", "triton"):
-        with ops.using(kernels):
+        with choice.using(kernels):
             results[kernels] = load(files["sd1"], "cuda", "float16")("a star", width=128, height=128, steps=4, seed=1)
     for kernels in ("auto", "triton"):
         assert relative_error(results[kernels].latents, results["torch"].latents) <= 1e-2

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
-from ..models.ops import kernels
+from ..fast.choice import kernels
 from ..system.device import name_of
 from .networks import MODELS, random_checkpoint
 from .report import Report, write_json

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..models.ops import kernels
+from ..fast.choice import kernels
 from ..system.device import name_of
 from .report import Report
 from .timing import Run

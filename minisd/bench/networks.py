@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..fast import choice
 from ..files.model import NoInit, StableDiffusion
-from ..models import ops
 from ..models.family import SD1, SD2, SDXL, UNET, VAE, Family
 from ..models.shapes import Shapes, below
 from ..models.unet import UNet
@@ -103,5 +103,5 @@ def step_input(model: Published, side: int, device: torch.device, dtype: torch.d
 
 def laid_out(module: Any, device: torch.device) -> Any:
     """In channels-last memory where our kernels run, as the pipeline has it, elsewhere in PyTorch's own order."""
-    wanted = ops.wants("group_norm", device)
+    wanted = choice.wants("group_norm", device)
     return module.to(memory_format=torch.channels_last if wanted else torch.contiguous_format)

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ..fast import choice
 from ..fast.unet import FusedUNet
-from ..models import ops
 from .networks import MODELS, laid_out, random_unet, step_input
 from .report import Report
 
@@ -32,7 +32,7 @@ CLASSES = {
     "GroupNorm, SiLU": r"partial_kernel|apply_kernel|group_?norm|rowwisemoments|silu",
     "LayerNorm": r"layer_?norm",
     "linear": r"nvjet|gemm|gemv|cutlass|cublas|linear|\bmm\b|addmm|bmm|splitk",
-    "sampler, guidance": r"guided_step",
+    "sampler, guidance": r"linear_step",
     "concatenation": r"cat",
 }
 OTHERS = "sums and copies"
@@ -90,7 +90,7 @@ def bench(report: Report, args: Any) -> None:
     side = model.latents if args.full else model.latents // 2
     network, given = random_unet(model, clock.device, clock.dtype), step_input(model, side, clock.device, clock.dtype)
     inputs = (given.x, given.t, given.context, given.y)
-    with ops.using("torch"), Work() as work:
+    with choice.using("torch"), Work() as work:
         network(*inputs)
     laid_out(network, clock.device)
     fused = FusedUNet(network)

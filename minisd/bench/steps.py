@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..diffusion.denoiser import ClassifierFree, Conditioning
 from ..diffusion.schedule import noise_levels, scaled_linear
+from ..fast import choice
 from ..fast.cuda import Runtime, step
 from ..fast.decoder import FusedDecoder
 from ..fast.unet import FusedUNet
-from ..models import ops
 from ..models.unet import UNet
 from ..system.device import name_of
 from . import peers
@@ -120,7 +120,7 @@ def own_rows(report: Report, fast: Run, plain: Run, lay_out: Callable[[], None],
     Returns the seconds of the first, and what the plain form makes in PyTorch alone.
     """
     clock = report.clock
-    with ops.using("torch"), FlopCounterMode(display=False) as counter:
+    with choice.using("torch"), FlopCounterMode(display=False) as counter:
         wanted = plain().clone()
     ours = own_row(report, "minisd, fused", None, fast, lay_out, wanted, None)
     own_row(report, "minisd, plain modules", None, plain, lay_out, wanted, ours)
@@ -128,9 +128,11 @@ def own_rows(report: Report, fast: Run, plain: Run, lay_out: Callable[[], None],
         own_row(report, "minisd, fused, no kernels", "torch", fast, lay_out, wanted, ours)
         own_row(report, "minisd, plain modules, no kernels", "torch", plain, lay_out, wanted, ours)
         if ablate:
-            for name in sorted(ops.ALL - {"guided_step"}):
-                sign = "without" if name in ops.AUTO else "and also"
-                own_row(report, f"minisd, fused, {sign} {name}", ",".join(sorted(ops.AUTO ^ {name})), fast, lay_out, wanted, ours)
+            for name in sorted(choice.ALL - {"linear_step"}):
+                sign = "without" if name in choice.AUTO else "and also"
+                own_row(
+                    report, f"minisd, fused, {sign} {name}", ",".join(sorted(choice.AUTO ^ {name})), fast, lay_out, wanted, ours
+                )
             torch.backends.cudnn.benchmark = True
             own_row(report, "minisd, fused, cuDNN's own search", None, fast, lay_out, wanted, ours)
             torch.backends.cudnn.benchmark = False
@@ -143,7 +145,7 @@ def own_row(
 ) -> float:
     clock = report.clock
     seconds = float("nan")
-    with report.attempt(label), ops.using(kernels) if kernels else nullcontext():
+    with report.attempt(label), choice.using(kernels) if kernels else nullcontext():
         lay_out()
         start = time.perf_counter()
         fast = captured(run) if clock.is_cuda else run

@@ -91,7 +91,7 @@ def bench(argv: Sequence[str]) -> int:
         made.error(f"{args.name!r}: only `bench kernels` takes a name")
     from ..bench.report import Report, machine, pyplot
     from ..bench.timing import Clock
-    from ..models.ops import chosen
+    from ..fast.choice import chosen
     from ..system.atomic import check_place
     from ..system.device import to_device, to_dtype
 

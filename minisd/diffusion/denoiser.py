@@ -1,9 +1,15 @@
-"""From what the network predicts to what the samplers ask for: denoise(x, sigma) -> x_0, with guidance."""
+"""From what the network predicts to what the samplers ask for: denoise(x, sigma) -> x_0, with guidance.
+
+A network sees x scaled to unit variance and was trained to predict the noise, v, or x_0 itself.  Guidance asks it once for each
+role ("negative", "positive", …) and mixes the answers.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -11,13 +17,22 @@ from torch import Tensor
 from .schedule import Schedule
 
 Unet = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-Guide = Callable[..., Tensor]
 Denoise = Callable[[Tensor, Tensor], Tensor]
-Noise = Callable[[], Tensor]
-Steps = Iterator[tuple[Tensor, Tensor]]
+Noise = Callable[[float, float], Tensor]  # (sigma, following) -> unit noise for the way between these two levels
+Steps = Iterator[tuple[Tensor, Tensor]]  # (latents, estimate of the finished ones), (B, C, h, w) each
 
 
 @dataclass(frozen=True)
+class Network:
+    """A UNet, and what its output means."""
+
+    unet: Unet
+    schedule: Schedule
+    prediction: str = "epsilon"  # one of PREDICTIONS
+    sigma_data: float = 1.0  # standard deviation of the latents as the network assumes it
+
+
+@dataclass(frozen=True, eq=False)
 class Conditioning:
     """What the UNet is told about B pictures beside the noisy latents."""
 
@@ -27,85 +42,180 @@ class Conditioning:
     extra: Tensor | None = None  # (B, C, h, w), channels beside the latents: a mask, a picture
 
 
+@dataclass(frozen=True)
+class Call:
+    """The index-th question to the network."""
+
+    index: int  # from 0
+    step: int  # of the sampler, which may ask more than once a step
+    sigma: float
+    of: int | None = None  # calls in all, where the sampler makes as many whatever it sees
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The conditioning of one role, which may change from call to call."""
+
+    entries: tuple[tuple[int, Conditioning], ...]  # (the last call that it holds for, conditioning); the last holds to the end
+
+    def at(self, call: Call) -> Conditioning:
+        return next((told for last, told in self.entries if call.index <= last), self.entries[-1][1])
+
+
+Observer = Callable[[Call, Tensor, Sequence[Tensor]], None]
+
+
 def epsilon(output: Tensor, x: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
     """The network predicts the noise (Ho et al. 2020, arXiv 2006.11239, eq. 15)."""
     return x - sigma * output
 
 
 def v(output: Tensor, x: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
-    """It predicts v = alpha eps - sigma x_0 (Salimans and Ho 2022, arXiv 2202.00512, appendix D)."""
+    """It predicts v = alpha eps - s x_0 (Salimans and Ho 2022, arXiv 2202.00512, appendix D), where alpha^2 + s^2 = 1.
+
+    With alpha = 1 / sqrt(sigma^2 + 1), s = sigma alpha and eps = (x - x_0) / sigma:  v = alpha (x - x_0) / sigma - sigma alpha x_0,
+    hence x_0 = x / (sigma^2 + 1) - v sigma / sqrt(sigma^2 + 1).  sigma_data stands where the picture's deviation was taken as 1.
+    """
     total = sigma**2 + sigma_data**2
     return x * sigma_data**2 / total - output * sigma * sigma_data / total.sqrt()
 
 
 def edm(output: Tensor, x: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
-    """It predicts x_0 after preconditioning (Karras et al. 2022, arXiv 2206.00364, table 1)."""
+    """It predicts F in x_0 = c_skip x + c_out F (Karras et al. 2022, arXiv 2206.00364, table 1).
+
+    c_skip = sigma_data^2 / total as for v, and c_out = + sigma sigma_data / sqrt(total): so F is v with the other sign.
+    """
     return v(-output, x, sigma, sigma_data)
 
 
 PREDICTIONS = {"epsilon": epsilon, "v": v, "edm": edm}
 
 
-def unguided(positive: Tensor) -> Tensor:
-    return positive
-
-
 @dataclass(frozen=True)
-class ClassifierFree:
-    """u + w (c - u) (Ho and Salimans 2022, arXiv 2207.12598), of the outputs for the negative and the positive prompt.
+class Known:
+    """A region whose finished latents are known: x_0 is asked for where the mask is 1.
 
-    rescale: 0 … 1, how far the result is scaled back to the spread of c (Lin et al. 2023, arXiv 2305.08891, eq. 15 and 16).
+    Latents that start as known + sigma * noise then stay so, whatever the sampler (RePaint's known region, Lugmayr et al. 2022,
+    arXiv 2201.09865, eq. 8a, with one noise throughout, as in diffusers).
     """
 
-    scale: float
-    rescale: float = 0.0
+    mask: Tensor  # (1, 1, h, w), 1 where to paint, 0 where the latents are known
+    latents: Tensor  # (B or 1, C, h, w)
 
-    def __call__(self, negative: Tensor, positive: Tensor) -> Tensor:
-        guided = negative + self.scale * (positive - negative)
-        if self.rescale == 0:
-            return guided
-        spread = positive.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
-        return guided * (self.rescale * spread + 1 - self.rescale)
+
+class Guide(Protocol):
+    """Mixes what the network answers for each role, (B, C, h, w) each, into one answer."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Whose answers it wants, such as ("negative", "positive")."""
+
+    @property
+    def on(self) -> Literal["estimate", "output"]:
+        """Whether it mixes estimates of x_0, or the network's outputs as they are."""
+
+    def __call__(self, answers: Sequence[Tensor], x: Tensor, call: Call) -> Tensor: ...
+
+
+class Affine(ABC):
+    """A guide that has no definition but its weights, which sum to 1: what mixes estimates may then mix outputs as well.
+
+    A role whose weights are 0 at a call is not asked there.
+    """
+
+    on: Literal["estimate", "output"] = "output"
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return "negative", "positive"
+
+    @abstractmethod
+    def weights(self, call: Call) -> Tensor:
+        """(K, B or 1), float32, for the K roles."""
+
+    def __call__(self, answers: Sequence[Tensor], x: Tensor, call: Call) -> Tensor:
+        return mix(self.weights(call), answers)
+
+
+def mix(weights: Tensor, answers: Sequence[Tensor]) -> Tensor:
+    """sum_k w_k e_k of K tensors (B, C, h, w), for weights (K, B or 1) that sum to 1: e_0 + sum_k w_k (e_k - e_0)."""
+    total = answers[0]
+    for weight, answer in zip(weights[1:].to(total.device), answers[1:], strict=True):
+        total = total + weight[:, None, None, None] * (answer - answers[0])
+    return total
+
+
+def is_affine(guide: Guide) -> TypeGuard[Affine]:
+    """Whether a guide's weights are all there is to it: a class that mixes in a way of its own is not taken for its parent."""
+    return isinstance(guide, Affine) and type(guide).__call__ is Affine.__call__
 
 
 @dataclass(frozen=True)
-class TextAndImage:
-    """Two guidances for editing a picture (Brooks et al. 2022, arXiv 2211.09800, eq. 3): none, the picture, picture and text."""
+class ClassifierFree(Affine):
+    """u + w (c - u), from the negative prompt u and the positive c (Ho and Salimans 2022, arXiv 2207.12598)."""
 
-    text: float
-    image: float
+    scale: float | tuple[float, ...]  # w: of all pictures, or of each
 
-    def __call__(self, nothing: Tensor, image: Tensor, both: Tensor) -> Tensor:
-        return nothing + self.image * (image - nothing) + self.text * (both - image)
+    def weights(self, call: Call) -> Tensor:
+        scale = torch.tensor(self.scale).float().view(-1)  # (B or 1,)
+        return torch.stack([1 - scale, scale])
 
 
-@dataclass(frozen=True)
 class Denoiser:
-    """x_0 as the network sees it.
+    """denoise(x, sigma) -> x_0, for the length of one walk: it counts its calls.
 
-    conditions: what `guide` compares, in its order; the network is called once for all of them.
+    told: a timeline for each role of the guide.  observe: is shown every call, x and the estimates of the roles that were asked.
     """
 
-    unet: Unet
-    schedule: Schedule
-    prediction: str
-    sigma_data: float
-    conditions: Sequence[Conditioning]
-    guide: Guide
+    def __init__(
+        self,
+        network: Network,
+        told: Sequence[Timeline],
+        guide: Guide,
+        known: Known | None = None,
+        observe: Observer | None = None,
+        total: int | None = None,
+    ) -> None:
+        self.network, self.told, self.guide, self.known, self.observe, self.total = network, told, guide, known, observe, total
+        self.calls: list[Call] = []
+        self.step = 0
+        self.joined: tuple[list[Conditioning], Conditioning] | None = None  # the conditions asked with last, as one batch
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:  # (B, C, h, w), () -> (B, C, h, w)
-        scaled = x / (sigma**2 + self.sigma_data**2).sqrt()  # unit variance again, as in training
-        outputs = self.predict(scaled, self.schedule.timestep(sigma).float())
-        return PREDICTIONS[self.prediction](self.guide(*outputs), x, sigma, self.sigma_data)
+        call = Call(len(self.calls), self.step, float(sigma), self.total)
+        self.calls.append(call)
+        estimate = self.estimate(x, sigma, call)
+        return torch.where(self.known.mask > 0.5, estimate, self.known.latents) if self.known else estimate
 
-    def predict(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+    def estimate(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
+        guide, weights = self.guide, None
+        asked = list(range(len(self.told)))
+        if is_affine(guide):
+            weights = guide.weights(call)
+            asked = [k for k in asked if weights[k].any()]
+        outputs = self.predict(x, sigma, [self.told[k].at(call) for k in asked])
+        if self.observe:
+            self.observe(call, x, [self.x_0(output, x, sigma) for output in outputs])
+        if weights is not None:
+            return self.x_0(mix(weights[asked], outputs), x, sigma)
+        if guide.on == "output":
+            return self.x_0(guide(outputs, x, call), x, sigma)
+        return guide([self.x_0(output, x, sigma) for output in outputs], x, call)
+
+    def x_0(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        return PREDICTIONS[self.network.prediction](output, x, sigma, self.network.sigma_data)
+
+    def predict(self, x: Tensor, sigma: Tensor, conditions: list[Conditioning]) -> tuple[Tensor, ...]:
         """The network's output for each of the conditions, (B, C, h, w) each, in float32."""
-        told = stacked(self.conditions)
-        x = torch.cat([x] * len(self.conditions))
+        if self.joined is None or self.joined[0] != conditions:
+            self.joined = conditions, stacked(conditions)
+        told = self.joined[1]
+        x = torch.cat([x / (sigma**2 + self.network.sigma_data**2).sqrt()] * len(conditions))  # of unit variance, as in training
         if told.extra is not None:
             x = torch.cat([x, told.extra], dim=1)
-        t = torch.full((len(x),), float(t), device=x.device)  # a copy from the CPU would wait for the GPU
-        return self.unet(x.to(told.context.dtype), t, told.context, told.vector).float().chunk(len(self.conditions))
+        t = self.network.schedule.timestep(sigma).float()  # between two trained timesteps, too: their sinusoids are smooth in t
+        times = torch.full((len(x),), float(t), device=x.device)  # a copy from the CPU would wait for the GPU
+        return self.network.unet(x.to(told.context.dtype), times, told.context, told.vector).float().chunk(len(conditions))
 
 
 def stacked(conditions: Sequence[Conditioning]) -> Conditioning:
@@ -120,16 +230,3 @@ def stacked(conditions: Sequence[Conditioning]) -> Conditioning:
         vector=joined([each.vector for each in conditions]),
         extra=joined([each.extra for each in conditions]),
     )
-
-
-def keeping(denoise: Callable[[Tensor, Tensor], Tensor], mask: Tensor, known: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """A denoiser that knows the finished latents where the mask (B, 1, h, w) is 0 and asks the network where it is 1.
-
-    Latents that start as known + sigma * noise then stay so, whatever the sampler (RePaint's known region, Lugmayr et al. 2022,
-    arXiv 2201.09865, eq. 8a, with one noise throughout, as in diffusers).
-    """
-
-    def masked(x: Tensor, sigma: Tensor) -> Tensor:
-        return torch.where(mask > 0.5, denoise(x, sigma), known)
-
-    return masked

@@ -1,4 +1,4 @@
-"""Noise levels: how much noise a training timestep stands for, and which levels a sampler visits.
+"""Noise levels: how much noise a training timestep stands for.
 
 Two notations for the same thing.  With noise eps, x_t = sqrt(alpha_cumprod) x_0 + sqrt(1 - alpha_cumprod) eps (Ho et al. 2020,
 arXiv 2006.11239, eq. 4).  Divided by sqrt(alpha_cumprod) it is x = x_0 + sigma eps, with
@@ -7,7 +7,6 @@ sigma = sqrt((1 - alpha_cumprod) / alpha_cumprod) (Karras et al. 2022, arXiv 220
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -81,66 +80,3 @@ def zero_terminal(schedule: Discrete) -> Discrete:
     roots = schedule.alphas_cumprod.sqrt()
     roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
     return Discrete(torch.cat([roots[:-1] ** 2, torch.tensor([LAST_ALPHA], dtype=torch.float64)]))
-
-
-def leading(steps: int) -> Tensor:
-    """Multiples of 1000 // steps, plus 1, falling: 981, 961, …, 1 for 50 steps (CompVis util.py, make_ddim_timesteps)."""
-    return torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (TRAINING_STEPS // steps) + 1
-
-
-def linspace(steps: int) -> Tensor:
-    """Evenly from 999 to 0, fractional in between (k-diffusion external.py, get_sigmas)."""
-    return torch.linspace(TRAINING_STEPS - 1, 0, steps, dtype=torch.float64)
-
-
-def trailing(steps: int) -> Tensor:
-    """Evenly from 999, not reaching 0: 999, 979, …, 19 for 50 steps (Lin et al. 2023, arXiv 2305.08891, table 2)."""
-    return (TRAINING_STEPS - torch.arange(steps, dtype=torch.float64) * (TRAINING_STEPS / steps)).round() - 1
-
-
-def karras(low: Tensor, high: Tensor, steps: int) -> Tensor:
-    """Evenly in the seventh root of sigma (Karras et al. 2022, eq. 5, rho = 7): denser where there is little noise."""
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    return (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
-
-
-def exponential(low: Tensor, high: Tensor, steps: int) -> Tensor:
-    """Evenly in log sigma (k-diffusion sampling.py, get_sigmas_exponential)."""
-    return torch.linspace(float(high.log()), float(low.log()), steps, dtype=torch.float64).exp()
-
-
-BY_TIMESTEP = {"leading": leading, "linspace": linspace, "trailing": trailing}
-BY_SIGMA = {"karras": karras, "exponential": exponential}
-SPACINGS = (*BY_TIMESTEP, *BY_SIGMA)
-
-
-def start_scale(schedule: Schedule, sigma: Tensor, spacing: str, unit_variance: bool) -> Tensor:
-    """What unit noise is multiplied with to become the first latents.
-
-    Strictly, latents at level sigma have the variance sigma^2 plus that of the picture.  The references leave the picture out
-    (k-diffusion) or count it as 1: DDIM does so always, diffusers' Euler where the spacing is "leading" or the noise levels
-    are continuous (scheduling_edm_euler.py).
-    """
-    counted = unit_variance or spacing == "leading" or isinstance(schedule, Continuous)
-    return (sigma**2 + 1).sqrt() if counted else sigma
-
-
-def noise_levels(schedule: Schedule, spacing: str, steps: int, unit_variance: bool) -> Tensor:
-    """The sigmas that a sampler visits, falling, and where it ends: (steps + 1,), float64.
-
-    The end is zero, or with unit_variance the level of training timestep 0, where there are timesteps.  Warns where a spacing
-    starts far below the top.
-    """
-    end = torch.zeros(1, dtype=torch.float64)
-    if spacing in BY_SIGMA:
-        return torch.cat([BY_SIGMA[spacing](*schedule.range, steps), end])
-    timesteps = BY_TIMESTEP[spacing](steps)
-    if timesteps[0] < 800:
-        warnings.warn(
-            f"spacing {spacing!r} with {steps} steps starts at timestep {timesteps[0]:.0f} of {TRAINING_STEPS - 1}, "
-            "as its reference does; the picture will lack contrast or form: use spacing 'trailing'",
-            stacklevel=2,
-        )
-    if unit_variance and isinstance(schedule, Discrete):
-        end = schedule.sigmas[:1]
-    return torch.cat([schedule.sigma(timesteps), end])

@@ -1,166 +1,354 @@
-"""How a UNet draws at full speed on a GPU: what stays the same is computed before the first step, and a step is one CUDA graph.
+"""How a UNet draws at full speed on a GPU: what stays the same is computed before the first step, and a call is one CUDA graph.
 
 For a prompt: keys and values of every cross-attention, and what the time embedding adds to every block at every noise level.
-Then each step is the same sequence of kernels over the same memory: the network, guidance, the sampler's update, and a counter
-that chooses the next row of the tables.  The first step of a new shape runs kernel by kernel, as every step does on a CPU, and
-so brings all kernels to life; then the sequence is recorded, and from the second step on replayed.  Nothing in the loop waits
-for the GPU or asks for memory.
+Then each call is the same sequence of kernels over the same memory: the network, guidance, the next row of the sampler's program,
+and a counter that chooses it.  The first call of a new shape runs kernel by kernel, as every one does on a CPU, and so brings all
+kernels to life; then the sequence is recorded, and from the second call on replayed.  Nothing in the loop asks for memory, and
+the host runs no more than two calls ahead, so that progress is honest and a stop is one.
 
-samplers.py, denoiser.py and unet.py are the definition.  `sample` is the part of it that needs no decisions on the way: Euler or
-DDIM without fresh noise, predictions of noise or of v, guidance without rescaling; `plain` says whether a request is of that
-kind.  All others go the plain way, with the network alone recorded (`network`).  Text encoders and the VAE's decoder are
-recorded, too, from the second call on.
+ways.py says which walks are drawn so.  All others call the fused network, recorded, from the sampler's own generator, or go the
+plain way.  Text encoders and the VAE's decoder are recorded, too, from the second call on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..diffusion.denoiser import ClassifierFree, Conditioning, Guide, Steps, Unet, stacked, unguided
-from ..diffusion.schedule import Schedule
-from ..models import ops
+from ..diffusion.denoiser import Affine, Call, Conditioning, Noise, Unet, stacked
+from ..diffusion.program import Program
 from ..models.clip import TextEncoder
 from ..models.unet import UNet
 from ..models.vae import AutoencoderKL
 from ..system.memory import free_memory
+from . import operations
+from .choice import chosen, kernels
 from .decoder import FusedDecoder
-from .graphs import KEPT, NetworkRecorder, Recorder, Recording, record, versions
+from .engine import moments
+from .graphs import KEPT, NetworkRecorder, Recorder, Recording, addresses, record, versions
 from .tiling import decode_bytes
 from .unet import FusedUNet
+from .ways import Moment, Walk, Way, as_built, touched, way
 
-
-def plain(guide: Guide, prediction: str, sigma_data: float, eta: float) -> bool:
-    """Whether a step is x <- a x + b e, with e the guided prediction, so that `guided_step` can make it."""
-    guided = guide is unguided or (isinstance(guide, ClassifierFree) and guide.rescale == 0)
-    return guided and prediction in ("epsilon", "v") and sigma_data == 1 and eta == 0
+AHEAD = 2  # calls that the host may be ahead of the GPU
+Roles = tuple[int, ...]
 
 
 @dataclass
 class Buffers:
-    """The memory that the steps of one shape work in."""
+    """The memory that the calls of one shape work in: K roles, B pictures, up to N calls and R rows of history."""
 
-    state: Tensor  # (2, B, C, h, w), float32: the latents, and the estimate of the finished ones
-    model_input: Tensor  # (B or 2*B, C', h, w), channels-last, in the network's dtype
-    table: Tensor  # (N, 6), float32: see kernels/guided_step.py
-    shifts: Tensor  # (N, B' or 1, sum of channels), float32: see FusedUNet.shifts
-    keys_values: Tensor  # (B or 2*B, S, sum of 2*C): see FusedUNet.keys_values
-    step: Tensor  # (1,), int64
-    recording: Recording | None = None
-    refused: bool = False  # no memory to record
+    history: Tensor  # (R, B, C, h, w), float32: see diffusion/program.py
+    asked: Tensor  # (B, C, h, w), float32: what the network is asked about next
+    model_input: Tensor  # (K*B, C', h, w), channels-last, in the network's dtype
+    table: Tensor  # (N, 4 + R), float32: see kernels/linear_step.py
+    weights: Tensor  # (N, K, B), float32: the guide's
+    shifts: Tensor  # (N, K*B or 1, sum of channels), float32: see FusedUNet.shifts
+    keys_values: Tensor  # (K*B, S, sum of 2*C): see FusedUNet.keys_values
+    known: dict[str, Tensor]  # the known region, where there is one: known (B, C, h, w) and mask (B, 1, h, w)
+    call: Tensor  # (1,), int64: the row of the tables
+    recordings: dict[Roles, Recording | None] = field(default_factory=dict)  # by the roles asked; None: no memory for one
 
 
-class Runtime:
-    """Draws with one UNet.  `graphs`: record steps, which only a GPU can."""
+@dataclass(frozen=True)
+class Course:
+    """What a recorded walk does at each of its calls, as the host knows it."""
 
-    def __init__(self, network: UNet, graphs: bool) -> None:
-        self.unet, self.graphs = network, graphs
+    program: Program
+    calls: Sequence[Call]
+    roles: Sequence[Roles]  # of each call: those whose weights are not all 0
+    weights: Tensor  # (calls, K, B)
+    told: Sequence[Conditioning]  # of each call: the conditions of all roles as one batch, the same object while they stay
+
+
+def course_of(walk: Walk, count: int) -> Course:
+    """For `count` pictures."""
+    program, guide = walk.program, walk.guide
+    assert program is not None
+    assert isinstance(guide, Affine)
+    steps = [sum(done <= i for done in program.done) for i in range(len(program.sigmas))]
+    calls = [Call(i, step, float(program.sigmas[i]), len(steps)) for i, step in enumerate(steps)]
+    weights = torch.stack([guide.weights(call).expand(-1, count) for call in calls])
+    roles = [tuple(k for k, weight in enumerate(row) if weight.any()) for row in weights]
+    batches: dict[tuple[int, ...], Conditioning] = {}
+    told = []
+    for call in calls:
+        conditions = [each.at(call) for each in walk.told]
+        key = tuple(map(id, conditions))
+        if key not in batches:
+            batches[key] = stacked(conditions)
+        told.append(batches[key])
+    return Course(program, calls, roles, weights, told)
+
+
+class Cuda:
+    """Draws with one model.  `graphs`: record calls, which only a GPU can."""
+
+    def __init__(self, unet: UNet, graphs: bool) -> None:
+        self.unet, self.graphs = unet, graphs
+        self.built = {unet: as_built(unet)}
         self.fused: FusedUNet | None = None
-        self.weights: tuple[tuple[int, int], ...] = ()
+        self.weights: tuple[object, object] = (None, None)  # where they lie, and how often each was written to
         self.shapes: dict[tuple[object, ...], Buffers] = {}
-        self.calls: Recorder | None = None
+        self.network_calls: Recorder | None = None
+        self.recorders: dict[nn.Module, NetworkRecorder] = {}
+        self.said: set[str] = set()
+
+    def way(self, walk: Walk, x: Tensor) -> tuple[Way, str]:
+        return way(walk, x, self.built[self.unet])
+
+    def walk(self, walk: Walk, x: Tensor, noise: Noise) -> Iterator[Moment]:
+        taken, why = self.way(walk, x)
+        if why:
+            self.say(why if taken == "plain" else f"{why}; only the network is recorded")
+        if taken == "plain":
+            return moments(walk, walk.denoiser(), x, noise)
+        if taken == "network":
+            return moments(walk, walk.denoiser(self.network()), x, noise)
+        return self.recorded(walk, x, noise)
+
+    def say(self, why: str) -> None:
+        if why not in self.said:
+            self.said.add(why)
+            warnings.warn(f"drawing slower than this device can: {why}", stacklevel=2)
 
     def prepared(self) -> FusedUNet:
-        """The fused network, made anew if somebody has changed the weights."""
-        if self.fused is None or self.weights != versions(self.unet):
+        """The fused network: made anew if weights were replaced; if they were written to, with what follows from them renewed."""
+        if self.fused is None or self.weights[0] != addresses(self.unet):
             self.shapes.clear()
             self.fused = fused = FusedUNet(self.unet)
-            self.weights = versions(self.unet)
-            self.calls = Recorder(lambda x, t, y, prompt: fused(x, fused.shifts(t, y)[0], prompt), self.graphs)
+            self.network_calls = Recorder(lambda x, t, y, prompt: fused(x, fused.shifts(t, y)[0], prompt), self.graphs)
+        elif self.weights[1] != versions(self.unet):
+            self.fused.refresh()
+        self.weights = addresses(self.unet), versions(self.unet)
         return self.fused
 
     @torch.no_grad()
-    def network(self, conditions: Sequence[Conditioning]) -> Unet:
-        """The UNet for any sampler, to be called with these conditions, and at one timestep for the whole batch."""
-        told = stacked(conditions)
-        keys_values = self.prepared().keys_values(told.context)
-        calls = self.calls
+    def refresh(self) -> None:
+        if self.fused is not None:
+            self.fused.refresh()
+        for recorder in self.recorders.values():
+            recorder.refresh()
+
+    @torch.no_grad()
+    def network(self) -> Unet:
+        """The UNet for any sampler, to be called at one timestep for the whole batch."""
+        fused, calls = self.prepared(), self.network_calls
         assert calls is not None
+        held: list[Tensor] = []  # the context of the call before, and its keys and values
 
         @torch.no_grad()
         def predict(x: Tensor, t: Tensor, context: Tensor, y: Tensor | None) -> Tensor:
-            return calls(x, t[:1], y, keys_values)
+            if not held or held[0] is not context:
+                held[:] = context, fused.keys_values(context)
+            return calls(x, t[:1], y, held[1])
 
         return predict
 
     @torch.no_grad()
-    def sample(
-        self, x: Tensor, sigmas: Tensor, conditions: Sequence[Conditioning], guide: Guide, schedule: Schedule, prediction: str
-    ) -> Steps:
-        """From x (B, C, h, w) down the noise levels (N + 1,): yields (latents, denoised) N times, as samplers.py does.
-
-        conditions, guide and the rest: as for denoiser.Denoiser, of the kind that `plain` accepts.
-        """
-        fused, told = self.prepared(), stacked(conditions)
-        scale = guide.scale if isinstance(guide, ClassifierFree) else 1.0
-        table = ops.kernels().coefficients(sigmas, scale, prediction == "v").to(x.device)
-        shifts = fused.shifts(schedule.timestep(sigmas[:-1]).float().to(x.device), told.vector)
-        keys_values = fused.keys_values(told.context)
-
-        rows = max(64, 1 << (len(table) - 1).bit_length())  # so that another number of steps needs no other recording
-        key = (x.shape, told.context.shape, told.context.dtype, shifts.shape[1:], rows, ops.chosen())
+    def recorded(self, walk: Walk, x: Tensor, noise: Noise) -> Iterator[Moment]:
+        """A walk by its program."""
+        fused, course = self.prepared(), course_of(walk, len(x))
+        program = course.program
+        vectors = {0: x} | {row: noise(draw.sigma, draw.following) for row, draw in program.draws}
+        shape = tuple(1 << max(5, (size - 1).bit_length()) for size in program.questions.shape)  # so that a few steps more need
+        key = self.key(walk, x, course, shape)  # no other recording
         # Taken out of the row while in use: two streams of one pipeline may run in turns.
-        buffers = self.shapes.pop(key, None) or self.new_buffers(x, told, rows, shifts, keys_values)
+        buffers = self.shapes.pop(key, None) or self.new_buffers(walk, x, course.told[0], shape)
+        kept = [(torch.empty_like(buffers.asked), torch.empty_like(buffers.asked)) for _ in program.done]
         try:
-            fill(buffers, x, float((sigmas[0] ** 2 + 1).rsqrt()), told.extra, table, shifts, keys_values)
-            trail = torch.empty(len(table), *buffers.state.shape, device=x.device)
-            for here in trail:
-                if buffers.recording is not None:
-                    buffers.recording.replay()
-                else:
-                    step(fused, buffers)
-                    if self.graphs and not buffers.refused:
-                        others = (each.recording for each in self.shapes.values())
-                        buffers.recording = record(lambda: step(fused, buffers), others)
-                        buffers.refused = buffers.recording is None
-                here.copy_(buffers.state)
-                yield here[0], here[1]
+            fill(buffers, fused, walk, course, vectors)
+            ahead: deque[Any] = deque()
+            first, before = 0, x
+            for step, (latents, denoised) in enumerate(kept):
+                for i in range(first, program.done[step]):
+                    if i and course.told[i] is not course.told[i - 1]:
+                        tell(buffers, fused, course.told[i], x.shape[1])
+                    self.run(fused, buffers, course.roles[i])
+                    keep_pace(ahead, x.device)
+                write_moment(buffers, program, step, latents, denoised)
+                written = latents._version
+                yield Moment(latents, denoised, before, course.calls[first] if first < program.done[step] else None)
+                if latents._version != written:
+                    self.say("a caller edits the steps; only the network is recorded")
+                    yield from self.edited(walk, program, buffers.history.clone(), step, latents)
+                    return
+                first, before = program.done[step], latents
         finally:
             if self.fused is fused:
                 self.shapes[key] = buffers  # the last of the row is the one used last
             while len(self.shapes) > KEPT:
                 del self.shapes[next(iter(self.shapes))]
 
-    def new_buffers(self, x: Tensor, told: Conditioning, rows: int, shifts: Tensor, keys_values: Tensor) -> Buffers:
-        shape = (len(told.context), self.unet.in_channels, *x.shape[2:])
-        model_input = torch.empty(shape, device=x.device, dtype=told.context.dtype, memory_format=torch.channels_last)
+    def run(self, fused: FusedUNet, buffers: Buffers, roles: Roles) -> None:
+        recording = buffers.recordings.get(roles)
+        if recording is not None:
+            recording.replay()
+            return
+        call(fused, buffers, roles)
+        if self.graphs and roles not in buffers.recordings:
+            others = (each for held in (buffers, *self.shapes.values()) for each in held.recordings.values())
+            buffers.recordings[roles] = record(lambda: call(fused, buffers, roles), others)
+
+    def edited(self, walk: Walk, program: Program, history: Tensor, step: int, latents: Tensor) -> Iterator[Moment]:
+        """Goes on by the sampler's own generator from latents that a caller has written to, after this step.
+
+        The generator takes its way up to there once more, over the answers and the noise that it had.
+        """
+        answers = iter([history[row] for row in program.estimates[: program.done[step]]])
+        draws = iter([history[row] for row, _ in program.draws])
+        denoise = walk.denoiser(self.network())
+
+        def ask(x: Tensor, sigma: Tensor) -> Tensor:
+            answer = next(answers, None)
+            if answer is None:
+                return denoise(x, sigma)
+            denoise.calls.append(Call(len(denoise.calls), denoise.step, float(sigma), denoise.total))
+            return answer
+
+        again = moments(walk, denoise, history[0], lambda *_: next(draws), ask)
+        for _ in range(step):
+            next(again)
+        next(again).latents.copy_(latents)
+        yield from again
+
+    def key(self, walk: Walk, x: Tensor, course: Course, shape: tuple[int, ...]) -> tuple[object, ...]:
+        told = course.told[0]
+        vector = None if told.vector is None else told.vector.shape
+        return x.shape, told.context.shape, told.context.dtype, vector, shape, len(walk.told), walk.known is not None, chosen()
+
+    def new_buffers(self, walk: Walk, x: Tensor, told: Conditioning, shape: tuple[int, ...]) -> Buffers:
+        calls, rows = shape
+        batch, here = len(told.context), {"device": x.device}
+        assert self.fused is not None
+        wide, dtype = (batch, self.unet.in_channels, *x.shape[2:]), told.context.dtype
+        masked = {"known": torch.zeros(x.shape, **here), "mask": torch.zeros(len(x), 1, *x.shape[2:], **here)}
         return Buffers(
-            state=torch.zeros(2, *x.shape, device=x.device),
-            model_input=model_input,
-            table=torch.zeros(rows, 6, device=x.device),
-            shifts=torch.zeros(rows, *shifts.shape[1:], device=x.device),
-            keys_values=torch.empty_like(keys_values),
-            step=torch.zeros(1, device=x.device, dtype=torch.int64),
+            history=torch.zeros(rows, *x.shape, **here),
+            asked=torch.zeros(x.shape, **here),
+            model_input=torch.empty(wide, dtype=dtype, memory_format=torch.channels_last, **here),
+            table=torch.zeros(calls, 4 + rows, **here),
+            weights=torch.zeros(calls, len(walk.told), len(x), **here),
+            shifts=torch.zeros(calls, batch if told.vector is not None else 1, len(self.fused.shift_bias), **here),
+            keys_values=torch.empty(*told.context.shape[:2], len(self.fused.kv), dtype=dtype, **here),
+            known=masked if walk.known else {},
+            call=torch.zeros(1, dtype=torch.int64, **here),
         )
 
+    def read(self, encoder: TextEncoder, ids: Tensor) -> Sequence[Tensor]:
+        recorder = self.recorder(encoder, lambda: text_recorder(encoder, self.graphs))
+        return recorder(ids).unbind() if recorder else encoder.hidden_states(ids)
 
-def fill(
-    buffers: Buffers, x: Tensor, c_in: float, extra: Tensor | None, table: Tensor, shifts: Tensor, keys_values: Tensor
-) -> None:
-    """Puts everything in its place for the first step; c_in: what scales x for the network."""
-    buffers.table[: len(table)].copy_(table)
-    buffers.shifts[: len(shifts)].copy_(shifts)
-    buffers.keys_values.copy_(keys_values)
-    buffers.step.zero_()
-    buffers.state[0].copy_(x)
-    copies, channels = len(buffers.model_input) // len(x), x.shape[1]
-    buffers.model_input[:, :channels].copy_((x * c_in).repeat(copies, 1, 1, 1))
-    if extra is not None:
-        buffers.model_input[:, channels:].copy_(extra)
+    def decode(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
+        recorder = self.recorder(vae, lambda: decoder_recorder(vae, self.graphs))
+        return recorder(latents) if recorder else vae.decode(latents)
+
+    def recorder(self, network: nn.Module, make: Any) -> NetworkRecorder | None:
+        """What records this network, unless somebody has touched it."""
+        if network not in self.recorders:
+            self.built[network], self.recorders[network] = as_built(network), make()
+        if why := touched(network, self.built[network]):
+            self.say(f"{type(network).__name__}: {why}")
+            return None
+        return self.recorders[network]
 
 
-def step(fused: FusedUNet, buffers: Buffers) -> Tensor:
-    """One step, all of it on the device; returns the state."""
-    latents, denoised = buffers.state
-    shift = buffers.shifts.index_select(0, buffers.step)[0]
-    prediction = fused(buffers.model_input, shift, buffers.keys_values)
-    channels = latents.shape[1]
-    ops.guided_step(latents, prediction, buffers.table, buffers.step, buffers.model_input[:, :channels], denoised)
-    buffers.step.add_(1)
-    return buffers.state
+def fill(buffers: Buffers, fused: FusedUNet, walk: Walk, course: Course, vectors: dict[int, Tensor]) -> None:
+    """Puts everything in its place for the first call."""
+    program, network = course.program, walk.network
+    buffers.history.zero_()
+    for row, vector in vectors.items():
+        buffers.history[row].copy_(vector)
+    count = len(course.calls)
+    following = torch.cat([program.questions[1:], program.latents[-1:]])  # what each call leaves in `asked`
+    p, q = kernels().prediction_coefficients(network.prediction, program.sigmas, network.sigma_data)
+    c_in = (program.sigmas**2 + network.sigma_data**2).rsqrt()
+    rows = torch.tensor(program.estimates)
+    table = kernels().call_table(rows, p, q, torch.cat([c_in[1:], c_in[-1:]]), following)
+    buffers.table[:count, : table.shape[1]].copy_(table)
+    buffers.table[:count, table.shape[1] :].zero_()
+    buffers.weights[:count].copy_(course.weights)
+    if walk.known:
+        buffers.known["known"].copy_(walk.known.latents.expand_as(buffers.asked))
+        buffers.known["mask"].copy_(walk.known.mask.expand_as(buffers.known["mask"]))
+    fill_shifts(buffers, fused, walk, course)
+    buffers.call.zero_()
+    combine(buffers.history, program.questions[0], buffers.asked)
+    channels = buffers.asked.shape[1]
+    copies = len(buffers.model_input) // len(buffers.asked)
+    buffers.model_input[:, :channels].copy_((buffers.asked * float(c_in[0])).repeat(copies, 1, 1, 1))
+    tell(buffers, fused, course.told[0], channels)
+
+
+def fill_shifts(buffers: Buffers, fused: FusedUNet, walk: Walk, course: Course) -> None:
+    """What the time embedding adds, for every call, with the vector that the network is told there."""
+    times = walk.network.schedule.timestep(course.program.sigmas).float().to(buffers.shifts.device)
+    start = 0
+    for end in range(1, len(times) + 1):
+        if end == len(times) or course.told[end] is not course.told[start]:
+            buffers.shifts[start:end].copy_(fused.shifts(times[start:end], course.told[start].vector))
+            start = end
+
+
+def tell(buffers: Buffers, fused: FusedUNet, told: Conditioning, channels: int) -> None:
+    """The conditioning from the next call on."""
+    buffers.keys_values.copy_(fused.keys_values(told.context))
+    if told.extra is not None:
+        buffers.model_input[:, channels:].copy_(told.extra)
+
+
+def call(fused: FusedUNet, buffers: Buffers, roles: Roles) -> Tensor:
+    """One call, all of it on the device; returns what is asked next."""
+    count = buffers.weights.shape[1]
+
+    def of_roles(x: Tensor) -> Tensor:  # (K*B, …) -> (roles*B, …); what all roles share stays
+        return x if len(roles) == count or len(x) == 1 else torch.cat([x.chunk(count)[k] for k in roles])
+
+    shift = buffers.shifts.index_select(0, buffers.call)[0]
+    prediction = fused(of_roles(buffers.model_input), of_roles(shift), of_roles(buffers.keys_values))
+    weights = buffers.weights if len(roles) == count else torch.stack([buffers.weights[:, k] for k in roles], dim=1)
+    channels = buffers.asked.shape[1]
+    operations.linear_step(
+        buffers.history, buffers.asked, prediction, weights, buffers.table, buffers.call,
+        buffers.model_input[:, :channels], **buffers.known,
+    )  # fmt: skip
+    buffers.call.add_(1)
+    return buffers.asked
+
+
+def write_moment(buffers: Buffers, program: Program, step: int, latents: Tensor, denoised: Tensor) -> None:
+    """What a step yields: often just what is asked next, and the last answer."""
+    done = program.done[step]
+    following = program.questions[done] if done < len(program.questions) else program.latents[-1]
+    if torch.equal(following, program.latents[step]):
+        latents.copy_(buffers.asked)
+    else:
+        combine(buffers.history, program.latents[step], latents)
+    combine(buffers.history, program.denoised[step], denoised)
+
+
+def combine(history: Tensor, coefficients: Tensor, out: Tensor) -> None:
+    """out = sum_r c_r history_r, over the rows that count."""
+    out.zero_()
+    for row in coefficients.nonzero().flatten().tolist():
+        out.add_(history[row], alpha=float(coefficients[row]))
+
+
+def keep_pace(ahead: deque[Any], device: torch.device) -> None:
+    """Waits for the call two before this one, where a GPU would otherwise be left behind."""
+    if device.type != "cuda":
+        return
+    event = torch.cuda.Event()
+    event.record()
+    ahead.append(event)
+    if len(ahead) > AHEAD:
+        ahead.popleft().synchronize()
 
 
 def decoder_recorder(network: AutoencoderKL, graphs: bool) -> NetworkRecorder:

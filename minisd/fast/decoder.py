@@ -20,6 +20,11 @@ class FusedDecoder:
         parts = [part for step in steps for part in (step if isinstance(step, nn.ModuleList) else [step])]
         self.parts = [vae_layer(part) for part in (decoder.mid.block_1, decoder.mid.attn_1, decoder.mid.block_2, *parts)]
 
+    def refresh(self) -> None:
+        """The weights were written to: what is kept of them is made again where it stands."""
+        for part in self.parts:
+            part.refresh()
+
     def __call__(self, latents: Tensor) -> Tensor:  # (B, C, H/f, W/f) -> (B, 3, H, W)
         x = self.network.decoder.conv_in(self.network.post_quant_conv(latents))
         for part in self.parts:
@@ -37,6 +42,9 @@ class Attention:
     def __init__(self, block: vae.AttnBlock) -> None:
         self.block, self.qkv = block, joined(block.q, block.k, block.v)
         self.bias = torch.cat([block.q.bias, block.k.bias, block.v.bias])
+
+    def refresh(self) -> None:
+        self.bias.copy_(torch.cat([self.block.q.bias, self.block.k.bias, self.block.v.bias]))
 
     def __call__(self, x: Tensor) -> Tensor:
         q, k, v = F.linear(rows(normed(x, self.block.norm)), self.qkv, self.bias).chunk(3, dim=-1)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OutOfMemoryError
-from ..models import ops
 from ..system.memory import memory_errors
+from .choice import chosen
 
 KEPT = 4  # recordings of one function; each holds the memory of its intermediate results, in a pool that they share
 
@@ -88,7 +88,7 @@ class Recorder:
 
     def __call__(self, *given: Tensor | None) -> Tensor:
         """function(*given), in memory of its own."""
-        key = (ops.chosen(), *(None if x is None else (x.shape, x.dtype) for x in given))
+        key = (chosen(), *(None if x is None else (x.shape, x.dtype) for x in given))
         again = key in self.seen and key not in self.recordings and key not in self.refused
         if self.graphs and again and self.roomy(*given):
             self.record(key, given)
@@ -113,22 +113,36 @@ class Recorder:
 
 
 class NetworkRecorder:
-    """A function that belongs to a network, recorded; made anew if somebody has changed the network's weights."""
+    """A function that belongs to a network, recorded.
+
+    Made anew if the network's weights were replaced; if they were written to, what the function keeps of them is renewed.
+    """
 
     def __init__(
         self, network: nn.Module, make: Callable[[], Callable[..., Tensor]], graphs: bool, roomy: Callable[..., bool] = always
     ) -> None:
         self.network, self.make, self.graphs, self.roomy = network, make, graphs, roomy
         self.calls: Recorder | None = None
-        self.weights: tuple[tuple[int, int], ...] = ()
+        self.weights: tuple[object, object] = (None, None)
 
     def __call__(self, *given: Tensor | None) -> Tensor:
-        if self.calls is None or self.weights != versions(self.network):
+        if self.calls is None or self.weights[0] != addresses(self.network):
             self.calls = Recorder(self.make(), self.graphs, self.roomy)
-            self.weights = versions(self.network)
+        elif self.weights[1] != versions(self.network):
+            self.refresh()
+        self.weights = addresses(self.network), versions(self.network)
         return self.calls(*given)
 
+    def refresh(self) -> None:
+        if self.calls is not None and hasattr(self.calls.function, "refresh"):
+            self.calls.function.refresh()
 
-def versions(network: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Changes when a weight is replaced or written to, other than through `.data`."""
-    return tuple((weight.data_ptr(), weight._version) for weight in network.parameters())
+
+def addresses(network: nn.Module) -> tuple[int, ...]:
+    """Changes when a weight is replaced."""
+    return tuple(weight.data_ptr() for weight in network.parameters())
+
+
+def versions(network: nn.Module) -> tuple[int, ...]:
+    """Changes when a weight is written to, other than through `.data`."""
+    return tuple(weight._version for weight in network.parameters())

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..models import ops, unet
 from ..models.layers import GroupNorm, LayerNorm
+from .choice import kernels, wants
 
 
 def joined(*layers: nn.Linear) -> Tensor:
@@ -45,7 +46,7 @@ def image(x: Tensor, like: Tensor) -> Tensor:
 
 
 def normed(x: Tensor, norm: GroupNorm, shift: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
-    return ops.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, norm.silu, shift, skip)
+    return operations.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, norm.silu, shift, skip)
 
 
 class ResBlock:
@@ -60,6 +61,11 @@ class ResBlock:
             assert conv2.bias is not None
             self.bias = shortcut.bias + conv2.bias
 
+    def refresh(self) -> None:
+        """The weights were written to: what is kept of them is made again where it stands."""
+        if isinstance(self.shortcut, nn.Conv2d):
+            self.bias.copy_(self.shortcut.bias + self.conv2.bias)  # type: ignore[operator]
+
     def __call__(self, x: Tensor, shift: Tensor, skip: Tensor | None = None) -> Tensor:
         """x (B, C, H, W), skip (B, C2, H, W), shift (B, C_out): the bias of conv1 and what is added to it -> (B, C_out, H, W)."""
         h = normed(x, self.norm1, skip=skip)
@@ -68,7 +74,7 @@ class ResBlock:
         h = F.conv2d(h, self.conv2.weight, padding=1)
         if isinstance(self.shortcut, nn.Identity):
             assert self.conv2.bias is not None
-            return ops.add_bias(h, self.conv2.bias, x)
+            return operations.add_bias(h, self.conv2.bias, x)
         weight = self.shortcut.weight.flatten(1)
         straight = F.linear(rows(x), weight[:, : x.shape[1]], self.bias)
         if skip is not None:
@@ -81,13 +87,17 @@ class Upsample:
         self.conv = conv
         self.phases: Tensor | None = None
 
+    def refresh(self) -> None:
+        if self.phases is not None:
+            self.phases.copy_(kernels().phase_weights(self.conv.weight))
+
     def __call__(self, x: Tensor, size: torch.Size | None = None) -> Tensor:  # (B, C, H, W) -> (B, C, *size)
         assert self.conv.bias is not None
         if size is not None and (size[0], size[1]) != (2 * x.shape[2], 2 * x.shape[3]):
             return self.conv(F.interpolate(x, size=size, mode="nearest"))
-        if self.phases is None and ops.wants("upsample_conv", x.device):
-            self.phases = ops.kernels().phase_weights(self.conv.weight)
-        return ops.upsample_conv(x, self.conv.weight, self.conv.bias, self.phases)
+        if self.phases is None and wants("upsample_conv", x.device):
+            self.phases = kernels().phase_weights(self.conv.weight)
+        return operations.upsample_conv(x, self.conv.weight, self.conv.bias, self.phases)
 
 
 class TransformerBlock:
@@ -104,14 +114,14 @@ class TransformerBlock:
         x, h = add_norm(x, block.attn1.to_out(ops.attention(q, k, v, self.heads)), block.norm2)
         k, v = keys_values.chunk(2, dim=-1)
         x, h = add_norm(x, block.attn2.to_out(ops.attention(block.attn2.to_q(h), k, v, self.heads)), block.norm3)
-        return x, block.ff.net[2](ops.linear_geglu(h, self.proj.weight, self.proj.bias))
+        return x, block.ff.net[2](operations.linear_geglu(h, self.proj.weight, self.proj.bias))
 
 
 def add_norm(x: Tensor, change: Tensor | None, norm: LayerNorm) -> tuple[Tensor, Tensor]:
     """x + change, and LayerNorm of it."""
     if change is None:
         return x, norm(x)
-    return ops.add_layer_norm(change, x, norm.weight, norm.bias, norm.eps)
+    return operations.add_layer_norm(change, x, norm.weight, norm.bias, norm.eps)
 
 
 class Transformer:
@@ -143,22 +153,36 @@ def layers_of(block: nn.Module) -> list[Layer]:
     return [layer(part) for part in block.children()]
 
 
-class FusedUNet:
-    """Computes what `unet.UNet` does, from its weights."""
+class FusedTrunk:
+    """Computes what `unet.Trunk` does, from its weights."""
 
-    def __init__(self, network: unet.UNet) -> None:
+    def __init__(self, network: unet.Trunk) -> None:
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.down = [layers_of(block) for block in network.input_blocks]
-        self.middle = layers_of(network.middle_block)
-        self.up = [layers_of(block) for block in network.output_blocks]
-        resblocks = [module for module in network.modules() if isinstance(module, unet.ResBlock)]
-        projections: list[nn.Linear] = [block.emb_layers[1] for block in resblocks]  # type: ignore[misc]
-        biases = [layer.bias.float() + block.in_layers[2].bias for layer, block in zip(projections, resblocks, strict=True)]  # type: ignore[operator]
-        self.shift, self.shift_bias, self.shift_sizes = joined(*projections), torch.cat(biases), [len(bias) for bias in biases]
-        layers = [part for block in (*self.down, self.middle, *self.up) for part in block]
-        crosses = [block.block.attn2 for part in layers if isinstance(part, Transformer) for block in part.blocks]
-        self.keys_values_sizes = [2 * len(cross.to_k.weight) for cross in crosses]
-        self.kv = joined(*(layer for cross in crosses for layer in (cross.to_k, cross.to_v)))
+        self.down = [layers_of(block) for block in (*network.input_blocks, network.middle_block)]
+        self.resblocks = [module for module in network.modules() if isinstance(module, unet.ResBlock)]
+        self.projections: list[nn.Linear] = [block.emb_layers[1] for block in self.resblocks]  # type: ignore[misc]
+        self.shift = joined(*self.projections)
+        self.shift_sizes = [len(layer.weight) for layer in self.projections]
+        self.shift_bias = self.biases()
+        blocks = [module for module in network.modules() if isinstance(module, unet.BasicTransformerBlock)]
+        self.keys_values_sizes = [2 * len(block.attn2.to_k.weight) for block in blocks]
+        self.kv = joined(*(layer for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v)))
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [part for block in self.down for part in block]
+
+    def biases(self) -> Tensor:
+        """Of every ResBlock's first convolution and of its projection of the time embedding, summed."""
+        pairs = zip(self.projections, self.resblocks, strict=True)
+        return torch.cat([layer.bias.float() + block.in_layers[2].bias for layer, block in pairs])  # type: ignore[operator]
+
+    def refresh(self) -> None:
+        """The weights were written to: what is kept of them is made again where it stands, so that recordings stay."""
+        self.shift_bias.copy_(self.biases())
+        for layer in self.layers:
+            if isinstance(layer, ResBlock | Upsample):
+                layer.refresh()
 
     def shifts(self, t: Tensor, y: Tensor | None) -> Tensor:
         """What each ResBlock adds in the middle, bias included, side by side, for every timestep: t (N,), y (B, A) ->
@@ -173,6 +197,18 @@ class FusedUNet:
         """What all cross-attentions make of the prompt, side by side: (B, S, D) -> (B, S, sum of 2*C)."""
         return F.linear(context, self.kv)
 
+
+class FusedUNet(FusedTrunk):
+    """Computes what `unet.UNet` does, from its weights."""
+
+    def __init__(self, network: unet.UNet) -> None:
+        super().__init__(network)
+        self.up, self.out = [layers_of(block) for block in network.output_blocks], network.out
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [part for block in (*self.down, *self.up) for part in block]
+
     def __call__(self, x: Tensor, shift: Tensor, keys_values: Tensor) -> Tensor:
         """x (B, C, H, W), shift (B or 1, sum of channels), a row of `shifts`, and `keys_values` -> (B, C', H, W)."""
         shifts = iter(shift.expand(len(x), -1).split(self.shift_sizes, dim=1))
@@ -181,11 +217,11 @@ class FusedUNet:
         for block in self.down:
             x = walk(block, x, shifts, prompt)
             skips.append(x)
-        x = walk(self.middle, x, shifts, prompt)
+        skips.pop()  # what the middle made goes on as x
         for block in self.up:
             skip = skips.pop()
             x = walk(block, x, shifts, prompt, skip, skips[-1].shape[-2:] if skips else None)
-        return self.network.out(x)
+        return self.out(x)
 
 
 def walk(

@@ -13,7 +13,6 @@ from torch.overrides import TorchFunctionMode
 from ..errors import CheckpointError
 from ..models.clip import TextEncoder, text_encoder
 from ..models.family import UNET, VAE, Family, Recognition
-from ..models.ops import wants
 from ..models.shapes import Shapes, below
 from ..models.taesd import TinyAutoencoder, prefix_of
 from ..models.unet import UNet
@@ -125,9 +124,8 @@ def compare(checkpoint: Checkpoint, title: str, model: nn.Module, found: Mapping
 
 
 def ready(module: Module, device: torch.device) -> Module:
-    """To run, not to learn; in channels-last memory where the kernels want it, which cuDNN likes as well."""
-    module = module.requires_grad_(False).eval().to(device)
-    return module.to(memory_format=torch.channels_last) if wants("group_norm", device) else module  # type: ignore[call-overload]
+    """To run, not to learn."""
+    return module.requires_grad_(False).eval().to(device)
 
 
 def load_to(checkpoint: Checkpoint, keys: Iterable[str], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

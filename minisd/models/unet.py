@@ -182,32 +182,47 @@ def mlp(shapes: Shapes, name: str) -> nn.Sequential:
     return nn.Sequential(linear(shapes, f"{name}.0"), nn.SiLU(), linear(shapes, f"{name}.2"))
 
 
-class UNet(nn.Module):
-    """Predicts the noise (or v) in x at timestep t."""
+class Trunk(nn.Module):
+    """The first half of a UNet, which a ControlNet has as well: from the latents down to the middle."""
 
     def __init__(self, shapes: Shapes) -> None:
         super().__init__()
         self.in_channels = shapes["input_blocks.0.0.weight"][1]
         self.channels = shapes["time_embed.0.weight"][1]
         self.time_embed = mlp(shapes, "time_embed")
+        self.context_channels = next((shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), 0)
         self.vector_channels = shapes["label_emb.0.0.weight"][1] if "label_emb.0.0.weight" in shapes else 0
         self.label_emb = nn.Sequential(mlp(below(shapes, "label_emb"), "0")) if self.vector_channels else None
         self.input_blocks = nn.ModuleList(Block(part) for part in numbered(below(shapes, "input_blocks")))
         self.middle_block = Block(below(shapes, "middle_block"))
+
+    def embed(self, t: Tensor, y: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """t (B,), y (B, A) where the network takes a vector -> (B, E)."""
+        emb = self.time_embed(timestep_embedding(t, self.channels).to(dtype))
+        return emb if self.label_emb is None else emb + self.label_emb(y)
+
+    def down(self, x: Tensor, emb: Tensor, context: Tensor) -> list[Tensor]:
+        """What every input block makes of x, (B, C_i, H_i, W_i), and the middle block last."""
+        outputs = []
+        for block in (*self.input_blocks, self.middle_block):
+            x = block(x, emb, context)
+            outputs.append(x)
+        return outputs
+
+
+class UNet(Trunk):
+    """Predicts the noise (or v) in x at timestep t."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__(shapes)
         self.output_blocks = nn.ModuleList(Block(part) for part in numbered(below(shapes, "output_blocks")))
         norm_out = GroupNorm(shapes["out.0.weight"][0], RESNET_EPS, silu=True)
         self.out = nn.Sequential(norm_out, nn.Identity(), conv(shapes, "out.2"))
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
         """x (B, C, H, W), t (B,) in training timesteps (may be fractional), context (B, L, D), y (B, A) -> (B, C', H, W)."""
-        emb = self.time_embed(timestep_embedding(t, self.channels).to(x.dtype))  # (B, E)
-        if self.label_emb is not None:
-            emb = emb + self.label_emb(y)
-        skips = []
-        for block in self.input_blocks:
-            x = block(x, emb, context)
-            skips.append(x)
-        x = self.middle_block(x, emb, context)
+        emb = self.embed(t, y, x.dtype)
+        *skips, x = self.down(x, emb, context)
         for block in self.output_blocks:
             x = torch.cat([x, skips.pop()], dim=1)
             # An upsampling goes to the size of the next skip, which is not always twice that of this one.

@@ -31,14 +31,15 @@ class Conditioner:
     device: torch.device
     run: Callable[[TextEncoder, Tensor], Sequence[Tensor]] = hidden_states  # ids (B, 77) -> every layer's output, (B, 77, D)
 
-    def encode(self, prompts: Sequence[str], clip_skip: int | None = None) -> Conditioning:
+    def encode(self, prompts: Sequence[str], clip_skip: int | None = None, chunks: int = 1) -> Conditioning:
         """Texts -> context (B, 77*k, D), the encoders' channels side by side, and the pooled vector (B, P) where there is one.
 
         clip_skip: 1 takes the last layer of every encoder, 2 the one before it, …; by default that which the family has.
+        chunks: how many times 77 tokens the context is long, at least.
         """
         contexts, pooled = [], None
         for tower, encoder in zip(self.family.towers, self.encoders, strict=True):
-            ids = torch.tensor(tokenize(prompts, tower.pad), device=self.device)  # (B, 77*k)
+            ids = torch.tensor(tokenize(prompts, tower.pad, chunks), device=self.device)  # (B, 77*k)
             with visiting(encoder, self.device):
                 states = self.run(encoder, ids.view(-1, LENGTH))  # (B*k, 77): every chunk is a text of its own
                 context, vector = read_states(tower, encoder, ids, states, clip_skip)
@@ -74,7 +75,16 @@ def with_sizes(conditioning: Conditioning, numbers: Sequence[float]) -> Conditio
     return replace(conditioning, vector=torch.cat([conditioning.pooled, rows], dim=1))
 
 
-def zeroed(conditioning: Conditioning) -> Conditioning:
-    """No text at all, as SDXL was trained to take it: zeros in place of the encoding of no words."""
+def zeroed(conditioning: Conditioning, which: Sequence[bool]) -> Conditioning:
+    """No text at all for some of the pictures, as SDXL was trained to take it: zeros in place of the encoding of no words."""
     assert conditioning.pooled is not None
-    return replace(conditioning, context=torch.zeros_like(conditioning.context), pooled=torch.zeros_like(conditioning.pooled))
+    keep = torch.tensor([not each for each in which], device=conditioning.context.device)
+    context = torch.where(keep[:, None, None], conditioning.context, 0)
+    return replace(conditioning, context=context, pooled=torch.where(keep[:, None], conditioning.pooled, 0))
+
+
+def halves(both: Conditioning) -> tuple[Conditioning, Conditioning]:
+    """What was encoded as one batch."""
+    first, second = both.context.chunk(2)
+    pooled = both.pooled.chunk(2) if both.pooled is not None else (None, None)
+    return Conditioning(first, pooled[0]), Conditioning(second, pooled[1])

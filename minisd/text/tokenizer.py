@@ -60,14 +60,14 @@ def encode(text: str) -> list[int]:
     return bpe().encode(text, add_special_tokens=False).ids
 
 
-def tokenize(texts: Sequence[str], pad: int = END_ID) -> list[list[int]]:
+def tokenize(texts: Sequence[str], pad: int = END_ID, chunks: int = 1) -> list[list[int]]:
     """Each text as k times 77 ids: start, 75 tokens, end, and again for the next 75; (B, 77*k).
 
-    k is what the longest text needs; shorter ones go on with empty chunks (A1111 sd_hijack_clip.py).
+    k is what the longest text needs, and `chunks` at least; shorter ones go on with empty chunks (A1111 sd_hijack_clip.py).
     pad: fills the last chunk of a text; 49407 for OpenAI's encoder, 0 for open_clip's.
     """
     encoded = [encode(text) for text in texts]
-    chunks = max(1, *(-(-len(ids) // TOKENS) for ids in encoded))
+    chunks = max(chunks, *(-(-len(ids) // TOKENS) for ids in encoded))
     rows = []
     for ids in encoded:
         row: list[int] = []

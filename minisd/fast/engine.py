@@ -1,0 +1,85 @@
+"""Who computes: the modules as they stand, or what is fast on a device.  Nothing above `engine` knows which."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion.denoiser import Denoise, Denoiser, Noise
+from ..errors import UsageError
+from ..models.clip import TextEncoder
+from ..models.unet import UNet
+from ..models.vae import AutoencoderKL
+from ..system.device import visiting
+from .choice import wants
+from .ways import Moment, Walk, Way
+
+
+class Engine(Protocol):
+    """What draws with one model."""
+
+    def way(self, walk: Walk, x: Tensor) -> tuple[Way, str]:
+        """The way that this walk will take from x, and why none faster."""
+
+    def walk(self, walk: Walk, x: Tensor, noise: Noise) -> Iterator[Moment]:
+        """From x (B, C, h, w) down the levels of a walk."""
+
+    def read(self, encoder: TextEncoder, ids: Tensor) -> Sequence[Tensor]:
+        """A text encoder's hidden states of ids (B, L): (B, L, D) each."""
+
+    def decode(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
+        """`vae.decode`."""
+
+    def refresh(self) -> None:
+        """To be called after weights were written to in a way that nothing shows (through `.data`)."""
+
+
+class Plain:
+    """The modules as they stand."""
+
+    def way(self, walk: Walk, x: Tensor) -> tuple[Way, str]:
+        return "plain", ""
+
+    def walk(self, walk: Walk, x: Tensor, noise: Noise) -> Iterator[Moment]:
+        return moments(walk, walk.denoiser(), x, noise)
+
+    def read(self, encoder: TextEncoder, ids: Tensor) -> Sequence[Tensor]:
+        return encoder.hidden_states(ids)
+
+    def decode(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
+        return vae.decode(latents)
+
+    def refresh(self) -> None:
+        pass
+
+
+def moments(walk: Walk, denoise: Denoiser, x: Tensor, noise: Noise, ask: Denoise | None = None) -> Iterator[Moment]:
+    """A walk by its sampler's own generator; ask: what the sampler calls in the place of the denoiser."""
+    with visiting(walk.network.unet, x.device):  # type: ignore[arg-type]
+        asked, before = 0, x
+        for x, denoised in walk.sampler.run(ask or denoise, x, walk.levels.sigmas, noise, **walk.options):
+            moment = Moment(x, denoised, before, denoise.calls[asked] if asked < len(denoise.calls) else None)
+            if walk.transform:
+                x.copy_(walk.transform(moment))  # in the sampler's own memory, so that it goes on from there
+            yield moment
+            asked, before, denoise.step = len(denoise.calls), x, denoise.step + 1
+
+
+def engine(model: nn.Module, unet: UNet, fast: bool | None = None) -> Engine:
+    """What draws with a model and its UNet; fast: False for the modules as they stand, None as MINISD_FAST (0 or 1) says."""
+    if fast is None:
+        said = os.environ.get("MINISD_FAST") or "1"
+        if said not in ("0", "1"):
+            raise UsageError(f"MINISD_FAST: expected 0 or 1, found {said!r}")
+        fast = said == "1"
+    if wants("group_norm", next(unet.parameters()).device):  # which wants its maps so, as cuDNN does
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if not fast or next(unet.parameters()).device.type != "cuda":
+        return Plain()
+    from .cuda import Cuda  # noqa: PLC0415  # which no other machine has a use for
+
+    return Cuda(unet, graphs=True)

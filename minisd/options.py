@@ -1,0 +1,206 @@
+"""Every option of a drawing, once: command line, checks, recipe, parameters text and axes of a comparison are made from it.
+
+`request.Request` has a field for each (a test holds names and defaults together), which is where Python's types are.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import numbers
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from .errors import UsageError
+
+MAX_SIDE = 4096  # pixels
+MAX_IMAGES = 1000  # in one call
+MAX_STEPS = 999
+MAX_SEED = 2**63 - 1 - MAX_IMAGES
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a value may be."""
+
+    expected: str
+    parse: Callable[[str], Any]  # from the command line
+    convert: Callable[[Any], Any]  # from Python or JSON; raises TypeError or ValueError, or returns None for what does not fit
+
+    def check(self, name: str, value: object) -> Any:
+        """The value as plain Python has it.  Raises UsageError, which names the argument, what was expected and found."""
+        try:
+            found = self.convert(value)
+        except (TypeError, ValueError, OverflowError):
+            found = None
+        if found is None:
+            raise UsageError(f"{name}: expected {self.expected}, found {repr(value)[:80]}")
+        return found
+
+
+def whole(low: int, high: int, at_least: int | None = None) -> Kind:
+    """at_least: a number below `low` that is taken as well, such as the seed -1."""
+
+    def convert(value: Any) -> int | None:
+        number = operator.index(value)  # NumPy's, too, but no float and no text
+        return number if not isinstance(value, bool) and (low <= number <= high or number == at_least) else None
+
+    return Kind(f"a whole number from {low} to {high}", int, convert)
+
+
+def number(low: float, high: float) -> Kind:
+    def convert(value: Any) -> int | float | None:
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            return None
+        plain = value if isinstance(value, int | float) else float(value)
+        return plain if low <= plain <= high else None  # which NaN is not, either
+
+    return Kind(f"a number from {low} to {high}", float, convert)
+
+
+def one_of(*names: str) -> Kind:
+    return Kind(f"one of {', '.join(names)}", str, lambda value: value if isinstance(value, str) and value in names else None)
+
+
+def pair(text: str) -> tuple[int, int]:
+    width, mark, height = text.lower().partition("x")
+    if not (mark and width.isdecimal() and height.isdecimal()):
+        raise ValueError(f"expected WIDTHxHEIGHT such as 512x768, found {text!r}")
+    return int(width), int(height)
+
+
+def two_numbers(value: Any) -> tuple[int, int] | None:
+    first, second = (operator.index(each) for each in value)
+    return (first, second) if 0 <= first <= 65_536 and 0 <= second <= 65_536 else None
+
+
+TEXT = Kind("a text", str, lambda value: value if isinstance(value, str) else None)
+FLAG = Kind("true or false", bool, lambda value: bool(value) if isinstance(value, bool) else None)
+PAIR = Kind("two whole numbers from 0 to 65,536", pair, two_numbers)
+ANYTHING = Kind("", str, lambda value: value)  # pictures, tensors and functions, which are looked at where they are used
+SPACINGS = ("leading", "linspace", "trailing", "karras", "exponential")
+
+
+@dataclass(frozen=True)
+class Option:
+    """flag: on the command line.  metavar: what stands for its value there.  by_picture: may be a list, with one for each.
+    infotext, axis: A1111's word for it in the parameters text, and as an axis of a grid.  recorded: is part of a recipe.
+    """
+
+    name: str
+    kind: Kind
+    default: Any
+    help: str = ""
+    flag: str | None = None
+    metavar: str | None = None
+    group: str = ""
+    by_picture: bool = False
+    infotext: str | None = None
+    axis: str | None = None
+    recorded: bool = True
+
+
+FILES, START = "model files", "starting from a picture"
+FINER, SDXL = "finer control", "what SDXL is told"
+OPTIONS = {
+    option.name: option
+    for option in (
+        Option("negative_prompt", TEXT, "", "what it should not show", "--negative", "TEXT", by_picture=True),
+        Option("width", whole(8, MAX_SIDE), None, flag="--size"),
+        Option("height", whole(8, MAX_SIDE), None, flag="--size"),
+        Option("steps", whole(1, MAX_STEPS), 20, "denoising steps", "--steps", "N", infotext="Steps", axis="Steps"),
+        Option(
+            "sampler", ANYTHING, "euler", "euler or ddim", "--sampler", "NAME", infotext="Sampler", axis="Sampler"
+        ),
+        Option(
+            "guidance_scale", number(0, 100), 7.5, "guidance scale; 1 turns guidance off", "--cfg", "W",
+            by_picture=True, infotext="CFG scale", axis="CFG Scale",
+        ),
+        Option(
+            "seed", whole(0, MAX_SEED, at_least=-1), None,
+            "makes the picture repeatable; picture i has seed N + i (default, and -1: random)", "--seed", "N",
+            by_picture=True, infotext="Seed", axis="Seed",
+        ),
+        Option("seeds", one_of("rising", "same"), "rising", recorded=False),
+        Option("num_images", whole(1, MAX_IMAGES), 1, "pictures to draw", "--num-images", "N", recorded=False),
+        Option("latents", ANYTHING, None, recorded=False),
+        Option("sigmas", ANYTHING, None),
+        Option("guide", ANYTHING, None),
+        Option(
+            "high_noise_frac", number(0, 1), 0.8, "the part that the first draws", "--high-noise-frac", "F", FILES
+        ),
+        Option("init_image", ANYTHING, None, "draw over this picture, edit it, or paint into it", "--init", "PICTURE", START),
+        Option(
+            "strength", number(0, 1), None, "0 to 1: how much of it may change (default: 0.8; 1 under a mask)",
+            "--strength", "S", START, infotext="Denoising strength",
+        ),
+        Option("mask", ANYTHING, None, "white where to paint, black where to keep", "--mask", "PICTURE", START),
+        Option(
+            "image_guidance_scale", number(0, 100), 1.5, "how closely an editing model keeps to it", "--image-cfg", "W", START
+        ),
+        Option(
+            "clip_skip", whole(1, 100), None, "1: the text encoder's last layer, 2: the one before it, …",
+            "--clip-skip", "N", FINER, infotext="Clip skip",
+        ),
+        Option(
+            "eta", number(0, 1), None, "0 to 1: noise that ddim adds back at each step (default: 0)",
+            "--eta", "E", FINER, infotext="Eta",
+        ),
+        Option(
+            "spacing", one_of(*SPACINGS), None,
+            "noise levels: linspace, leading, trailing, karras or exponential (default: the checkpoint's or sampler's own)",
+            "--spacing", "NAME", FINER,
+        ),
+        Option(
+            "guidance_rescale", number(0, 1), 0.0, "0 to 1: against the glare of strong guidance", "--rescale", "R", FINER
+        ),
+        Option("original_size", PAIR, None, "size before cropping (default: the picture's)", "--original-size", "WxH", SDXL),
+        Option("crop", PAIR, (0, 0), "left and top of the crop (default: 0x0)", "--crop", "LxT", SDXL),
+        Option("target_size", PAIR, None, "size after cropping (default: the picture's)", "--target-size", "WxH", SDXL),
+        Option(
+            "zero_negative", FLAG, None,
+            "an empty negative prompt is all zeros, not the encoding of no words (default: as SDXL was trained, zeros)",
+            "--zero-negative", None, SDXL,
+        ),
+        Option("aesthetic_score", number(0, 10), 6.0, "0 to 10, what the refiner aims at", "--aesthetic", "S", SDXL),
+        Option("negative_aesthetic_score", number(0, 10), 2.5),
+        Option("refiner", ANYTHING, None, recorded=False),
+        Option("progress", FLAG, False, recorded=False),
+        Option("transform", ANYTHING, None, recorded=False),
+        Option("observe", ANYTHING, None, recorded=False),
+    )
+}  # fmt: skip
+RECORDED = [option.name for option in OPTIONS.values() if option.recorded]
+
+# What the same things are called elsewhere, and what to do about it here.
+DIFFUSERS = {
+    "num_inference_steps": "steps", "num_images_per_prompt": "num_images", "image": "init_image", "mask_image": "mask",
+    "generator": "seed, a whole number", "scheduler": "sampler and spacing", "timesteps": "sigmas", "cfg": "guidance_scale",
+    "callback_on_step_end": "transform, or the steps of pipe.stream(…)", "callback": "the steps of pipe.stream(…)",
+    "prompt_embeds": "a Conditioning as the prompt", "negative_prompt_embeds": "a Conditioning as negative_prompt",
+    "eta_noise": "eta", "denoising_end": "refiner and high_noise_frac", "cfg_scale": "guidance_scale", "size": "width and height",
+    "crops_coords_top_left": "crop, (left, top)", "output_type": "result.images, result.latents", "init": "init_image",
+    "sampler_name": "sampler", "n_iter": "num_images", "batch_size": "num_images", "schedule": "spacing",
+}  # fmt: skip
+
+
+def unknown(names: list[str]) -> UsageError:
+    """What to say of options that there are none of, the nearest one first."""
+    name = names[0]
+    if name in DIFFUSERS:
+        return UsageError(f"{name}: unknown; here it is {DIFFUSERS[name]}")
+    close = get_close_matches(name, OPTIONS, 1)
+    meant = f"did you mean {close[0]}? " if close else ""
+    return UsageError(f"{', '.join(names)}: unknown; {meant}expected some of {', '.join(OPTIONS)}")
+
+
+def checked(name: str, value: object) -> Any:
+    """An option's value as plain Python has it; a list of values, where it may be given for each picture."""
+    option = OPTIONS[name]
+    if value is None and option.default is None:
+        return None
+    if option.by_picture and not isinstance(value, str) and hasattr(value, "__len__"):
+        return tuple(option.kind.check(name, each) for each in value)  # type: ignore[attr-defined]
+    return option.kind.check(name, value)

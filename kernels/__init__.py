@@ -43,13 +43,12 @@ KERNELS = {
 
 add_bias = _add_bias.add_bias
 attention = _attention.attention
-call_table = _linear_step.call_table
+call_table, prediction_coefficients = _linear_step.call_table, _linear_step.prediction_coefficients
 geglu = _geglu.geglu
 group_norm = _group_norm.group_norm
 layer_norm = _layer_norm.layer_norm
 linear_geglu = _linear_geglu.linear_geglu
 linear_step = _linear_step.linear_step
 phase_weights = _upsample_conv.phase_weights
-prediction_coefficients = _linear_step.prediction_coefficients
 upsample_conv = _upsample_conv.upsample_conv
 wide_attention = _wide_attention.wide_attention

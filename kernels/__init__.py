@@ -9,7 +9,7 @@ For tests and benchmarks every file of KERNELS keeps the same protocol, `name` b
 
     SHAPES                              real shapes, frozen dataclasses with a `label`
     make(shape, device, dtype)          keyword arguments with random values (torch.manual_seed)
-    name(**arguments)                   runs the kernel; guided_step alone changes its arguments, and returns those it changed
+    name(**arguments)                   runs the kernel; linear_step alone changes its arguments, and returns those it changed
     reference(**arguments)              the same in plain PyTorch, in the dtype of the arguments (float64 for a true value)
     library(**arguments)                name -> callable without arguments: the alternatives that PyTorch offers (a partial:
                                         those that run another kernel of ours)
@@ -23,9 +23,9 @@ from . import add_bias as _add_bias
 from . import attention as _attention
 from . import geglu as _geglu
 from . import group_norm as _group_norm
-from . import guided_step as _guided_step
 from . import layer_norm as _layer_norm
 from . import linear_geglu as _linear_geglu
+from . import linear_step as _linear_step
 from . import upsample_conv as _upsample_conv
 from . import wide_attention as _wide_attention
 
@@ -38,17 +38,17 @@ KERNELS = {
     "linear_geglu": _linear_geglu,
     "upsample_conv": _upsample_conv,
     "add_bias": _add_bias,
-    "guided_step": _guided_step,
+    "linear_step": _linear_step,
 }
 
 add_bias = _add_bias.add_bias
 attention = _attention.attention
-coefficients = _guided_step.coefficients
+call_table, prediction_coefficients = _linear_step.call_table, _linear_step.prediction_coefficients
 geglu = _geglu.geglu
 group_norm = _group_norm.group_norm
-guided_step = _guided_step.guided_step
 layer_norm = _layer_norm.layer_norm
 linear_geglu = _linear_geglu.linear_geglu
+linear_step = _linear_step.linear_step
 phase_weights = _upsample_conv.phase_weights
 upsample_conv = _upsample_conv.upsample_conv
 wide_attention = _wide_attention.wide_attention

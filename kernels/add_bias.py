@@ -13,13 +13,12 @@ The sum is made in float32 and rounded once, so it is no less precise than PyTor
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import check, expect, jit, tl
+from .checks import MapShape, check, check_vector, expect, jit, tl
 
 
 def reference(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
@@ -45,8 +44,7 @@ def add_bias(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     """
     check("x", x, (None, None, None, None))
     b, channels, height, width = x.shape
-    check("bias", bias, (channels,), like=x)
-    expect(bias.is_contiguous(), "bias", "contiguous", bias.stride())
+    check_vector("bias", bias, channels, like=x)
     check("residual", residual, tuple(x.shape), like=x, dtypes=(x.dtype,))
     for name, tensor in (("x", x), ("residual", residual)):
         dense = tensor.is_contiguous(memory_format=torch.channels_last)
@@ -57,26 +55,18 @@ def add_bias(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     return y
 
 
-@dataclass(frozen=True)
-class Shape:
-    label: str
-    batch: int
-    channels: int
-    size: int
-
-
 SHAPES = [
-    Shape("SD 1.5 320@64x64", 2, 320, 64),
-    Shape("SD 1.5 1280@8x8", 2, 1280, 8),
-    Shape("SDXL 320@128x128", 2, 320, 128),
-    Shape("SDXL 1280@32x32", 2, 1280, 32),
-    Shape("VAE 512@64x64", 1, 512, 64),
-    Shape("VAE 128@512x512", 1, 128, 512),
-    Shape("VAE 128@1024x1024", 1, 128, 1024),
+    MapShape("SD 1.5 320@64x64", 2, 320, 64),
+    MapShape("SD 1.5 1280@8x8", 2, 1280, 8),
+    MapShape("SDXL 320@128x128", 2, 320, 128),
+    MapShape("SDXL 1280@32x32", 2, 1280, 32),
+    MapShape("VAE 512@64x64", 1, 512, 64),
+    MapShape("VAE 128@512x512", 1, 128, 512),
+    MapShape("VAE 128@1024x1024", 1, 128, 1024),
 ]
 
 
-def make(shape: Shape, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
+def make(shape: MapShape, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
     def image() -> Tensor:
         x = torch.randn(shape.batch, shape.channels, shape.size, shape.size, device=device, dtype=dtype)
         return x.to(memory_format=torch.channels_last)
@@ -84,11 +74,11 @@ def make(shape: Shape, device: torch.device | str, dtype: torch.dtype) -> dict[s
     return {"x": image(), "bias": torch.randn(shape.channels, device=device, dtype=dtype), "residual": image()}
 
 
-def traffic(shape: Shape, element_size: int) -> int:
+def traffic(shape: MapShape, element_size: int) -> int:
     return 3 * shape.batch * shape.channels * shape.size**2 * element_size
 
 
-def flops(shape: Shape) -> int:
+def flops(shape: MapShape) -> int:
     return 2 * shape.batch * shape.channels * shape.size**2
 
 

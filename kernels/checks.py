@@ -1,8 +1,9 @@
-"""What every kernel file shares: Triton, if it is there, and the questions that a wrapper asks of its arguments."""
+"""What every kernel file shares: Triton, if it is there, the questions that a wrapper asks of its arguments, a common shape."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def jit(*functions: Any, **options: Any) -> Any:
     return triton.jit(*functions, **options) if triton else functions[0] if functions else lambda function: function
 
 
-__all__ = ["FLOATS", "check", "descriptor", "expect", "jit", "pixels_of", "rows_of", "tl", "view"]
+__all__ = ["FLOATS", "MapShape", "check", "check_vector", "descriptor", "expect", "jit", "pixels_of", "rows_of", "tl", "view"]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -63,6 +64,12 @@ def check(
             expect(x.device == current, name, f"the current device {current} (torch.cuda.set_device)", x.device)
 
 
+def check_vector(name: str, x: Tensor, size: int, like: Tensor) -> None:
+    """x is one number for each channel, (size,), next to each other."""
+    check(name, x, (size,), like=like)
+    expect(x.is_contiguous(), name, "contiguous", f"stride {x.stride()}")
+
+
 def view(name: str, x: Tensor, shape: tuple[int, ...], wanted: str, dense: bool = True) -> Tensor:
     """x.view(shape), never a copy; dense: the last dimension has stride 1."""
     try:
@@ -91,3 +98,13 @@ def pixels_of(name: str, x: Tensor) -> tuple[int, int]:
 def descriptor(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]) -> Any:
     """What the copy engine of a Hopper GPU needs to know: the layout of x, and the block to load at once."""
     return TensorDescriptor(x, list(shape), list(strides), list(block))
+
+
+@dataclass(frozen=True)
+class MapShape:
+    """A real shape of square feature maps, (batch, channels, size, size)."""
+
+    label: str
+    batch: int
+    channels: int
+    size: int

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check, expect, jit, pixels_of, tl
+from .checks import MapShape, check, check_vector, expect, jit, pixels_of, tl
 
 
 class Tile(NamedTuple):
@@ -46,19 +46,21 @@ TILE = Tile(32, 3 * 132, 8)  # three programs for each SM of an H200
 
 
 def reference(
-    x: Tensor,
-    groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    silu: bool = False,
-    shift: Tensor | None = None,
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool = False, shift: Tensor | None = None,
     skip: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     x = x if shift is None else x + shift[:, :, None, None]
     x = x if skip is None else torch.cat([x, skip], dim=1)
     y = F.group_norm(x, groups, weight, bias, eps)
     return F.silu(y) if silu else y
+
+
+@jit
+def channels_of(block, span, channels, BLOCK_C: tl.constexpr):
+    """The lanes of a block of `span` channels, the channels that they stand for, and which lanes have one."""
+    lanes = tl.arange(0, BLOCK_C)
+    own = block * span + lanes
+    return lanes, own, (lanes < span) & (own < channels)
 
 
 @jit
@@ -80,9 +82,7 @@ def partial_kernel(
 ):  # fmt: skip
     first, block, batch = tl.program_id(0) * chunk, tl.program_id(1), tl.program_id(2).to(tl.int64)
     span = span * UNIT  # as a product, so that the compiler sees that 16-byte loads are aligned
-    lanes = tl.arange(0, BLOCK_C)
-    channels = block * span + lanes
-    mask = (lanes < span) & (channels < c1 + c2)
+    lanes, channels, mask = channels_of(block, span, c1 + c2, BLOCK_C)
     x += batch * x_batch + first.to(tl.int64) * x_row
     if skip is not None:
         skip += batch * skip_batch + first.to(tl.int64) * skip_row
@@ -136,9 +136,7 @@ def apply_kernel(
     first, block, batch = tl.program_id(0) * chunk, tl.program_id(1), tl.program_id(2).to(tl.int64)
     chunks = tl.num_programs(0)
     span = span * UNIT
-    lanes = tl.arange(0, BLOCK_C)
-    channels = block * span + lanes
-    mask = (lanes < span) & (channels < c1 + c2)
+    lanes, channels, mask = channels_of(block, span, c1 + c2, BLOCK_C)
     x += batch * x_batch + first.to(tl.int64) * x_row
     if skip is not None:
         skip += batch * skip_batch + first.to(tl.int64) * skip_row
@@ -198,16 +196,9 @@ def channel_span(width: int, groups: int) -> int:
 
 
 def group_norm(
-    x: Tensor,
-    groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    silu: bool = False,
-    shift: Tensor | None = None,
-    skip: Tensor | None = None,
-    tile: Tile = TILE,
-) -> Tensor:
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool = False, shift: Tensor | None = None,
+    skip: Tensor | None = None, tile: Tile = TILE,
+) -> Tensor:  # fmt: skip
     """GroupNorm of [x + shift, skip] over `groups` groups, then SiLU if asked for.
 
     x (B, C, H, W) and skip (B, C2, H, W) in channels-last memory (slices of the channels or of the batch too), weight and bias
@@ -218,9 +209,8 @@ def group_norm(
     b, c1, height, width_px = x.shape
     c2 = 0 if skip is None else skip.shape[1]
     expect(groups > 0 and (c1 + c2) % groups == 0, "groups", f"a divisor of the {c1 + c2} channels", groups)
-    check("weight", weight, (c1 + c2,), like=x)
-    check("bias", bias, (c1 + c2,), like=x)
-    expect(weight.is_contiguous() and bias.is_contiguous(), "weight and bias", "contiguous", (weight.stride(), bias.stride()))
+    check_vector("weight", weight, c1 + c2, like=x)
+    check_vector("bias", bias, c1 + c2, like=x)
     x_row, x_batch = pixels_of("x", x)
     skip_row, skip_batch, shift_batch = 0, 0, 0
     if skip is not None:
@@ -251,11 +241,7 @@ def group_norm(
 
 
 @dataclass(frozen=True)
-class Shape:
-    label: str
-    batch: int
-    channels: int
-    size: int
+class Shape(MapShape):
     skip: int = 0
     shift: bool = False
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check, expect, jit, rows_of, tl
+from .checks import check, check_vector, expect, jit, rows_of, tl
 
 
 class Tile(NamedTuple):
@@ -86,8 +86,7 @@ def layer_norm(
     rows, x_row = rows_of("x", x)
     for name, vector in (("weight", weight), ("bias", bias), ("residual_bias", residual_bias)):
         if vector is not None:
-            check(name, vector, (channels,), like=x)
-            expect(vector.is_contiguous(), name, "contiguous", f"stride {vector.stride()}")
+            check_vector(name, vector, channels, like=x)
     expect(residual is not None or residual_bias is None, "residual_bias", "a residual beside it", "none")
     y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     total, residual_row = None, 0

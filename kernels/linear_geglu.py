@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check, descriptor, expect, jit, rows_of, tl
+from .checks import check, check_vector, descriptor, expect, jit, rows_of, tl
 from .geglu import geglu, gelu
 from .geglu import reference as geglu_reference
 
@@ -86,8 +86,7 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, tile: Ti
     expect(weight.shape[0] % 2 == 0, "weight", "an even number of rows", tuple(weight.shape))
     expect(weight.is_contiguous(), "weight", "contiguous", f"strides {weight.stride()}")
     if bias is not None:
-        check("bias", bias, (weight.shape[0],), like=x)
-        expect(bias.is_contiguous(), "bias", "contiguous", f"stride {bias.stride()}")
+        check_vector("bias", bias, weight.shape[0], like=x)
     (m, x_row), n = rows_of("x", x), weight.shape[0] // 2
     for name, tensor, row in (("x", x, x_row), ("weight", weight, k)):
         aligned = row * x.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0

@@ -23,14 +23,13 @@ rounding the result, so the error is up to 1.5 times that of the plain convoluti
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check, expect, jit, pixels_of, tl
+from .checks import MapShape, check, check_vector, expect, jit, pixels_of, tl
 
 
 def phase_weights(weight: Tensor) -> Tensor:
@@ -103,8 +102,7 @@ def upsample_conv(x: Tensor, phases: Tensor, bias: Tensor | None = None) -> Tens
     expect(len(phases) % 4 == 0, "phases", "4*C' outputs, as phase_weights makes them", tuple(phases.shape))
     channels = len(phases) // 4
     if bias is not None:
-        check("bias", bias, (channels,), like=x)
-        expect(bias.is_contiguous(), "bias", "contiguous", bias.stride())
+        check_vector("bias", bias, channels, like=x)
     z = F.conv2d(x, phases, padding=1)  # (B, 4*C', H + 1, W + 1)
     z = z.contiguous(memory_format=torch.channels_last)  # as cuDNN makes it: no copy
     z_row, z_batch = pixels_of("convolution's result", z)
@@ -114,40 +112,32 @@ def upsample_conv(x: Tensor, phases: Tensor, bias: Tensor | None = None) -> Tens
     return y
 
 
-@dataclass(frozen=True)
-class Shape:
-    label: str
-    batch: int
-    channels: int
-    size: int
-
-
 SHAPES = [
-    Shape("SD 1.5 1280@8x8", 2, 1280, 8),
-    Shape("SD 1.5 1280@16x16", 2, 1280, 16),
-    Shape("SD 1.5 640@32x32", 2, 640, 32),
-    Shape("SDXL 1280@32x32", 2, 1280, 32),
-    Shape("SDXL 640@64x64", 2, 640, 64),
-    Shape("VAE 512@64x64", 1, 512, 64),
-    Shape("VAE 512@128x128", 1, 512, 128),
-    Shape("VAE 256@256x256", 1, 256, 256),
-    Shape("VAE 512@256x256", 1, 512, 256),
-    Shape("VAE 256@512x512", 1, 256, 512),
+    MapShape("SD 1.5 1280@8x8", 2, 1280, 8),
+    MapShape("SD 1.5 1280@16x16", 2, 1280, 16),
+    MapShape("SD 1.5 640@32x32", 2, 640, 32),
+    MapShape("SDXL 1280@32x32", 2, 1280, 32),
+    MapShape("SDXL 640@64x64", 2, 640, 64),
+    MapShape("VAE 512@64x64", 1, 512, 64),
+    MapShape("VAE 512@128x128", 1, 512, 128),
+    MapShape("VAE 256@256x256", 1, 256, 256),
+    MapShape("VAE 512@256x256", 1, 512, 256),
+    MapShape("VAE 256@512x512", 1, 256, 512),
 ]
 
 
-def make(shape: Shape, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
+def make(shape: MapShape, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
     c = shape.channels
     x = torch.randn(shape.batch, c, shape.size, shape.size, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     weight = torch.randn(c, c, 3, 3, device=device, dtype=dtype) * (9 * c) ** -0.5
     return {"x": x, "phases": phase_weights(weight), "bias": torch.randn(c, device=device, dtype=dtype)}
 
 
-def traffic(shape: Shape, element_size: int) -> int:
+def traffic(shape: MapShape, element_size: int) -> int:
     return (5 * shape.batch * shape.size**2 + 16 * shape.channels) * shape.channels * element_size
 
 
-def flops(shape: Shape) -> int:
+def flops(shape: MapShape) -> int:
     """What is left to do: 4 multiplications and additions for each output and input channel, not 9."""
     return 2 * 4 * shape.batch * 4 * shape.size**2 * shape.channels**2
 

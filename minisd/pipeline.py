@@ -34,10 +34,10 @@ from .library.names import resolve
 from .library.places import tiny_checkpoint
 from .models.family import Recognition, Training
 from .models.taesd import TinyAutoencoder
-from .options import SPACINGS
+from .options import SPACINGS, one_of
 from .pictures.image import to_pil
 from .pictures.preview import LinearDecoder, fit_decoder
-from .request import Capabilities, Plan, Request, one_of, pasted, recipe_of, settle, taking_options
+from .request import Capabilities, Plan, Request, pasted, recipe_of, settle, taking_options
 from .result import Drawn, Result, Step, finish, keeping_finished, with_bar
 from .system.device import name_of, to_device, to_dtype
 from .system.memory import memory_errors

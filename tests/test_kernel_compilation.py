@@ -41,7 +41,7 @@ def test_half_precision(dtype, tmp_path):
         assert variant["stack"] == 0, variant  # nothing spills
         assert variant["registers"] <= THREAD_LIMIT
         assert programs_per_sm(variant) >= 1
-        if variant["kernel"] != "guided_step_kernel":
+        if variant["kernel"] != "linear_step_kernel":
             assert variant["wide_loads"] > 0, variant  # 16 bytes a thread, or the copy engine
         if variant["kernel"] in ("attention_kernel", "linear_geglu_kernel"):
             assert variant["wgmma"] > 0, variant

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -24,11 +25,8 @@ from helpers import relative_error
 from torch import Tensor
 
 from minisd import kernels
-from minisd.diffusion.samplers import one_step as samplers
 from minisd.kernels import checks
 from minisd.kernels.attention import TILES
-from minisd.kernels.guided_step import coefficients
-from minisd.kernels.guided_step import reference as guided_reference
 from minisd.kernels.upsample_conv import phase_weights, plain, whole_weights
 
 DEVICE = "cpu" if checks.INTERPRETED else "cuda"
@@ -365,71 +363,200 @@ def test_add_bias_refuses_what_is_not_dense():
         kernels.add_bias(x, rand(9), x)
 
 
-# --- guided_step ----------------------------------------------------------------------------------------------------------
+# --- linear_step ----------------------------------------------------------------------------------------------------------
 
 
-def step_arguments(batch: int, copies: int, dtype: torch.dtype, step: int = 2) -> dict[str, Any]:
-    table = coefficients(torch.tensor([14.0, 5.0, 2.0, 0.5, 0.0]), 7.5).to(DEVICE)
-    e, model_input = image(copies * batch, 4, 5, 7, dtype=dtype), image(copies * batch, 4, 5, 7, dtype=dtype)
-    counter = torch.tensor([step], device=DEVICE)
-    return {"x": rand(batch, 4, 5, 7), "prediction": e, "table": table, "step": counter, "model_input": model_input}
+def step_arguments(
+    batch: int, roles: int, dtype: torch.dtype, layout: Callable[..., Tensor] = image, call: int = 2, rows: int = 11
+) -> dict[str, Any]:
+    """Eleven rows: one more than the kernel takes at a time, and then some.  Call 2 writes to row 5, and does not use row 7."""
+    to = torch.tensor([1, 3, 5, 2])
+    coefficients = torch.randn(4, rows, dtype=torch.float64)
+    coefficients[:, 7 % rows] = 0
+    table = kernels.call_table(to, torch.randn(4).double(), torch.randn(4).double(), torch.rand(4).double(), coefficients)
+    weights = torch.randn(4, roles, batch)
+    return {
+        "history": rand(rows, batch, 4, 5, 7),
+        "asked": rand(batch, 4, 5, 7),
+        "prediction": layout(roles * batch, 4, 5, 7, dtype=dtype),
+        "weights": weights.to(DEVICE),
+        "table": table.to(DEVICE),
+        "call": torch.tensor([call], device=DEVICE),
+        "model_input": layout(roles * batch, 4, 5, 7, dtype=dtype),
+    }
 
 
 @each_dtype
-@pytest.mark.parametrize("copies", [1, 2])
-@pytest.mark.parametrize("batch", [1, 3, 16])
-def test_guided_step(batch, copies, dtype):
-    arguments = step_arguments(batch, copies, dtype)
-    theirs = guided_reference(**arguments)
-    wanted = guided_reference(**double(arguments))
-    ours = kernels.guided_step(**arguments)
-    for found, other, true in zip(ours, theirs, wanted, strict=True):
-        assert relative_error(found, true) <= max(1.1 * relative_error(other, true), FLOOR[found.dtype])
-    assert ours[0] is arguments["x"]
-    assert torch.equal(ours[1][:batch], ours[1][-batch:])
+@pytest.mark.parametrize("layout", [image, rand])
+@pytest.mark.parametrize("roles", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_linear_step(batch, roles, layout, dtype):
+    arguments = step_arguments(batch, roles, dtype, layout)
+    before = arguments["history"].clone()
+    history, asked, model_input = compare("linear_step", arguments)
+    assert all(a is arguments[b] for a, b in ((history, "history"), (asked, "asked"), (model_input, "model_input")))
+    changed = (history != before).flatten(1).any(dim=1)
+    assert changed.nonzero().flatten().tolist() == [5]
+    assert all(torch.equal(copy, model_input[:batch]) for copy in model_input.split(batch))
 
 
-def test_guided_step_writes_into_a_wider_input_and_the_estimate():
+@pytest.mark.parametrize("size", [(1, 1, 1, 1), (2, 4, 9, 11), (1, 16, 3, 13)])
+@pytest.mark.parametrize("rows", [2, 8, 9, 60])
+def test_linear_step_odd_sizes(rows, size):
+    """In other memory formats as well: the latents of every array lie in another order."""
+    batch, channels, height, width = size
+    table = torch.cat([torch.tensor([[1.0, 0.5, -2.0, 0.3]]), torch.randn(1, rows)], dim=1).to(DEVICE)
+    compare(
+        "linear_step",
+        {
+            "history": rand(batch, rows, channels, height, width).transpose(0, 1),
+            "asked": image(batch, channels, height, width),
+            "prediction": image(2 * batch, channels, height, width, dtype=torch.float16),
+            "weights": rand(1, 2, batch),
+            "table": table,
+            "call": torch.zeros((), device=DEVICE, dtype=torch.int32),
+            "model_input": rand(batch, channels, height, width, dtype=torch.bfloat16),
+        },
+    )
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_linear_step_writes_into_a_wider_input(copies):
+    """As many copies as the network is asked for, which need not be the roles that it has answered with."""
     arguments = step_arguments(2, 2, torch.bfloat16)
-    wide = torch.zeros(4, 9, 5, 7, device=DEVICE, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
-    arguments |= {"model_input": wide[:, :4], "denoised": torch.zeros_like(arguments["x"])}
-    _, scaled, estimate = guided_reference(**arguments)
-    kernels.guided_step(**arguments)
-    assert relative_error(wide[:, :4], scaled) < 1e-2
-    assert not wide[:, 4:].any()
-    assert relative_error(arguments["denoised"], estimate) < 1e-6
+    wide = image(2 * copies, 9, 5, 7, dtype=torch.bfloat16)
+    rest = wide[:, 4:].clone()
+    compare("linear_step", arguments | {"model_input": wide[:, :4]})
+    assert torch.equal(wide[:, 4:], rest)
 
 
-def test_guided_step_beyond_the_table_is_not_a_number():
-    for step in (-1, 4):
-        x, _ = kernels.guided_step(**step_arguments(1, 2, torch.float32, step=step))
-        assert x.isnan().all()
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("shared", [False, True])
+def test_linear_step_keeps_what_is_known(shared, batch):
+    samples = 1 if shared else batch
+    known, mask = rand(samples, 4, 5, 7), torch.rand(samples, 1, 5, 7, device=DEVICE)
+    history, *_ = compare("linear_step", step_arguments(batch, 2, torch.float16) | {"known": known, "mask": mask})
+    kept = (mask <= 0.5).expand(batch, 4, 5, 7)
+    assert torch.equal(history[5][kept], known.expand(batch, -1, -1, -1)[kept])
+    assert not (history[5] == known)[~kept].any()
 
 
-@pytest.mark.parametrize("predicts_v", [False, True])
-@pytest.mark.parametrize("sampler", ["euler", "ddim"])
-def test_guided_step_walks_as_the_samplers_do(sampler, predicts_v):
+def test_linear_step_reads_no_row_with_a_zero_coefficient():
+    """Neither one that is yet to be written, nor its own."""
+    arguments = step_arguments(2, 2, torch.float32)
+    arguments["history"][7] = float("nan")
+    arguments["table"][:, 4 + 5] = 0
+    arguments["prediction"][0, 0, 0, 0] = float("nan")
+    wanted = kernels.KERNELS["linear_step"].reference(**double(arguments))
+    history, asked, model_input = kernels.linear_step(**arguments)
+    assert relative_error(asked, wanted[1]) <= FLOOR[torch.float32]
+    assert relative_error(model_input, wanted[2]) <= FLOOR[torch.float32]
+    assert history[5, 0, 0, 0, 0].isnan()
+    assert history[5].isnan().sum() == 1
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_linear_step_beyond_the_table_is_not_a_number(masked):
+    """The same goes for a row beyond the history."""
+    options = {"known": rand(1, 4, 5, 7), "mask": torch.zeros(1, 1, 5, 7, device=DEVICE)} if masked else {}
+    for call, row in ((-1, 0), (4, 0), (1 << 32, 0), (2, 11), (2, -1)):
+        arguments = step_arguments(1, 2, torch.float32, call=call) | options
+        arguments["table"][2, 0] = row
+        before = arguments["history"].clone()
+        history, asked, model_input = kernels.linear_step(**arguments)
+        assert torch.equal(history, before)
+        assert asked.isnan().all()
+        assert model_input.isnan().all()
+
+
+def euler(denoise: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigmas: Tensor) -> Tensor:
+    for sigma, following in pairwise(sigmas):
+        x = x + (following - sigma) * (x - denoise(x, sigma)) / sigma
+    return x
+
+
+def heun(denoise: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigmas: Tensor) -> Tensor:
+    """Two calls a step, but for the last."""
+    for sigma, following in pairwise(sigmas):
+        slope = (x - denoise(x, sigma)) / sigma
+        ahead = x + (following - sigma) * slope
+        if following > 0:
+            slope = (slope + (ahead - denoise(ahead, following)) / following) / 2
+        x = x + (following - sigma) * slope
+    return x
+
+
+def multistep(denoise: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigmas: Tensor) -> Tensor:
+    """DPM-Solver++ (2M), from the estimates of two steps (Lu et al. 2022, arXiv 2211.01095, alg. 2)."""
+    before, last = None, None
+    for sigma, following in pairwise(sigmas):
+        estimate = denoise(x, sigma)
+        mixed = estimate
+        if before is not None and following > 0:
+            ratio = (before / sigma).log() / (sigma / following).log()
+            mixed = estimate + (estimate - last) / (2 * ratio)
+        x = following / sigma * x + (1 - following / sigma) * mixed
+        before, last = sigma, estimate
+    return x
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v", "edm"])
+@pytest.mark.parametrize("sampler", [euler, heun, multistep])
+def test_linear_step_walks_as_the_samplers_do(sampler, predicts):
+    """A table from a walk over unit vectors, then the walk itself with a linear network, beside a plain one in float64."""
     sigmas = torch.tensor([14.6, 8.0, 3.0, 1.0, 0.3, 0.0], dtype=torch.float64)
+    unit = torch.eye(20, dtype=torch.float64)
+    rows: list[Tensor] = []
+    levels: list[Tensor] = []
+
+    def record(x: Tensor, sigma: Tensor) -> Tensor:
+        rows.append(x)
+        levels.append(sigma)
+        return unit[len(rows)]
+
+    last = sampler(record, unit[0], sigmas)
+    calls, levels = len(rows), torch.stack(levels)
+    p, q = kernels.prediction_coefficients(predicts, levels, 0.8)
+    c_in = (levels**2 + 0.64).rsqrt()
+    coefficients = torch.stack([*rows[1:], last])[:, : calls + 1]
+    following = torch.cat([c_in[1:], torch.ones(1).double()])
+    table = kernels.call_table(1 + torch.arange(calls), p, q, following, coefficients).to(DEVICE)
+    weights = torch.tensor([[-6.5], [7.5]]).repeat(calls, 1, 2).to(DEVICE)
 
     def network(x: Tensor) -> Tensor:
-        return torch.tanh(x * 3)
+        return 0.4 * x - 0.1 * x.flip(1)
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        answer = network(x / (sigma**2 + 1).sqrt())
-        guided = answer.flip(1) + 7.5 * (answer - answer.flip(1))  # channels the other way round: a "negative prompt"
-        return x / (sigma**2 + 1) - guided * sigma / (sigma**2 + 1).sqrt() if predicts_v else x - sigma * guided
+        at = (levels == sigma).nonzero()[0, 0]
+        negative, positive = network(c_in[at] * x).flip(1), network(c_in[at] * x)
+        return p[at] * x + q[at] * (negative + 7.5 * (positive - negative))
 
     start = torch.randn(2, 4, 6, 6, dtype=torch.float64) * 14.6
-    steps = getattr(samplers, sampler)(denoise, start, sigmas, lambda: torch.zeros_like(start))
-    table, step = coefficients(sigmas, 7.5, predicts_v).to(DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    x, model_input = start.float().to(DEVICE), (start / (sigmas[0] ** 2 + 1).sqrt()).float().to(DEVICE).repeat(2, 1, 1, 1)
-    estimate = torch.zeros_like(x)
-    for wanted, denoised in steps:
+    wanted = sampler(denoise, start, sigmas)
+    asked, call = start.float().to(DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    model_input = (c_in[0] * asked).float().repeat(2, 1, 1, 1)
+    history = torch.full((calls + 1, 2, 4, 6, 6), float("nan"), device=DEVICE)
+    history[0] = asked
+    for _ in range(calls):
         negative, positive = network(model_input).chunk(2)
-        kernels.guided_step(x, torch.cat([negative.flip(1), positive]), table, step, model_input, estimate)
-        step += 1
-        assert relative_error(x.cpu(), wanted) < 1e-5
-        assert relative_error(estimate.cpu(), denoised) < 1e-5
+        kernels.linear_step(history, asked, torch.cat([negative.flip(1), positive]), weights, table, call, model_input)
+        call += 1
+    assert relative_error(asked.cpu(), wanted) < 1e-5
+    assert torch.equal(model_input[:2], asked)
+
+
+def test_prediction_coefficients_undo_the_definitions():
+    picture, noise, sigma = (torch.randn(9, dtype=torch.float64) for _ in range(3))
+    sigma = sigma.exp()
+    x = picture + sigma * noise
+    for s in (0.5, 1.0):
+        v = (s * noise - sigma / s * picture) / (sigma**2 + s**2).sqrt()
+        for name, predicted in (("epsilon", noise), ("v", v), ("edm", -v)):
+            p, q = kernels.prediction_coefficients(name, sigma, s)
+            assert p.dtype == q.dtype == torch.float64
+            assert relative_error(p * x + q * predicted, picture) < 1e-14
+    with pytest.raises(ValueError, match="prediction: expected epsilon, v or edm, found x0"):
+        kernels.prediction_coefficients("x0", sigma, 1.0)
 
 
 # --- all of them ----------------------------------------------------------------------------------------------------------
@@ -446,7 +573,7 @@ def reduced(name: str, shape: Any) -> Any:
         "linear_geglu": {"m": 5, "n": 40},
         "upsample_conv": {"size": 2, "channels": 40},
         "add_bias": {"size": 3},
-        "guided_step": {"size": 8},
+        "linear_step": {"size": 8},
     }
     return replace(shape, **small[name])
 
@@ -485,9 +612,7 @@ def test_same_input_same_bits(name):
 @real
 def test_real_shapes_at_full_size(name, shape, dtype):
     factor = 1.5 if name == "upsample_conv" else 1.1
-    if name == "guided_step":
-        test_guided_step(shape.batch, 2, dtype)
-    elif name != "attention" or dtype != torch.float32:
+    if name != "attention" or dtype != torch.float32:
         compare(name, kernels.KERNELS[name].make(shape, DEVICE, dtype), factor)
 
 
@@ -523,7 +648,7 @@ BASE: dict[str, Callable[[], dict[str, Any]]] = {
     "geglu": lambda: {"x": rand(3, 64)},
     "linear_geglu": lambda: {"x": rand(3, 32), "weight": rand(64, 32), "bias": rand(64)},
     "upsample_conv": lambda: {"x": image(1, 8, 3, 3), "phases": phase_weights(rand(6, 8, 3, 3)), "bias": rand(6)},
-    "guided_step": lambda: step_arguments(1, 2, torch.float32),
+    "linear_step": lambda: step_arguments(3, 2, torch.float32),
 }
 REFUSED: list[tuple[str, dict[str, Callable[[], Any]], str]] = [
     ("group_norm", {"x": lambda: rand(2, 64, 4, 4)}, r"x: expected channels-last memory .*, found shape .* with strides"),
@@ -534,7 +659,7 @@ REFUSED: list[tuple[str, dict[str, Callable[[], Any]], str]] = [
     ("group_norm", {"x": lambda: [1.0]}, r"x: expected a tensor, found list"),
     ("group_norm", {"groups": lambda: 7}, r"groups: expected a divisor of the 64 channels, found 7"),
     ("group_norm", {"weight": lambda: vector(63)}, r"weight: expected shape \(64\), found \(63,\)"),
-    ("group_norm", {"bias": lambda: vector(128)[::2]}, r"weight and bias: expected contiguous, found"),
+    ("group_norm", {"bias": lambda: vector(128)[::2]}, r"bias: expected contiguous, found stride"),
     ("group_norm", {"bias": lambda: vector(64).to("meta")}, r"bias: expected device (cpu|cuda:0), found meta"),
     ("group_norm", {"shift": lambda: rand(2, 63)}, r"shift: expected shape \(2, 64\), found \(2, 63\)"),
     ("group_norm", {"skip": lambda: image(2, 64, 4, 5), "weight": lambda: vector(128), "bias": lambda: vector(128)},
@@ -562,12 +687,24 @@ REFUSED: list[tuple[str, dict[str, Callable[[], Any]], str]] = [
     ("upsample_conv", {"phases": lambda: rand(6, 8, 3, 3)}, r"phases: expected shape \(any, 8, 2, 2\), found \(6, 8, 3, 3\)"),
     ("upsample_conv", {"phases": lambda: rand(6, 8, 2, 2)}, r"phases: expected 4\*C' outputs"),
     ("upsample_conv", {"x": lambda: rand(1, 8, 3, 3)}, r"x: expected channels-last memory"),
-    ("guided_step", {"x": lambda: rand(1, 4, 5, 7).half()}, r"x: expected torch.float32, found torch.float16"),
-    ("guided_step", {"prediction": lambda: rand(3, 4, 5, 7)}, r"prediction: expected a batch of 1 or 2, found 3"),
-    ("guided_step", {"table": lambda: rand(3, 5)}, r"table: expected shape \(any, 6\), found \(3, 5\)"),
-    ("guided_step", {"step": lambda: vector(2).long()}, r"step: expected one element, found \(2,\)"),
-    ("guided_step", {"step": lambda: vector(1)}, r"step: expected torch.int32 or torch.int64, found torch.float32"),
-    ("guided_step", {"model_input": lambda: rand(2, 4, 7, 5).mT}, r"model_input: expected evenly spaced pixels"),
+    ("linear_step", {"history": lambda: rand(3, 4, 5, 7)}, r"history: expected shape \(any, .*\), found \(3, 4, 5, 7\)"),
+    ("linear_step", {"history": lambda: rand(11, 3, 4, 5, 7).half()}, r"history: expected torch.float32, found torch.float16"),
+    ("linear_step", {"history": lambda: rand(11, 3, 4, 7, 5).mT}, r"history: expected evenly spaced pixels"),
+    ("linear_step", {"asked": lambda: rand(2, 4, 5, 7)}, r"asked: expected shape \(3, 4, 5, 7\), found \(2, 4, 5, 7\)"),
+    ("linear_step", {"asked": lambda: rand(3, 4, 5, 7).half()}, r"asked: expected torch.float32, found torch.float16"),
+    ("linear_step", {"prediction": lambda: rand(4, 4, 5, 7)}, r"prediction: expected a batch that is a multiple of 3, found 4"),
+    ("linear_step", {"prediction": lambda: rand(9, 4, 5, 7)}, r"weights: expected shape \(4, 3, 3\), found \(4, 2, 3\)"),
+    ("linear_step", {"weights": lambda: rand(4, 3, 2).mT}, r"weights: expected contiguous, found \(6, 1, 2\)"),
+    ("linear_step", {"table": lambda: rand(3, 14)}, r"table: expected shape \(any, 15\), found \(3, 14\)"),
+    ("linear_step", {"call": lambda: vector(2).long()}, r"call: expected one element, found \(2,\)"),
+    ("linear_step", {"call": lambda: vector(1)}, r"call: expected torch.int32 or torch.int64, found torch.float32"),
+    ("linear_step", {"model_input": lambda: rand(2, 4, 5, 7)}, r"model_input: expected a batch that is a multiple of 3, found 2"),
+    ("linear_step", {"model_input": lambda: rand(3, 4, 7, 5).mT}, r"model_input: expected evenly spaced pixels"),
+    ("linear_step", {"known": lambda: rand(1, 4, 5, 7)}, r"known and mask: expected both or neither, found one of them"),
+    ("linear_step", {"known": lambda: rand(2, 4, 5, 7), "mask": lambda: rand(1, 1, 5, 7)},
+     r"known: expected a batch of 1 or 3, found 2"),
+    ("linear_step", {"known": lambda: rand(1, 4, 5, 7), "mask": lambda: rand(1, 4, 5, 7)},
+     r"mask: expected shape \(any, 1, 5, 7\), found \(1, 4, 5, 7\)"),
 ]  # fmt: skip
 
 

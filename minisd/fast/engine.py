@@ -61,12 +61,13 @@ def moments(walk: Walk, denoise: Denoiser, x: Tensor, noise: Noise, ask: Denoise
     """A walk by its sampler's own generator; ask: what the sampler calls in the place of the denoiser."""
     with visiting(walk.network.unet, x.device):  # type: ignore[arg-type]
         asked, before = 0, x
-        for x, denoised in walk.sampler.run(ask or denoise, x, walk.levels.sigmas, noise, **walk.options):
-            moment = Moment(x, denoised, before, denoise.calls[asked] if asked < len(denoise.calls) else None)
+        steps = walk.sampler.run(ask or denoise, x, walk.levels.sigmas, noise, **walk.options)
+        for latents, denoised in steps:
+            moment = Moment(latents, denoised, before, denoise.calls[asked] if asked < len(denoise.calls) else None)
             if walk.transform:
-                x.copy_(walk.transform(moment))  # in the sampler's own memory, so that it goes on from there
+                latents.copy_(walk.transform(moment))  # in the sampler's own memory, so that it goes on from there
             yield moment
-            asked, before, denoise.step = len(denoise.calls), x, denoise.step + 1
+            asked, before, denoise.step = len(denoise.calls), latents, denoise.step + 1
 
 
 def engine(model: nn.Module, unet: UNet, fast: bool | None = None) -> Engine:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..models import ops, unet
 from ..models.layers import GroupNorm, LayerNorm
+from . import operations
 from .choice import kernels, wants
 
 

@@ -79,6 +79,7 @@ def two_numbers(value: Any) -> tuple[int, int] | None:
 TEXT = Kind("a text", str, lambda value: value if isinstance(value, str) else None)
 FLAG = Kind("true or false", bool, lambda value: bool(value) if isinstance(value, bool) else None)
 PAIR = Kind("two whole numbers from 0 to 65,536", pair, two_numbers)
+NUMBERS = Kind("numbers", str, lambda value: [number(0, 1e30).check("", each) for each in value])
 ANYTHING = Kind("", str, lambda value: value)  # pictures, tensors and functions, which are looked at where they are used
 SPACINGS = ("leading", "linspace", "trailing", "karras", "exponential")
 
@@ -86,7 +87,8 @@ SPACINGS = ("leading", "linspace", "trailing", "karras", "exponential")
 @dataclass(frozen=True)
 class Option:
     """flag: on the command line.  metavar: what stands for its value there.  by_picture: may be a list, with one for each.
-    infotext, axis: A1111's word for it in the parameters text, and as an axis of a grid.  recorded: is part of a recipe.
+    infotext, axis: A1111's word for it in the parameters text, and as an axis of a grid.  recorded: whether it is part of a
+    recipe; `stands_as` of what kind it is there, where that is another.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Option:
     infotext: str | None = None
     axis: str | None = None
     recorded: bool = True
+    stands_as: Kind | None = None
 
 
 FILES, START = "model files", "starting from a picture"
@@ -112,7 +115,8 @@ OPTIONS = {
         Option("height", whole(8, MAX_SIDE), None, flag="--size"),
         Option("steps", whole(1, MAX_STEPS), 20, "denoising steps", "--steps", "N", infotext="Steps", axis="Steps"),
         Option(
-            "sampler", ANYTHING, "euler", "euler or ddim", "--sampler", "NAME", infotext="Sampler", axis="Sampler"
+            "sampler", ANYTHING, "euler", "euler or ddim", "--sampler", "NAME",
+            infotext="Sampler", axis="Sampler", stands_as=TEXT,
         ),
         Option(
             "guidance_scale", number(0, 100), 7.5, "guidance scale; 1 turns guidance off", "--cfg", "W",
@@ -126,17 +130,22 @@ OPTIONS = {
         Option("seeds", one_of("rising", "same"), "rising", recorded=False),
         Option("num_images", whole(1, MAX_IMAGES), 1, "pictures to draw", "--num-images", "N", recorded=False),
         Option("latents", ANYTHING, None, recorded=False),
-        Option("sigmas", ANYTHING, None),
-        Option("guide", ANYTHING, None),
+        Option("sigmas", ANYTHING, None, stands_as=NUMBERS),
+        Option("guide", ANYTHING, None, stands_as=TEXT),
         Option(
             "high_noise_frac", number(0, 1), 0.8, "the part that the first draws", "--high-noise-frac", "F", FILES
         ),
-        Option("init_image", ANYTHING, None, "draw over this picture, edit it, or paint into it", "--init", "PICTURE", START),
+        Option(
+            "init_image", ANYTHING, None, "draw over this picture, edit it, or paint into it", "--init", "PICTURE", START,
+            stands_as=TEXT,
+        ),
         Option(
             "strength", number(0, 1), None, "0 to 1: how much of it may change (default: 0.8; 1 under a mask)",
             "--strength", "S", START, infotext="Denoising strength",
         ),
-        Option("mask", ANYTHING, None, "white where to paint, black where to keep", "--mask", "PICTURE", START),
+        Option(
+            "mask", ANYTHING, None, "white where to paint, black where to keep", "--mask", "PICTURE", START, stands_as=TEXT
+        ),
         Option(
             "image_guidance_scale", number(0, 100), 1.5, "how closely an editing model keeps to it", "--image-cfg", "W", START
         ),
@@ -173,6 +182,11 @@ OPTIONS = {
     )
 }  # fmt: skip
 RECORDED = [option.name for option in OPTIONS.values() if option.recorded]
+# What a recipe may hold, where it holds anything.
+RECIPE = {name: OPTIONS[name].stands_as or OPTIONS[name].kind for name in RECORDED}
+RECIPE |= dict.fromkeys(("prompt", "device", "dtype", "prediction", "model_path", "vae_path", "refiner_path"), TEXT)
+RECIPE |= {"ema": FLAG}
+AXES = {option.flag.removeprefix("--"): option for option in OPTIONS.values() if option.axis and option.flag}  # by their names
 
 # What the same things are called elsewhere, and what to do about it here.
 DIFFUSERS = {

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import __version__
 from .codec import Autoencoder, Codec
 from .diffusion.denoiser import Conditioning, Network
-from .diffusion.levels import LevelWish, levels
+from .diffusion.levels import AS_THEY_COME, levels
 from .diffusion.schedule import Continuous, Schedule, scaled_linear, zero_terminal
 from .errors import CheckpointError, UsageError
 from .fast.choice import chosen
@@ -124,7 +124,7 @@ class Pipeline:
     def noise_levels(self, spacing: str = "linspace", steps: int = 20) -> Tensor:
         """The levels (steps + 1,) of a spacing of options.SPACINGS, float64, falling to 0: what `sigmas` takes."""
         one_of(*SPACINGS).check("spacing", spacing)
-        return levels(self.network.schedule, spacing, steps, LevelWish()).sigmas
+        return levels(self.network.schedule, spacing, steps, AS_THEY_COME).sigmas
 
     @taking_options(Request)
     def __call__(self, request: Request) -> Result:

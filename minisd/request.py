@@ -26,7 +26,6 @@ from .models.family import Recognition
 from .options import MAX_IMAGES, OPTIONS, RECORDED, checked, one_of, unknown, whole
 from .pictures.init import Picture, fingerprint, open_picture, to_mask, to_pixels
 from .pictures.masks import paste
-from .workbench.inspecting import inspect
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -261,9 +260,7 @@ def check_conditioning(name: str, given: Conditioning | Timeline, model: Capabil
     return counts.pop()
 
 
-def by_picture(
-    request: Request, prompts: list[str], negatives: list[str]
-) -> tuple[list[str], list[str], list[float], list[int | None]]:
+def by_picture(request: Request, prompts: list[str], negatives: list[str]) -> tuple[list[str], list[str], list[float], list[int]]:
     """Prompts, negative prompts, guidance scales and seeds, one for each picture."""
     given = {"negative_prompt": negatives, "guidance_scale": request.guidance_scale, "seed": request.seed}
     lists = {name: list(value) for name, value in given.items() if isinstance(value, list | tuple) and len(value) != 1}
@@ -291,7 +288,7 @@ def by_picture(
     )
 
 
-def settle_seeds(request: Request, prompts: int, each: int, spread: Callable[[str, Any], list[Any]]) -> list[int | None]:
+def settle_seeds(request: Request, prompts: int, each: int, spread: Callable[[str, Any], list[Any]]) -> list[int]:
     """The seed of every picture, of `each` pictures of each prompt."""
 
     def drawn(seed: int | None) -> int:
@@ -303,7 +300,7 @@ def settle_seeds(request: Request, prompts: int, each: int, spread: Callable[[st
             return [drawn(seed) for seed in given] * prompts
         seeds = [drawn(seed) for seed in spread("seed", given)]
         rises = prompts > 1 and len(given) == prompts  # a seed for each prompt: its pictures go on from there
-        return [seed + i % each for i, seed in enumerate(seeds)] if rises else list(seeds)
+        return [seed + i % each if rises else seed for i, seed in enumerate(seeds)]
     first = drawn(given)  # type: ignore[arg-type]
     return [first + (i % each if request.seeds == "same" else i) for i in range(prompts * each)]
 
@@ -425,7 +422,7 @@ def check_text(name: str, text: object) -> None:
 def recipe_of(plan: Plan, i: int) -> dict[str, Any]:
     """What was asked for and settled about picture i, ready for JSON."""
     request, handed = plan.request, Conditioning | Timeline
-    asked = {name: getattr(request, name) for name in RECORDED}
+    asked = {name: getattr(request, name) for name in RECORDED if name not in ("sigmas", "guide")}
     settled = {
         "prompt": None if isinstance(request.prompt, handed) else plan.prompts[i],
         "negative_prompt": None if isinstance(request.negative_prompt, handed) else plan.negatives[i],
@@ -437,12 +434,14 @@ def recipe_of(plan: Plan, i: int) -> dict[str, Any]:
         "eta": plan.options.get("eta", plan.sampler.options.get("eta", 0.0)),
         "sampler": request.sampler if isinstance(request.sampler, str) else plan.sampler.label,
         "sampler_label": plan.sampler.label,
-        "sigmas": None if request.sigmas is None else torch.as_tensor(request.sigmas).tolist(),
-        "guide": None if request.guide is None else getattr(request.guide, "__name__", type(request.guide).__name__),
         "init_image": None,
         "mask": None,
     }
-    given = {"strength": plan.init.strength, **plan.init.sources} if plan.init else {}
+    given: dict[str, Any] = {"strength": plan.init.strength, **plan.init.sources} if plan.init else {}
+    if request.sigmas is not None:
+        given["sigmas"] = torch.as_tensor(request.sigmas).tolist()
+    if request.guide is not None:
+        given["guide"] = getattr(request.guide, "__name__", type(request.guide).__name__)
     recipe = asked | settled | given
     return {name: list(value) if isinstance(value, tuple) else value for name, value in recipe.items()}
 

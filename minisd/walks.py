@@ -113,7 +113,7 @@ class Progress:
 
     def __init__(self, plan: Plan, legs: Sequence[Leg], parts: int) -> None:
         steps = [leg.steps for leg in legs]
-        self.plan, self.index = plan, 0
+        self.plan, self.index, self.way = plan, 0, "plain"
         self.total = None if None in steps else parts * sum(step or 0 for step in steps)
 
     def begin(self, part: slice, leg: Leg) -> Callable[[Moment], Tensor] | None:
@@ -131,7 +131,7 @@ class Progress:
 
     def describe(self, moment: Moment) -> Step:
         sigma = moment.call.sigma if moment.call else self.sigma
-        self.sigma = sigma
+        self.sigma, self.way = sigma, moment.way
         timestep = float(self.leg.pipe.network.schedule.timestep(torch.tensor(sigma, dtype=torch.float64)))
         seeds = tuple(self.plan.seeds[self.part])
         at = (moment.latents, moment.denoised, moment.before, sigma, timestep)

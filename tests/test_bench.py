@@ -17,9 +17,14 @@ from minisd.bench.report import Report, write_json
 from minisd.bench.roofline import class_of
 from minisd.bench.summary import summary
 from minisd.bench.timing import Clock
-from minisd.cli.bench import bench as main
+from minisd.cli.bench import bench, parser
 from minisd.models.family import UNET
 from minisd.workbench import blueprint
+
+
+def main(argv):
+    return bench(parser().parse_args(argv))
+
 
 CLOCK = Clock(torch.device("cpu"), torch.float32, 2)
 CPU = ["--device", "cpu", "--dtype", "float32", "--repeats", "1"]

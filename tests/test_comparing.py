@@ -122,7 +122,7 @@ def test_axes(case, monkeypatch):
 BAD = {
     "models twice": (["-m", "tiny", "--x", "model=tiny,tiny-lit"], 2, "-m: expected none beside an axis of models, found tiny"),
     "seeds twice": (["--seeds", "3", "--y", "seed=1,2"], 2, "--seeds: expected none beside an axis of seeds, found 3"),
-    "unknown axis": (["--x", "colour=red,blue"], 2, "--x, --y: expected one of model, seed, sampler, steps, cfg"),
+    "unknown axis": (["--x", "colour=red,blue"], 2, "--x, --y: expected one of model, steps, sampler, cfg, seed"),
     "no values": (["--x", "steps"], 2, "--x, --y: expected steps=A,B,… with numbers"),
     "empty value": (["--x", "sampler=ddim,"], 2, "--x, --y: expected sampler=A,B,… with names"),
     "not a number": (["--x", "steps=1,two"], 2, "--x, --y: expected steps=A,B,… with numbers, found \"steps=['1', 'two']\""),

@@ -45,17 +45,17 @@ def test_ddim_with_eta_equals_diffusers_step(reduced):
     """eta > 0 draws noise in an order of its own, so one step is compared, with the noise given to both."""
     from diffusers import DDIMScheduler
 
+    from minisd.diffusion.levels import LevelWish, levels
     from minisd.diffusion.samplers.one_step import ddim
-    from minisd.diffusion.schedule import noise_levels
 
     reference = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
                               set_alpha_to_one=False, steps_offset=1)  # fmt: skip
     reference.set_timesteps(10)
-    sigmas = noise_levels(reduced.schedule, "leading", 10, unit_variance=True)
+    sigmas = levels(reduced.network.schedule, "leading", 10, LevelWish(ends_above_zero=True)).sigmas
     x, eps, extra = (torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(3))
     for i in (0, 4, 9):
         scale = (sigmas[i] ** 2 + 1).sqrt()
-        steps = ddim(lambda x, sigma: x - sigma * eps, x * scale, sigmas[i : i + 2], lambda: extra, eta=0.7)
+        steps = ddim(lambda x, sigma: x - sigma * eps, x * scale, sigmas[i : i + 2], lambda *_: extra, eta=0.7)
         found = next(steps)[0] / (sigmas[i + 1] ** 2 + 1).sqrt()
         wanted = reference.step(eps, int(reference.timesteps[i]), x, eta=0.7, variance_noise=extra).prev_sample
         assert relative_error(found, wanted) <= 1e-6

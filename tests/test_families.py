@@ -251,7 +251,7 @@ def test_instruct_pix2pix(opened, pictures, tmp_path):
         ("sd1", {"init_image": 3}, "init_image: expected a PIL image or the path of one, found int"),
         ("sd1", {"clip_skip": 9}, "clip_skip: expected a whole number from 1 to 3, found 9"),
         ("sd1", {"zero_negative": True}, "zero_negative: only SDXL was trained so"),
-        ("sd1", {"stepz": 3}, "stepz: unknown; expected some of prompt, "),
+        ("sd1", {"stepz": 3}, "stepz: unknown; did you mean steps"),
         ("sd1-inpaint", {}, "init_image: this checkpoint is trained to inpaint; it needs a picture and a mask, found none"),
         ("sd1-inpaint", {"init_image": True}, "mask: this checkpoint is trained to inpaint; it needs a mask"),
         ("sd1-edit", {}, "init_image: this checkpoint is trained to edit; it needs a picture, found none"),

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "minisd"
 # A room, or a file beside the rooms, imports from those of earlier levels only; within a room the files do likewise.
 LEVELS = [
     ["errors"],
+    ["options"],
     ["system"],
     ["models", "diffusion"],
     ["text", "pictures"],

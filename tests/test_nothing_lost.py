@@ -16,12 +16,11 @@ import pytest
 from PIL import Image
 
 from minisd.cli import main
-from minisd.cli.options import with_progress
 from minisd.errors import NonFiniteError, OutputError
 from minisd.library.places import tiny_checkpoint
 from minisd.pictures.image import save_png
 from minisd.request import Request
-from minisd.result import Interrupted, finish
+from minisd.result import Interrupted, finish, with_bar
 from minisd.workbench.converting import convert
 
 FAST = ["--steps", "1", "--size", "32x32", "--seed", "1", "--device", "cpu"]
@@ -191,7 +190,7 @@ def test_ctrl_c_keeps_the_pictures_that_are_finished(tiny, monkeypatch, capsys):
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted) as stop:
-        with_progress(tiny.stream(request), look)
+        with_bar(tiny.stream(request), look, hidden=None)
     assert stop.value.result.seeds == [5, 6]
 
     calls.clear()

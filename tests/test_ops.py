@@ -114,15 +114,15 @@ def test_wrong_switch_is_named(monkeypatch):
 
 def test_switch_in_the_environment_and_in_python(monkeypatch):
     monkeypatch.setenv("MINISD_KERNELS", "group_norm,geglu")
-    assert choice.chosen() == {"group_norm", "geglu"}
+    assert choice.chosen().names == {"group_norm", "geglu"}
     with choice.using("torch"):
-        assert not choice.chosen()
+        assert not choice.chosen().names
         with choice.using("triton"):
-            assert choice.chosen() == choice.ALL
-        assert not choice.chosen()
-    assert choice.chosen() == {"group_norm", "geglu"}
+            assert choice.chosen().names == choice.ALL
+        assert not choice.chosen().names
+    assert choice.chosen().names == {"group_norm", "geglu"}
     monkeypatch.setenv("MINISD_KERNELS", "")
-    assert choice.chosen() == choice.AUTO
+    assert choice.chosen() == (choice.AUTO, True)
 
 
 def test_auto_on_a_cpu_is_pytorch_and_does_not_import_triton():

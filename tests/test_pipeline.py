@@ -14,6 +14,7 @@ import minisd
 from minisd.pictures.init import to_mask, to_pixels
 from minisd.pictures.metadata import parameters_text, read_recipe
 from minisd.request import Request, settle
+from minisd.result import finish
 
 FAST = {"steps": 2, "width": 64, "height": 64}
 
@@ -43,13 +44,12 @@ def test_picture_i_of_a_batch_equals_the_single_run(tiny, options):
     assert len(set(pixels(together))) == 3
 
 
-def test_batch_in_one_go_equals_the_single_run_within_rounding(reduced):
+def test_batch_in_one_go_equals_the_single_run_within_rounding(reduced, monkeypatch):
     """What a GPU does, done here: the network runs on all pictures at once."""
-    plan = settle(Request("a star", seed=3, num_images=2, **FAST), reduced.facts())
-    sigmas, part = reduced.sigmas(plan), slice(0, 2)
-    with torch.no_grad():
-        x = reduced.start(plan, part, sigmas, None)
-        *_, (both, _) = reduced.sample(plan, part, x, sigmas, None, lambda: torch.zeros_like(x))
+    plan = settle(Request("a star", seed=3, num_images=2, **FAST), reduced.capabilities())
+    monkeypatch.setattr("minisd.pipeline.in_parts", lambda plan, device: [slice(0, 2)])
+    both = finish(reduced.draw(plan)).latents
+    monkeypatch.undo()
     alone = reduced("a star", seed=4, **FAST).latents
     assert torch.allclose(both[1:], alone, atol=1e-4 * float(alone.abs().max()))
 
@@ -111,7 +111,7 @@ def test_latents_instead_of_a_seed(tiny):
         ({"sampler": "dpm"}, "sampler: expected one of euler, ddim, found 'dpm'"),
         ({"spacing": "cosine"}, "spacing: expected one of leading, linspace, trailing, karras, exponential, found 'cosine'"),
         ({"guidance_scale": float("nan")}, "guidance_scale: .* found nan"),
-        ({"eta": 0.5}, "eta: expected 0 with sampler 'euler'"),
+        ({"eta": 0.5}, "eta: expected 0 with sampler 'Euler'"),
         ({"eta": 2.0, "sampler": "ddim"}, "eta: expected a number from 0 to 1"),
         ({"num_images": 0}, "num_images: .* found 0"),
         ({"seed": -5}, "seed: .* found -5"),
@@ -146,22 +146,22 @@ def test_nan_in_the_unet_is_told_and_not_drawn(reduced_file):
         pipe("a star", **FAST)
 
 
-def test_vae_that_overflows_is_run_again_in_float32(reduced_file):
+def test_vae_that_overflows_is_run_again_in_float32(reduced_file, monkeypatch):
     pipe = minisd.load(reduced_file, device="cpu", dtype="bfloat16")
     plain = pipe("a star", seed=0, **FAST)
-    decode = type(pipe.vae).decode
+    kind, decode = type(pipe.vae), type(pipe.vae).decode
 
-    def overflow(latents):
-        image = decode(pipe.vae, latents)
+    def overflow(vae, latents):
+        image = decode(vae, latents)
         return image if latents.dtype == torch.float32 else image.fill_(float("inf"))
 
-    pipe.vae.decode = overflow
+    monkeypatch.setattr(kind, "decode", overflow)
     with pytest.warns(UserWarning, match="running it again in float32"):
         again = pipe("a star", seed=0, **FAST)
     difference = np.asarray(plain.images[0], dtype=int) - np.asarray(again.images[0], dtype=int)
     assert np.abs(difference).mean() < 5
     assert next(pipe.vae.parameters()).dtype == torch.bfloat16
-    pipe.vae.decode = lambda latents: decode(pipe.vae, latents) * float("nan")
+    monkeypatch.setattr(kind, "decode", lambda vae, latents: decode(vae, latents) * float("nan"))
     with pytest.raises(minisd.NonFiniteError, match="the VAE"), pytest.warns(UserWarning, match="float32"):
         pipe("a star", seed=0, **FAST)
 
@@ -264,7 +264,7 @@ def test_every_part_visits_the_device_only_while_it_works(tiny, monkeypatch):
         yield
         inside.remove(module)
 
-    for name in ("pipeline", "text.conditioner", "codec"):
+    for name in ("fast.engine", "text.conditioner", "codec"):
         monkeypatch.setattr(f"minisd.{name}.visiting", recorded)
     tiny("a star", seed=0, **FAST)
     assert order == ["CLIPTextModel", "UNet", "AutoencoderKL"]
@@ -273,12 +273,12 @@ def test_every_part_visits_the_device_only_while_it_works(tiny, monkeypatch):
 @pytest.mark.parametrize("prompt", ["a (red:1.3) star", "(a b:.5)", "<lora:style:0.8> a star", "(star:2)"])
 def test_weights_and_loras_in_a_prompt_are_told(tiny, prompt):
     with pytest.warns(UserWarning, match="is read as plain words"):
-        settle(minisd.Request(prompt), tiny.facts())
+        settle(minisd.Request(prompt), tiny.capabilities())
 
 
 @pytest.mark.parametrize("prompt", ["a star (16:9)", "a clock (at 10:30)", "a <star>", "(red) star: big", "a ((star))"])
 def test_what_only_looks_like_weights_is_not(tiny, prompt, recwarn):
-    settle(minisd.Request(prompt), tiny.facts())
+    settle(minisd.Request(prompt), tiny.capabilities())
     assert not [each for each in recwarn if "plain words" in str(each.message)]
 
 
@@ -307,6 +307,9 @@ def test_a_recipe_of_a_stranger_is_checked(name, value, tmp_path):
         read_recipe(tmp_path / "x.png")
 
 
-def test_stream_refuses_what_is_no_request(tiny):
-    with pytest.raises(minisd.UsageError, match=r"request: expected a minisd\.Request, found str"):
-        next(tiny.stream("a star"))
+def test_stream_takes_what_the_call_takes_and_checks_it_at_once(tiny):
+    steps = list(tiny.stream("a star", seed=1, **FAST))
+    again = list(tiny.stream(Request("a star", seed=3, **FAST), seed=1))
+    assert all(torch.equal(one.latents, other.latents) for one, other in zip(steps, again, strict=True))
+    with pytest.raises(minisd.UsageError, match="steps: expected a whole number"):
+        tiny.stream("a star", steps=0)

@@ -5,15 +5,21 @@ import math
 import pytest
 import torch
 
+from minisd.diffusion.levels import AS_THEY_COME, BY_SIGMA, BY_TIMESTEP, LevelWish, leading, levels, linspace, trailing
 from minisd.diffusion.samplers import SAMPLERS
 from minisd.diffusion.samplers.one_step import ddim, euler
-from minisd.diffusion.schedule import BY_TIMESTEP, SPACINGS, leading, linspace, noise_levels, scaled_linear, start_scale, trailing
+from minisd.diffusion.schedule import scaled_linear
+from minisd.options import SPACINGS
 
 SCHEDULE = scaled_linear()
 
 
-def run(sampler, denoise, x, sigmas, eta=0.0):
-    return [step[0] for step in sampler(denoise, x, sigmas, lambda: torch.randn_like(x), eta)]
+def run(sampler, denoise, x, sigmas, **options):
+    return [step[0] for step in sampler(denoise, x, sigmas, lambda *_: torch.randn_like(x), **options)]
+
+
+def sigmas_of(spacing, steps):
+    return levels(SCHEDULE, spacing, steps, AS_THEY_COME).sigmas
 
 
 def test_published_noise_levels():
@@ -44,21 +50,30 @@ def test_spacings():
 
 def test_a_spacing_that_starts_low_is_told():
     with pytest.warns(UserWarning, match="starts at timestep 501 of 999"):
-        noise_levels(SCHEDULE, "leading", 2, unit_variance=True)
+        levels(SCHEDULE, "leading", 2, LevelWish(ends_above_zero=True))
 
 
-def test_start_scale():
-    sigma = torch.tensor(3.0)
-    assert start_scale(SCHEDULE, sigma, "linspace", False) == 3
-    assert start_scale(SCHEDULE, sigma, "leading", False) == pytest.approx(math.sqrt(10))
-    assert start_scale(SCHEDULE, sigma, "trailing", True) == pytest.approx(math.sqrt(10))
+def test_how_first_and_last_latents_are_scaled():
+    top, low = float(SCHEDULE.sigmas[-1]), float(SCHEDULE.sigmas[0])
+    found = levels(SCHEDULE, "linspace", 10, AS_THEY_COME)
+    assert (found.start_scale, found.end_scale, float(found.sigmas[-1])) == (pytest.approx(top), 1, 0)
+    unit = levels(SCHEDULE, "linspace", 10, LevelWish(unit_start=True, ends_above_zero=True))
+    assert unit.start_scale == pytest.approx(math.sqrt(top**2 + 1))
+    assert unit.end_scale == pytest.approx(math.sqrt(low**2 + 1))
+    assert float(unit.sigmas[-1]) == low
+    sigma = float(SCHEDULE.sigma(leading(10))[0])
+    assert levels(SCHEDULE, "leading", 10, AS_THEY_COME).start_scale == pytest.approx(math.sqrt(sigma**2 + 1))
+
+
+def test_the_names_of_spacings_are_those_of_the_options():
+    assert (*BY_TIMESTEP, *BY_SIGMA) == SPACINGS
 
 
 @pytest.mark.parametrize("sampler", [euler, ddim])
 def test_exact_where_the_picture_is_known(sampler):
     """With the true x_0 as the estimate, the path is a straight line and every step is exact."""
     picture, noise = torch.randn(1, 4, 8, 8, dtype=torch.float64), torch.randn(1, 4, 8, 8, dtype=torch.float64)
-    sigmas = noise_levels(SCHEDULE, "linspace", 5, unit_variance=False)
+    sigmas = sigmas_of("linspace", 5)
     for x, sigma in zip(run(sampler, lambda x, s: picture, picture + sigmas[0] * noise, sigmas), sigmas[1:], strict=True):
         assert torch.allclose(x, picture + sigma * noise)
 
@@ -67,7 +82,7 @@ def test_ddim_without_eta_is_euler():
     def denoise(x, sigma):
         return torch.tanh(x) / (1 + sigma)
 
-    x, sigmas = torch.randn(2, 4, 8, 8, dtype=torch.float64), noise_levels(SCHEDULE, "trailing", 9, unit_variance=False)
+    x, sigmas = torch.randn(2, 4, 8, 8, dtype=torch.float64), sigmas_of("trailing", 9)
     for a, b in zip(run(euler, denoise, x, sigmas), run(ddim, denoise, x, sigmas), strict=True):
         assert torch.allclose(a, b)
 
@@ -76,9 +91,9 @@ def test_ddim_without_eta_is_euler():
 def test_samples_of_a_gaussian_have_its_variance(eta):
     """For pictures drawn from N(0, 4) the best estimate is known; every eta must give that variance back."""
     torch.manual_seed(0)
-    sigmas = noise_levels(SCHEDULE, "linspace", 400, unit_variance=False)
+    sigmas = sigmas_of("linspace", 400)
     x = torch.randn(20_000, dtype=torch.float64) * (sigmas[0] ** 2 + 4).sqrt()
-    found = run(ddim, lambda x, sigma: x * 4 / (4 + sigma**2), x, sigmas, eta)[-1]
+    found = run(ddim, lambda x, sigma: x * 4 / (4 + sigma**2), x, sigmas, eta=eta)[-1]
     assert float(found.var()) == pytest.approx(4, rel=0.05)
 
 

@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..diffusion.denoiser import ClassifierFree, Conditioning
-from ..diffusion.schedule import noise_levels, scaled_linear
+from ..diffusion.denoiser import ClassifierFree, Conditioning, Network, Timeline
+from ..diffusion.levels import levels
+from ..diffusion.program import program
+from ..diffusion.samplers import SAMPLERS
+from ..diffusion.schedule import scaled_linear
 from ..fast import choice
-from ..fast.cuda import Runtime, step
+from ..fast.cuda import Cuda
 from ..fast.decoder import FusedDecoder
 from ..fast.unet import FusedUNet
+from ..fast.ways import Walk
 from ..models.unet import UNet
 from ..system.device import name_of
 from . import peers
@@ -56,26 +60,28 @@ def bench_unet(report: Report, args: Any) -> None:
 def whole_step(report: Report, network: UNet, given: StepInput, ours: float) -> None:
     """One of the steps that the pipeline replays: with the tables' rows, guidance and the sampler's update."""
     clock = report.clock
-    runtime = Runtime(network, graphs=clock.is_cuda)
+    engine = Cuda(network, graphs=clock.is_cuda)
     halves = [
         Conditioning(context, vector=vector) for context, vector in zip(given.context.split(1), parts(given.y), strict=True)
     ]
-    levels = noise_levels(scaled_linear(), "linspace", 20, unit_variance=False)
+    schedule, sampler = scaled_linear(), SAMPLERS["euler"]
+    way = levels(schedule, "linspace", 20, sampler.wish)
+    told = [Timeline(((0, half),)) for half in halves]
+    steps = program(sampler.run, way.sigmas)
+    walk = Walk(Network(network, schedule), sampler, way, told, ClassifierFree(7.5), steps)
 
     def draw() -> None:
-        for _ in runtime.sample(given.x[:1].float(), levels, halves, ClassifierFree(7.5), scaled_linear(), "epsilon"):
+        for _ in engine.walk(walk, given.x[:1].float(), lambda *_: torch.zeros_like(given.x[:1]).float()):
             if not clock.is_cuda:
                 return
 
     first = clock.once(draw)
-    (buffers,) = runtime.shapes.values()
+    (buffers,) = engine.shapes.values()
 
     def again() -> None:
-        buffers.step.zero_()  # beyond the last row of the table there is nothing but NaN
-        if buffers.recording:
-            buffers.recording.replay()
-        elif runtime.fused:
-            step(runtime.fused, buffers)
+        buffers.call.zero_()  # beyond the last row of the table there is nothing but NaN
+        if engine.fused:
+            engine.run(engine.fused, buffers, (0, 1))
 
     seconds = clock.replayed(again) if clock.is_cuda else clock.seconds(again)
     report.add("minisd, whole step as drawn", time_ms=seconds, first_s=first, to_ours=seconds / ours)

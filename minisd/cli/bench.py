@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -34,7 +33,7 @@ PARTS = {
 PEERS = ("eager", "graph", "compiled")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     made = Parser(
         prog="minisd bench",
         description="How fast this machine is at drawing, part by part.",
@@ -84,11 +83,9 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def bench(argv: Sequence[str]) -> int:
-    made = parser()
-    args = made.parse_args(argv)
+def bench(args: argparse.Namespace) -> int:
     if args.name and args.what != "kernels":
-        made.error(f"{args.name!r}: only `bench kernels` takes a name")
+        parser().error(f"{args.name!r}: only `bench kernels` takes a name")
     from ..bench.report import Report, machine, pyplot
     from ..bench.timing import Clock
     from ..fast.choice import chosen

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 DTYPE = "float32, bfloat16, float16, float8_e4m3fn or float8_e5m2"
 
 
-def inspect(argv: Sequence[str]) -> int:
+def inspect_parser() -> Parser:
     parser = Parser(prog="minisd inspect", description="What a checkpoint is, from its header alone.")
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--check", action="store_true", help="also look for NaN and infinity (reads the whole file)")
@@ -26,7 +26,10 @@ def inspect(argv: Sequence[str]) -> int:
     parser.add_argument("--tree", action="store_true", help="also block by block; with --check also how large the numbers are")
     parser.add_argument("--size", type=size, metavar="WxH", help="of the picture whose arithmetic --tree counts")
     add_output_options(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def inspect(args: argparse.Namespace) -> int:
     from ..library.names import resolve
     from ..workbench.inspecting import as_text, inspect
 
@@ -35,7 +38,7 @@ def inspect(argv: Sequence[str]) -> int:
     return 0
 
 
-def convert(argv: Sequence[str]) -> int:
+def convert_parser() -> Parser:
     parser = Parser(
         prog="minisd convert", description="Write a checkpoint anew as .safetensors: another dtype, pruned, with another VAE."
     )
@@ -46,7 +49,10 @@ def convert(argv: Sequence[str]) -> int:
     parser.add_argument("--diffusers", action="store_true", help="to a folder of diffusers instead")
     add_writing_options(parser)
     parser.add_argument("--prune", action="store_true", help="leave out what nobody needs to draw")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def convert(args: argparse.Namespace) -> int:
     from ..workbench.converting import convert
     from ..workbench.folders.folder import from_folder, to_folder
 
@@ -64,7 +70,7 @@ def convert(argv: Sequence[str]) -> int:
     return written(path, source if dtype and dtype.itemsize == 1 else None)
 
 
-def save(argv: Sequence[str]) -> int:
+def save_parser() -> Parser:
     parser = Parser(
         prog="minisd save", description="Put a checkpoint together: a model, and the VAE or text encoders of other files."
     )
@@ -76,7 +82,10 @@ def save(argv: Sequence[str]) -> int:
         help="folder and beginning of the name; a number follows, as ComfyUI gives it (default: checkpoints/minisd)",
     )
     add_writing_options(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def save(args: argparse.Namespace) -> int:
     from ..workbench.converting import save
 
     dtype = stored_dtype(args.dtype)
@@ -125,7 +134,7 @@ def written(path: Path, source: Path | None) -> int:
     return 0
 
 
-def merge(argv: Sequence[str]) -> int:
+def merge_parser() -> Parser:
     parser = Parser(
         prog="minisd merge",
         description="Mix checkpoints: (1 - R) A + R B, or with --base C what B learned since C on top: A + R (B - C).",
@@ -152,7 +161,10 @@ def merge(argv: Sequence[str]) -> int:
     parser.add_argument("--dtype", metavar="NAME", help=f"{DTYPE} (default: the first model's)")
     parser.add_argument("--from", dest="recipe", metavar="FILE", help="repeat the merge that made this file, from its sources")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def merge(args: argparse.Namespace) -> int:
     from ..library.names import resolve
     from ..library.places import model_files
     from ..workbench.merging import PARTS, merge, repeat
@@ -174,7 +186,7 @@ def merge(argv: Sequence[str]) -> int:
     return 0
 
 
-def diff(argv: Sequence[str]) -> int:
+def diff_parser() -> Parser:
     parser = Parser(prog="minisd diff", description="What is different between two checkpoints, and how much.")
     parser.add_argument("a", metavar="A")
     parser.add_argument("b", metavar="B")
@@ -182,7 +194,10 @@ def diff(argv: Sequence[str]) -> int:
         "--plot", type=Path, metavar="PNG", help="a picture of it: the blocks of the UNet, darker where they differ"
     )
     add_output_options(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def diff(args: argparse.Namespace) -> int:
     from ..library.names import resolve
     from ..workbench.differing import as_text, diff, heat_map
 

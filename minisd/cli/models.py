@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from .options import Parser, add_device, add_output_options, check_output, one_line, size, with_progress
+from .options import Parser, add_device, add_options, add_output_options, check_output, one_line, request_of
 
 if TYPE_CHECKING:
     from ..workbench.comparing import Cells
@@ -24,14 +24,13 @@ def numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"expected whole numbers such as 1,2,3, found {text!r}") from None
 
 
-def compare(argv: Sequence[str]) -> int:
+def compare_parser() -> Parser:
     parser = Parser(
         prog="minisd compare",
         description="Draw a prompt in every combination of two things that change: one labelled picture.",
         epilog="Without --x and --y, checkpoints are columns and seeds rows.  What changes: model, seed, sampler, steps or cfg.",
     )
     parser.add_argument("prompt", metavar="PROMPT")
-    parser.add_argument("-n", "--negative", default="", metavar="TEXT", help="what the pictures should not show")
     parser.add_argument(
         "-m", "--model", metavar="FILE", action="append", help="a checkpoint, or its name; -m A -m B compares two"
     )
@@ -39,34 +38,24 @@ def compare(argv: Sequence[str]) -> int:
     parser.add_argument("--x", metavar="WHAT=A,B,…", help="what changes from column to column, such as sampler=ddim,euler")
     parser.add_argument("--y", metavar="WHAT=A,B,…", help="what changes from row to row, such as cfg=3,7")
     parser.add_argument("-o", "--output", type=Path, metavar="PNG", help="where to (default: compare.png, or the next free)")
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="of all (default: 20)")
-    parser.add_argument("--cfg", type=float, default=7.5, metavar="W", help="of all (default: 7.5)")
-    parser.add_argument("--sampler", default="euler", metavar="NAME", help="of all (default: euler)")
-    parser.add_argument("--size", type=size, default=(None, None), metavar="WxH", help="of all (default: each checkpoint's)")
+    add_options(parser, ("negative_prompt", "steps", "guidance_scale", "sampler", "width"), also="of all")
     add_device(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def compare(args: argparse.Namespace) -> int:
     output = check_output(args.output, Path("compare.png"))
-    from ..request import Request
     from ..workbench.comparing import Axis, settle_cells
 
-    request = Request(
-        prompt=args.prompt,
-        negative_prompt=args.negative,
-        width=args.size[0],
-        height=args.size[1],
-        steps=args.steps,
-        guidance_scale=args.cfg,
-        sampler=args.sampler,
-    )
+    seeds, args.seeds = args.seeds, "rising"
     x, y = (Axis.parse(text) if text else None for text in (args.x, args.y))
-    for option, given, name in (("-m", args.model, "model"), ("--seeds", args.seeds, "seed")):
+    for option, given, name in (("-m", args.model, "model"), ("--seeds", seeds, "seed")):
         if given and name in [axis.name for axis in (x, y) if axis]:
             raise UsageError(f"{option}: expected none beside an axis of {name}s, found {', '.join(map(str, given))}")
-    return draw_cells(settle_cells(request, args.model or [None], args.seeds, x, y), output, args)
+    return draw_cells(settle_cells(request_of(args.prompt, args), args.model or [None], seeds, x, y), output, args)
 
 
-def compare_again(recipe: dict[str, Any], args: argparse.Namespace) -> int:
-    output = check_output(args.output, args.picture.with_stem(f"{args.picture.stem}-again"))
+def compare_again(recipe: dict[str, Any], output: Path, args: argparse.Namespace) -> int:
     from ..workbench.comparing import cells_again
 
     if args.model:
@@ -78,9 +67,10 @@ def compare_again(recipe: dict[str, Any], args: argparse.Namespace) -> int:
 def draw_cells(cells: Cells, output: Path, args: argparse.Namespace) -> int:
     """Draws, writes and reports a comparison.  The exit code is that of the first cell that has no picture, if any."""
     from ..pipeline import load
+    from ..result import with_bar
     from ..workbench.comparing import stream
 
-    done = with_progress(stream(cells, partial(load, device=args.device, dtype=args.dtype, offload=args.offload)))
+    done = with_bar(stream(cells, partial(load, device=args.device, dtype=args.dtype, offload=args.offload)), hidden=None)
     path = str(done.save(output, replace=args.output is not None))
     failures = [failure for failure in done.failures if failure]
     facts = {"image": path, "recipe": done.recipe, "cells": done.metadata, "failures": list(map(str, failures))}
@@ -90,21 +80,31 @@ def draw_cells(cells: Cells, output: Path, args: argparse.Namespace) -> int:
     return failures[0].exit_code if failures else 0
 
 
-def models(argv: Sequence[str]) -> int:
+def models_parser() -> Parser:
     parser = Parser(
         prog="minisd models",
         description="The models on this machine: name, kind, what it is, size, model hash where known, path.",
         epilog="minisd models add FILE [--name NAME] [--folder FOLDER] imports one: checked first, never executed.",
     )
-    parser.add_argument("what", nargs="?", choices=["list"], help=argparse.SUPPRESS)
+    parser.add_argument("what", nargs="?", choices=["list", "add"], help=argparse.SUPPRESS)
     parser.add_argument("--hash", action="store_true", help="also the hashes that are not known yet (reads those files)")
     parser.add_argument("--all", action="store_true", help="also the files that minisd cannot use, and why")
     add_output_options(parser)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     if argv[:1] == ["add"]:
-        return add_model(argv[1:])
+        return add_parser().parse_args(argv[1:], argparse.Namespace(what="add"))
+    parser = models_parser()
     if argv[:1] and not argv[0].startswith("-") and argv[0] != "list":
         parser.error(f"expected nothing, list, or add FILE, found {argv[0]!r}; to remove a model, delete its file")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def models(args: argparse.Namespace) -> int:
+    if args.what == "add":
+        return add_model(args)
     from ..library.names import as_text, list_models, places_shown
 
     found = list_models(args.hash)
@@ -119,13 +119,16 @@ def models(argv: Sequence[str]) -> int:
     return 0
 
 
-def add_model(argv: Sequence[str]) -> int:
+def add_parser() -> Parser:
     parser = Parser(prog="minisd models add", description="Copy a model file into the library, once it is checked.")
     parser.add_argument("file", metavar="FILE", help="a .safetensors or .ckpt file")
     parser.add_argument("--name", metavar="NAME", help="what to call it (default: as the file)")
     parser.add_argument("--folder", metavar="FOLDER", help="where to (default: the first of $MINISD_MODELS, else models)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def add_model(args: argparse.Namespace) -> int:
     from ..library.importing import add
 
     print(add(args.file, args.name, args.folder))

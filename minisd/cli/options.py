@@ -7,14 +7,15 @@ import contextlib
 import re
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from ..errors import UsageError
+from ..options import FLAG, OPTIONS, PAIR, Option, pair
 
 if TYPE_CHECKING:
-    from ..result import Step
+    from ..request import Request
 
 Outcome = TypeVar("Outcome")  # what a generator of steps returns
 
@@ -46,10 +47,49 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 
 
 def size(text: str) -> tuple[int, int]:
-    width, mark, height = text.lower().partition("x")
-    if not (mark and width.isdecimal() and height.isdecimal()):
-        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 512x768, found {text!r}")
-    return int(width), int(height)
+    try:
+        return pair(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_options(parser: argparse.ArgumentParser, names: Iterable[str] = OPTIONS, also: str = "") -> None:
+    """The options of a drawing of these names, in groups; also: what their help says instead of what they are for."""
+    groups: dict[str, Any] = {"": parser} | {group.title or "": group for group in parser._action_groups}
+    for option in (OPTIONS[name] for name in names):
+        if option.flag is None or option.name == "height":  # which comes with the width, as --size
+            continue
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        add_option(groups[option.group], option, also)
+
+
+def add_option(group: Any, option: Option, also: str) -> None:
+    assert option.flag is not None
+    flags = ("-n", option.flag) if option.name == "negative_prompt" else (option.flag,)
+    if option.name == "width":
+        said = also or "pixels, multiples of 8"
+        group.add_argument("--size", type=size, default=(None, None), metavar="WxH", help=f"{said} (default: the checkpoint's)")
+        return
+    shown = f" (default: {option.default})" if option.default not in (None, "", (0, 0)) else ""
+    if option.kind is FLAG:
+        group.add_argument(
+            *flags, dest=option.name, default=option.default, action=argparse.BooleanOptionalAction, help=option.help
+        )
+        return
+    group.add_argument(
+        *flags, dest=option.name, type=size if option.kind is PAIR else option.kind.parse, default=option.default,
+        metavar=option.metavar, help=(also or option.help) + shown,
+    )  # fmt: skip
+
+
+def request_of(prompt: str, args: argparse.Namespace) -> Request:
+    """What the options of `add_options` ask for."""
+    from ..request import Request
+
+    width, height = args.size
+    given = {name: getattr(args, name) for name in OPTIONS if hasattr(args, name)}
+    return Request(prompt, width=width, height=height, **given)
 
 
 @contextlib.contextmanager
@@ -100,37 +140,10 @@ def undisturbed() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def with_progress(steps: Generator[Step, None, Outcome], look: Callable[[Step], None] | None = None) -> Outcome:
-    """Runs a generator of steps with a bar on stderr that shows the time of each; no bar where stderr is no terminal."""
-    from tqdm import tqdm
-
-    form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
-    with tqdm(desc="drawing", unit="step", bar_format=form, disable=None) as bar:
-        while True:
-            try:
-                step = next(steps)
-                bar.total = step.total
-                bar.update()
-                if look:
-                    look(step)
-            except StopIteration as stop:
-                return stop.value  # type: ignore[no-any-return]
-            except KeyboardInterrupt as stop:
-                steps.throw(stop)  # if it came between two steps: the generator knows what is finished
-                raise
-
-
 # What Python calls an argument, and what the command line does.
-OPTIONS = {
-    "width": "--size", "height": "--size", "guidance_scale": "--cfg", "negative_prompt": "--negative", "init_image": "--init",
-    "num_images": "--num-images", "image_guidance_scale": "--image-cfg", "guidance_rescale": "--rescale",
-    "clip_skip": "--clip-skip", "high_noise_frac": "--high-noise-frac", "original_size": "--original-size",
-    "target_size": "--target-size", "zero_negative": "--zero-negative", "aesthetic_score": "--aesthetic", "steps": "--steps",
-    "sampler": "--sampler", "seed": "--seed", "eta": "--eta", "spacing": "--spacing", "strength": "--strength",
-    "mask": "--mask", "crop": "--crop", "device": "--device", "dtype": "--dtype", "prediction": "--prediction",
-    "axis": "--x, --y", "method": "--method", "base": "--base", "blocks": "--blocks", "density": "--density", "ratio": "--ratio",
-    "name": "--name",
-}  # fmt: skip
+FLAGS = {option.name: option.flag for option in OPTIONS.values() if option.flag}
+FLAGS |= {name: f"--{name}" for name in ("device", "dtype", "prediction", "method", "base", "blocks", "density", "ratio", "name")}
+FLAGS |= {"axis": "--x, --y"}
 
 
 def one_line(error: Any) -> str:
@@ -138,5 +151,5 @@ def one_line(error: Any) -> str:
     text = " ".join(str(error).split())
     if not isinstance(error, UsageError):
         return text
-    text = re.sub(r"^\w+(?=:| )", lambda name: OPTIONS.get(name[0], name[0]), text)
+    text = re.sub(r"^\w+(?=:| )", lambda name: FLAGS.get(name[0], name[0]), text)
     return text.replace("an init_image", "--init PICTURE")

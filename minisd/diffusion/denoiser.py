@@ -73,8 +73,8 @@ def epsilon(output: Tensor, x: Tensor, sigma: Tensor, sigma_data: float) -> Tens
 def v(output: Tensor, x: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
     """It predicts v = alpha eps - s x_0 (Salimans and Ho 2022, arXiv 2202.00512, appendix D), where alpha^2 + s^2 = 1.
 
-    With alpha = 1 / sqrt(sigma^2 + 1), s = sigma alpha and eps = (x - x_0) / sigma, v = alpha (x - x_0) / sigma - sigma alpha x_0;
-    hence x_0 = x / (sigma^2 + 1) - v sigma / sqrt(sigma^2 + 1).  sigma_data stands where the picture's deviation was taken as 1.
+    alpha = 1 / sqrt(sigma^2 + 1), s = sigma alpha, eps = (x - x_0) / sigma: so v = alpha (x - x_0) / sigma - sigma alpha x_0, and
+    x_0 = x / (sigma^2 + 1) - v sigma / sqrt(sigma^2 + 1).  sigma_data stands where the picture's deviation was taken as 1.
     """
     total = sigma**2 + sigma_data**2
     return x * sigma_data**2 / total - output * sigma * sigma_data / total.sqrt()

@@ -56,6 +56,9 @@ class LevelWish:
     ends_above_zero: bool = False  # at the level of training timestep 0, where there are timesteps, and not at zero
 
 
+AS_THEY_COME = LevelWish()
+
+
 @dataclass(frozen=True)
 class Levels:
     """A way down."""

@@ -92,7 +92,7 @@ class Cuda:
 
     def __init__(self, unet: UNet, graphs: bool) -> None:
         self.unet, self.graphs = unet, graphs
-        self.built = {unet: as_built(unet)}
+        self.built: dict[nn.Module, dict[str, type]] = {unet: as_built(unet)}
         self.fused: FusedUNet | None = None
         self.weights: tuple[object, object] = (None, None)  # where they lie, and how often each was written to
         self.shapes: dict[tuple[object, ...], Buffers] = {}
@@ -108,9 +108,9 @@ class Cuda:
         if why:
             self.say(why if taken == "plain" else f"{why}; only the network is recorded")
         if taken == "plain":
-            return moments(walk, walk.denoiser(), x, noise)
+            return moments(walk, walk.denoiser(), x, noise, taken)
         if taken == "network":
-            return moments(walk, walk.denoiser(self.network()), x, noise)
+            return moments(walk, walk.denoiser(self.network()), x, noise, taken)
         return self.recorded(walk, x, noise)
 
     def say(self, why: str) -> None:
@@ -174,7 +174,7 @@ class Cuda:
                     keep_pace(ahead, x.device)
                 write_moment(buffers, program, step, latents, denoised)
                 written = latents._version
-                yield Moment(latents, denoised, before, course.calls[first] if first < program.done[step] else None)
+                yield Moment(latents, denoised, before, course.calls[first] if first < program.done[step] else None, "recorded")
                 if latents._version != written:
                     self.say("a caller edits the steps; only the network is recorded")
                     yield from self.edited(walk, program, buffers.history.clone(), step, latents)
@@ -212,7 +212,7 @@ class Cuda:
             denoise.calls.append(Call(len(denoise.calls), denoise.step, float(sigma), denoise.total))
             return answer
 
-        again = moments(walk, denoise, history[0], lambda *_: next(draws), ask)
+        again = moments(walk, denoise, history[0], lambda *_: next(draws), "network", ask)
         for _ in range(step):
             next(again)
         next(again).latents.copy_(latents)
@@ -225,20 +225,20 @@ class Cuda:
 
     def new_buffers(self, walk: Walk, x: Tensor, told: Conditioning, shape: tuple[int, ...]) -> Buffers:
         calls, rows = shape
-        batch, here = len(told.context), {"device": x.device}
+        batch, here = len(told.context), x.device
         assert self.fused is not None
         wide, dtype = (batch, self.unet.in_channels, *x.shape[2:]), told.context.dtype
-        masked = {"known": torch.zeros(x.shape, **here), "mask": torch.zeros(len(x), 1, *x.shape[2:], **here)}
+        masked = {"known": torch.zeros(x.shape, device=here), "mask": torch.zeros(len(x), 1, *x.shape[2:], device=here)}
         return Buffers(
-            history=torch.zeros(rows, *x.shape, **here),
-            asked=torch.zeros(x.shape, **here),
-            model_input=torch.empty(wide, dtype=dtype, memory_format=torch.channels_last, **here),
-            table=torch.zeros(calls, 4 + rows, **here),
-            weights=torch.zeros(calls, len(walk.told), len(x), **here),
-            shifts=torch.zeros(calls, batch if told.vector is not None else 1, len(self.fused.shift_bias), **here),
-            keys_values=torch.empty(*told.context.shape[:2], len(self.fused.kv), dtype=dtype, **here),
+            history=torch.zeros(rows, *x.shape, device=here),
+            asked=torch.zeros(x.shape, device=here),
+            model_input=torch.empty(wide, dtype=dtype, memory_format=torch.channels_last, device=here),
+            table=torch.zeros(calls, 4 + rows, device=here),
+            weights=torch.zeros(calls, len(walk.told), len(x), device=here),
+            shifts=torch.zeros(calls, batch if told.vector is not None else 1, len(self.fused.shift_bias), device=here),
+            keys_values=torch.empty(*told.context.shape[:2], len(self.fused.kv), dtype=dtype, device=here),
             known=masked if walk.known else {},
-            call=torch.zeros(1, dtype=torch.int64, **here),
+            call=torch.zeros(1, dtype=torch.int64, device=here),
         )
 
     def read(self, encoder: TextEncoder, ids: Tensor) -> Sequence[Tensor]:

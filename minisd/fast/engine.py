@@ -45,7 +45,7 @@ class Plain:
         return "plain", ""
 
     def walk(self, walk: Walk, x: Tensor, noise: Noise) -> Iterator[Moment]:
-        return moments(walk, walk.denoiser(), x, noise)
+        return moments(walk, walk.denoiser(), x, noise, "plain")
 
     def read(self, encoder: TextEncoder, ids: Tensor) -> Sequence[Tensor]:
         return encoder.hidden_states(ids)
@@ -57,13 +57,14 @@ class Plain:
         pass
 
 
-def moments(walk: Walk, denoise: Denoiser, x: Tensor, noise: Noise, ask: Denoise | None = None) -> Iterator[Moment]:
+def moments(walk: Walk, denoise: Denoiser, x: Tensor, noise: Noise, way: Way, ask: Denoise | None = None) -> Iterator[Moment]:
     """A walk by its sampler's own generator; ask: what the sampler calls in the place of the denoiser."""
     with visiting(walk.network.unet, x.device):  # type: ignore[arg-type]
         asked, before = 0, x
         steps = walk.sampler.run(ask or denoise, x, walk.levels.sigmas, noise, **walk.options)
         for latents, denoised in steps:
-            moment = Moment(latents, denoised, before, denoise.calls[asked] if asked < len(denoise.calls) else None)
+            first = denoise.calls[asked] if asked < len(denoise.calls) else None
+            moment = Moment(latents, denoised, before, first, way)
             if walk.transform:
                 latents.copy_(walk.transform(moment))  # in the sampler's own memory, so that it goes on from there
             yield moment
@@ -81,6 +82,6 @@ def engine(model: nn.Module, unet: UNet, fast: bool | None = None) -> Engine:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if not fast or next(unet.parameters()).device.type != "cuda":
         return Plain()
-    from .cuda import Cuda  # noqa: PLC0415  # which no other machine has a use for
+    from .cuda import Cuda  # which no other machine has a use for
 
     return Cuda(unet, graphs=True)

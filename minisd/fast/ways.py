@@ -25,6 +25,9 @@ from ..diffusion.samplers import Sampler
 HISTORY_BYTES = 256 << 20  # beyond, the way of the network: 100 steps of Heun over 8 pictures of SDXL would keep 400 MB
 
 
+Way = Literal["recorded", "network", "plain"]
+
+
 class Moment(NamedTuple):
     """A step of a walk."""
 
@@ -32,6 +35,7 @@ class Moment(NamedTuple):
     denoised: Tensor  # the estimate of the finished ones
     before: Tensor  # the latents that the step began from
     call: Call | None  # the first question of this step, if it asked any
+    way: Way
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,6 @@ class Walk:
         network = replace(self.network, unet=unet or self.network.unet)
         total = len(self.program.sigmas) if self.program else None
         return Denoiser(network, self.told, self.guide, self.known, self.observe, total)
-
-
-Way = Literal["recorded", "network", "plain"]
 
 
 def way(walk: Walk, x: Tensor, built: Mapping[str, type]) -> tuple[Way, str]:
@@ -93,7 +94,7 @@ def as_built(network: nn.Module) -> dict[str, type]:
     """The structure of a network that nobody has touched yet."""
     built = structure(network)
     for kind in set(built.values()):
-        FORWARDS.setdefault(kind, kind.forward)
+        FORWARDS.setdefault(kind, kind.forward)  # type: ignore[attr-defined]
     return built
 
 

@@ -35,7 +35,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
 
     q (B, L, heads*d), k and v (B, S, heads*d) -> (B, L, heads*d).  No padding mask: Stable Diffusion uses none.
     """
-    return joined_heads(F.scaled_dot_product_attention(*split_heads(heads, q, k, v), is_causal=causal))
+    q, k, v = split_heads(heads, q, k, v)
+    return joined_heads(F.scaled_dot_product_attention(q, k, v, is_causal=causal))
 
 
 def split_heads(heads: int, *tensors: Tensor) -> tuple[Tensor, ...]:

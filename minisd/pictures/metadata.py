@@ -10,43 +10,16 @@ from typing import Any
 from PIL import Image
 
 from ..errors import UsageError
+from ..options import OPTIONS, RECIPE, Option
 
-# What a recipe may hold, where it holds anything.  Ranges are checked as those of any request.
-TEXTS = [
-    "prompt", "negative_prompt", "sampler", "spacing", "device", "dtype", "prediction", "model_path", "vae_path", "refiner_path",
-    "init_image", "mask",
-]  # fmt: skip
-NUMBERS = [
-    "width", "height", "steps", "guidance_scale", "seed", "eta", "guidance_rescale", "clip_skip", "strength",
-    "image_guidance_scale", "aesthetic_score", "negative_aesthetic_score", "high_noise_frac",
-]  # fmt: skip
-PAIRS = ("original_size", "crop", "target_size")
-FLAGS = ("ema", "zero_negative")
-
-
-def is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
-
-
-def is_pair(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(is_number(each) for each in value)
-
-
-def is_flag(value: object) -> bool:
-    return isinstance(value, bool)
+HEAD = ("Steps", "Sampler", "CFG scale", "Seed")  # comes first, and is said always
 
 
 def check_kinds(path: object, recipe: Mapping[str, Any]) -> None:
     """Raises UsageError if something in a recipe, which may come from a stranger, is of another kind than minisd writes."""
-    kinds = (("a text", is_text, TEXTS), ("a number", is_number, NUMBERS), ("two numbers", is_pair, PAIRS))
-    for expected, fits, names in (*kinds, ("true or false", is_flag, FLAGS)):
-        for name in names:
-            if recipe.get(name) is not None and not fits(recipe[name]):
-                raise UsageError(f"{path}: its minisd chunk: {name}: expected {expected}, found {str(recipe[name])[:80]!r}")
+    for name, kind in RECIPE.items():
+        if recipe.get(name) is not None:
+            kind.check(f"{path}: its minisd chunk: {name}", recipe[name])
 
 
 def quote(value: object) -> str:
@@ -57,19 +30,15 @@ def quote(value: object) -> str:
 
 def parameters_text(recipe: Mapping[str, Any]) -> str:
     """The `parameters` text that A1111 writes and that other programs read (A1111 processing.py, create_infotext)."""
+    said = {option.infotext: said_of(option, recipe) for option in OPTIONS.values() if option.infotext}
     fields = {
-        "Steps": recipe["steps"],
-        "Sampler": recipe["sampler_label"],
-        "CFG scale": recipe["guidance_scale"],
-        "Seed": recipe["seed"],
+        **{name: said.pop(name) for name in HEAD},
         "Size": f"{recipe['width']}x{recipe['height']}",
         "Model hash": recipe["model_sha256"][:10] if recipe["model_sha256"] else None,
         "Model": recipe["model"].replace(",", "").replace(":", ""),
         "VAE": recipe.get("vae"),
-        "Denoising strength": recipe["strength"],
-        "Clip skip": recipe["clip_skip"],
+        **said,
         "RNG": "CPU",
-        "Eta": recipe["eta"] or None,
         "Refiner": recipe.get("refiner"),
         "Refiner switch at": recipe["high_noise_frac"] if recipe.get("refiner") else None,
         **compared_text(recipe),
@@ -78,6 +47,12 @@ def parameters_text(recipe: Mapping[str, Any]) -> str:
     last = ", ".join(f"{name}: {quote(value)}" for name, value in fields.items() if value is not None)
     negative = f"\nNegative prompt: {recipe['negative_prompt']}" if recipe["negative_prompt"] else ""
     return f"{recipe['prompt']}{negative}\n{last}"
+
+
+def said_of(option: Option, recipe: Mapping[str, Any]) -> object:
+    """An option's value as A1111 writes it; None where it says nothing of it."""
+    value = recipe["sampler_label"] if option.name == "sampler" else recipe[option.name]
+    return None if option.infotext not in HEAD and value in (None, 0) else value
 
 
 def compared_text(recipe: Mapping[str, Any]) -> dict[str, str]:

@@ -16,28 +16,21 @@ from typing import Any
 
 from PIL import Image
 
-from ..diffusion.schedule import TRAINING_STEPS
 from ..errors import CheckpointError, MinisdError, NonFiniteError, OutOfMemoryError, UsageError, shown
 from ..files.checkpoint import open_checkpoint
 from ..files.recognition import recognise
 from ..library.names import resolve
 from ..library.places import tiny_checkpoint
+from ..options import AXES, MAX_IMAGES, TEXT, checked
 from ..pictures.grids import labelled_grid
 from ..pictures.image import save_png
 from ..pipeline import Pipeline, file_facts, load
-from ..request import MAX_IMAGES, MAX_SIDE, RANDOM_SEEDS, Request, repeat, settle, whole
+from ..request import RANDOM_SEEDS, Request, repeat, request_of, settle
 from ..result import Result, Step, finish
 
 MAX_PIXELS = 150_000_000  # of all cells; Pillow refuses to open a picture of more than 179 million
 
-# What may be compared: (the field of Request, what its values are, what A1111 calls it in the text of an X/Y/Z plot).
-AXES: dict[str, tuple[str, type, str]] = {
-    "model": ("", str, "Checkpoint name"),
-    "seed": ("seed", int, "Seed"),
-    "sampler": ("sampler", str, "Sampler"),
-    "steps": ("steps", int, "Steps"),
-    "cfg": ("guidance_scale", float, "CFG Scale"),
-}
+NAMES = ("model", *AXES)  # of what may be compared
 LEFT_OPEN = ("width", "height", "spacing")  # options that every checkpoint and sampler settles for itself where nobody does
 FAILED = {NonFiniteError: "NaN", OutOfMemoryError: "out of memory"}  # what stands in the place of a picture
 
@@ -58,15 +51,15 @@ class Axis:
     @classmethod
     def checked(cls, name: object, values: object) -> Axis:
         """An axis whose values are all of its kind.  Raises UsageError."""
-        known = AXES.get(name) if isinstance(name, str) else None
-        if known is None:
-            raise UsageError(f"axis: expected one of {', '.join(AXES)}, such as steps=10,20, found {shown(str(name), 100)!r}")
+        if name not in NAMES:
+            raise UsageError(f"axis: expected one of {', '.join(NAMES)}, such as steps=10,20, found {shown(str(name), 100)!r}")
+        kind = AXES[str(name)].kind if name != "model" else TEXT
         try:
-            converted = tuple(known[1](str(value)) for value in values) if isinstance(values, list | tuple) else ()
+            converted = tuple(kind.parse(str(value)) for value in values) if isinstance(values, list | tuple) else ()
         except ValueError:
             converted = ()
         if not converted or "" in converted:
-            expected = f"{name}=A,B,… with {'names' if known[1] is str else 'numbers'}"
+            expected = f"{name}=A,B,… with {'names' if kind.parse is str else 'numbers'}"
             raise UsageError(f"axis: expected {expected}, found {shown(f'{name}={values}', 100)!r}")
         return cls(str(name), converted)
 
@@ -119,10 +112,7 @@ def compare(
     NaN or too little memory for some cells does not end the others; if no cell has a picture, the first error is raised.
     Raises UsageError and CheckpointError, as far as headers tell before anything is drawn.
     """
-    unknown = more.keys() - Request.__dataclass_fields__.keys()
-    if unknown:
-        raise UsageError(f"{', '.join(sorted(unknown))}: unknown; expected options of minisd.request.Request")
-    cells = settle_cells(Request(prompt, **more), models, seeds, x, y)
+    cells = settle_cells(request_of((prompt,), more), models, seeds, x, y)
     return finish(stream(cells, partial(load, device=device, dtype=dtype, offload=offload)))
 
 
@@ -151,7 +141,7 @@ def draw(
     """
     pipe = open_model(model)
     for request in requests.values():  # a wrong one is told before any is drawn
-        settle(request, pipe.facts())
+        settle(request, pipe.capabilities())
     found: dict[int, Result | MinisdError] = {}
     for i, request in requests.items():
         try:
@@ -207,7 +197,7 @@ def settle_cells(
         raise UsageError(f"compare: expected at most {MAX_IMAGES:,} cells, found {len(x.values) * len(y.values):,}")
     everywhere = {"model": path_of(models[0] if models else None), "seed": seeds[0] if seeds else seed}
     combinations: list[dict[str, Any]] = [everywhere | {x.name: column, y.name: row} for row in y.values for column in x.values]
-    fields = [{AXES[name][0]: value for name, value in each.items() if name != "model"} for each in combinations]
+    fields = [{AXES[name].name: value for name, value in each.items() if name != "model"} for each in combinations]
     cells = Cells(x, y, [each["model"] for each in combinations], [replace(request, **each) for each in fields])
     check_models(cells)
     return cells
@@ -248,10 +238,8 @@ def check_models(cells: Cells) -> None:
 
 
 def check_size(request: Request) -> None:
-    whole("steps", request.steps, 1, TRAINING_STEPS - 1)
-    for name in ("width", "height"):
-        if getattr(request, name) is not None:
-            whole(name, getattr(request, name), 8, MAX_SIDE)
+    for name in ("steps", "width", "height"):
+        checked(name, getattr(request, name))
 
 
 def labels(axis: Axis) -> list[str]:
@@ -268,7 +256,11 @@ def labels(axis: Axis) -> list[str]:
 def recipe_of(cells: Cells, first: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe of the first picture, with what changes from cell to cell."""
     axes = {
-        name: {"name": axis.name, "type": AXES[axis.name][2], "values": labels(axis) if axis.name == "model" else axis.values}
+        name: {
+            "name": axis.name,
+            "type": "Checkpoint name" if axis.name == "model" else AXES[axis.name].axis,
+            "values": labels(axis) if axis.name == "model" else axis.values,
+        }
         for name, axis in (("x", cells.x), ("y", cells.y))
     }
     models = [file_facts("model", open_checkpoint(path)) for path in dict.fromkeys(cells.models)]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..denoiser import Steps
-from ..levels import LevelWish
+from ..levels import AS_THEY_COME, LevelWish
 from .one_step import ddim, euler
 
 
@@ -17,7 +17,7 @@ class Sampler:
 
     run: Callable[..., Steps]  # (denoise, x, sigmas, noise, *, options)
     label: str  # the name in A1111's parameters text
-    wish: LevelWish = LevelWish()
+    wish: LevelWish = AS_THEY_COME
 
     @property
     def options(self) -> Mapping[str, object]:

@@ -1,0 +1,53 @@
+"""`minisd again PICTURE.png`: the same picture, from the recipe that it carries."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .draw import as_grid, report
+from .models import compare_again
+from .options import Parser, add_device, check_output
+
+
+def parser() -> Parser:
+    made = Parser(prog="minisd again", description="Make a picture again from the recipe in its minisd chunk.")
+    made.add_argument("picture", type=Path, metavar="PICTURE.png")
+    made.add_argument(
+        "-o", "--output", type=Path, metavar="PNG", help="where to (default: PICTURE-again.png in the working folder)"
+    )
+    files = made.add_argument_group("files that are no longer at the recorded paths")
+    files.add_argument("-m", "--model", metavar="FILE", help="the checkpoint, or its name in minisd models")
+    files.add_argument("--vae", metavar="FILE", action="append", help="the VAE that took the place of the checkpoint's")
+    files.add_argument("--refiner", metavar="FILE", help="the checkpoint that finished it")
+    files.add_argument("--init", dest="init_image", metavar="PICTURE", help="the picture that it was drawn over")
+    files.add_argument("--mask", metavar="PICTURE", help="the mask that it was drawn under")
+    add_device(made)
+    return made
+
+
+def again(args: argparse.Namespace) -> int:
+    from ..pictures.metadata import read_recipe
+
+    recipe = read_recipe(args.picture)
+    output = check_output(args.output, Path(f"{args.picture.stem}-again.png"))
+    if "compare" in recipe:
+        return compare_again(recipe, output, args)
+    from ..pictures.grids import grid
+    from ..pipeline import load
+    from ..request import repeat
+    from ..result import with_bar
+
+    common: dict[str, Any] = {"device": args.device or recipe.get("device"), "dtype": args.dtype or recipe.get("dtype")}
+    common |= {"offload": args.offload}
+    how: dict[str, Any] = {"prediction": recipe.get("prediction"), "ema": recipe.get("ema") is True}
+    pipe = load(args.model or recipe.get("model_path"), vae=args.vae or recipe.get("vae_path"), **common, **how)
+    refiner = args.refiner or recipe.get("refiner_path")
+    request = repeat(recipe, pipe.checkpoint.path, {"init_image": args.init_image, "mask": args.mask})
+    result = with_bar(pipe.stream(request, refiner=load(refiner, **common) if refiner else None), hidden=None)
+    if "grid" in recipe:
+        sheet = grid(result.images)
+        result = replace(result, images=[sheet], seeds=result.seeds[:1], metadata=[as_grid(result)])
+    return report(result, output, args)

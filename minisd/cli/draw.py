@@ -1,0 +1,135 @@
+"""`minisd "PROMPT"`, or in full `minisd draw "PROMPT"`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MinisdError, UsageError
+from .options import Parser, add_device, add_options, check_distinct, check_output, one_line, request_of, undisturbed
+
+if TYPE_CHECKING:
+    from ..pipeline import Pipeline
+    from ..result import Result, Step
+
+
+def parser() -> Parser:
+    made = Parser(prog="minisd draw", description="Draw a picture with a Stable Diffusion checkpoint.")
+    made.add_argument("prompt", metavar="PROMPT", help="what the picture should show")
+    made.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="PNG",
+        help="where to, over what is there (default: out.png, or the next free out-2.png, …)",
+    )
+    made.add_argument("--grid", type=Path, metavar="PNG", help="also all of them in one picture")
+    made.add_argument("--preview", type=Path, metavar="PNG", help="show the picture in the making in this file, step by step")
+    add_files(made)
+    add_options(made)
+    add_device(made)
+    return made
+
+
+def add_files(parser: argparse.ArgumentParser) -> None:
+    files = parser.add_argument_group("model files")
+    files.add_argument("-m", "--model", metavar="FILE", help="a checkpoint, or its name in minisd models (default: tiny)")
+    files.add_argument(
+        "--vae", metavar="FILE", action="append", help="the VAE of another file; TAESD's two halves: --vae A --vae B"
+    )
+    files.add_argument("--refiner", metavar="FILE", help="a second checkpoint that finishes what the first began")
+    files.add_argument("--ema", action="store_true", help="draw with the moving average of the weights, where the file has it")
+    files.add_argument("--prediction", metavar="NAME", help="epsilon or v, where the file does not say which")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    made = parser()
+    args, more = made.parse_known_args(argv)
+    if more:  # often words of a prompt without quotes
+        options = [word for word in more if word.startswith("-")]
+        found = f"expected one text, found more words, {' '.join(more)!r}: put the prompt into quotes"
+        made.error(f"unrecognized arguments: {' '.join(more)}" if options else found)
+    return args
+
+
+def draw(args: argparse.Namespace) -> int:
+    output = settled_output(args)
+    from ..pictures.grids import grid
+    from ..pictures.image import save_png
+    from ..pipeline import load
+    from ..result import Interrupted, with_bar
+
+    pipe = load(args.model, args.device, args.dtype, args.vae, args.prediction, args.offload, args.ema)
+    args.refiner = load(args.refiner, args.device, args.dtype, offload=args.offload) if args.refiner else None
+    look = Preview(pipe, args.preview) if args.preview else None
+    try:
+        result = with_bar(pipe.stream(request_of(args.prompt, args)), look, hidden=None)
+    except (Interrupted, MinisdError) as stop:
+        if stop.result is not None:
+            report(stop.result, output, args)
+            print(f"minisd: of {args.num_images} pictures {len(stop.result.images)} are finished", file=sys.stderr)
+        raise
+    status = report(result, output, args)
+    if args.grid:
+        save_png(grid(result.images), args.grid, as_grid(result))
+    return status
+
+
+def settled_output(args: argparse.Namespace) -> Path:
+    """Where the pictures go, once every name is found to be free for it.  Raises UsageError, OutputError."""
+    output = check_output(args.output, Path("out.png"))
+    from ..options import MAX_IMAGES
+    from ..result import numbered_paths
+
+    own = numbered_paths(args.output, min(args.num_images, MAX_IMAGES)) if args.output else []
+    named = [*own, *(path for path in (args.grid, args.preview) if path)]
+    for path in named:
+        check_output(path, path)
+    check_distinct(named, [args.init_image, args.mask])
+    if args.grid and not args.output and re.fullmatch(r"out(-\d+)?\.png", args.grid.name):
+        raise UsageError(f"--grid {args.grid}: is a name that pictures take when nobody names them; choose another, or give -o")
+    return output
+
+
+def as_grid(result: Result) -> dict[str, Any]:
+    """The recipe of a grid: that of its first picture, and how many there are."""
+    return result.metadata[0] | {"grid": len(result.images)}
+
+
+class Preview:
+    """Shows the picture in the making in a file, no more often than the eye wants."""
+
+    def __init__(self, pipe: Pipeline, path: Path) -> None:
+        self.pipe, self.path, self.drawn = pipe, path, time.monotonic()
+
+    def __call__(self, step: Step) -> None:
+        from ..pictures.image import save_png
+
+        if time.monotonic() - self.drawn >= 0.5:  # seconds
+            try:
+                save_png(self.pipe.preview(step.denoised)[0], self.path, None)
+            except MinisdError as error:  # the picture itself may still come out
+                warnings.warn(f"no previews: {one_line(error)}", stacklevel=2)
+                self.drawn = math.inf
+                return
+            self.drawn = time.monotonic()
+
+
+def report(result: Result, output: Path, args: argparse.Namespace) -> int:
+    paths = []
+    with undisturbed():  # what is drawn is written, and said, before Ctrl-C has its way
+        for path in result.saved(output, replace=args.output is not None):
+            paths.append(str(path))
+            if not args.json:
+                print(path)
+        if args.json:
+            print(json.dumps({"images": paths, "seeds": result.seeds, "metadata": result.metadata}))
+    return 0

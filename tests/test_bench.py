@@ -200,7 +200,7 @@ def test_every_part_of_all_is_a_command():
 
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
-    main(["kernels", "guided_step", *CPU, "--plot", str(tmp_path / "x.png")])
+    main(["kernels", "linear_step", *CPU, "--plot", str(tmp_path / "x.png")])
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 

@@ -195,6 +195,5 @@ def test_help_and_inspect_do_not_import_torch(reduced_file):
 
 
 def test_version(capsys):
-    with pytest.raises(SystemExit):
-        main(["--version"])
-    assert capsys.readouterr().out == f"minisd {minisd.__version__}\n"
+    assert main(["--version"]) == main(["-V"]) == 0
+    assert capsys.readouterr().out == f"minisd {minisd.__version__}\n" * 2

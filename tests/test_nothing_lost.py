@@ -157,7 +157,7 @@ def test_a_source_that_is_replaced_is_told(capsys):
 def test_ctrl_c_keeps_the_pictures_that_are_finished(tiny, monkeypatch, capsys):
     request = Request("a star", steps=2, width=32, height=32, seed=5, num_images=4)
     wanted = finish(tiny.stream(request))
-    steps = type(tiny).sample
+    steps = type(tiny.engine).walk
     calls = []
 
     def stopping(self, *given):
@@ -167,7 +167,7 @@ def test_ctrl_c_keeps_the_pictures_that_are_finished(tiny, monkeypatch, capsys):
                 raise KeyboardInterrupt
             yield step
 
-    monkeypatch.setattr(type(tiny), "sample", stopping)
+    monkeypatch.setattr(type(tiny.engine), "walk", stopping)
     with pytest.raises(Interrupted) as stop:
         finish(tiny.stream(request))
     result = stop.value.result

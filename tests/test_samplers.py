@@ -99,4 +99,4 @@ def test_samples_of_a_gaussian_have_its_variance(eta):
 
 def test_registry():
     assert set(SAMPLERS) == {"euler", "ddim"}
-    assert all(sampler.spacing in SPACINGS for sampler in SAMPLERS.values())
+    assert all(sampler.wish.spacing in SPACINGS for sampler in SAMPLERS.values())

@@ -3,7 +3,8 @@
 Most samplers are linear: where they ask the network, and what they hand back, are sums of the starting latents, the noise that
 they drew and the estimates that they were given, with coefficients that depend on the noise levels alone.  So the sampler's own
 generator is run once with unit vectors in the place of those three: what it asks at and what it yields are then the
-coefficients themselves.  Run once more with random vectors it must keep to them, or it is not linear.
+coefficients themselves.  Run again with random vectors, small and large, it must keep to them, or it is not linear; and it must
+not ask what the numbers are that it was given, or its course could be another next time.
 
     asked_i = questions_i . history        history: x, then noise and estimates in the order in which they come, a row each
     x_s     = latents_s . history
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,32 @@ from torch import Tensor
 from .denoiser import Steps
 
 MAX_ROWS = 4096  # of history: four calls a step at the most steps that may be asked for
+SCALES = (1e-3, 1.0, 1e4)  # of the random vectors: what is cut off somewhere in between is found out
 TOLERANCE = 1e-9  # in float64, relative to the largest of the vectors
+# What tells a program the numbers of a tensor, so that it can depend on them other than by arithmetic.
+TELLING = {
+    "item",
+    "tolist",
+    "numpy",
+    "equal",
+    "allclose",
+    "is_nonzero",
+    "__bool__",
+    "__float__",
+    "__int__",
+    "__index__",
+    "__array__",
+}
+
+
+class Blind(Tensor):
+    """A tensor that is added to and scaled, and does not say what its numbers are; nor does what is made of it."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") in TELLING:
+            raise ValueError("the steps depend on what the network answers")
+        return super().__torch_function__(function, types, args, kwargs or {})
 
 
 @dataclass(frozen=True)
@@ -72,43 +99,57 @@ def program(sampler: Callable[..., Steps], sigmas: Tensor, **options: object) ->
     # Four numbers a vector, and not one, so that what looks at norms or quantiles of x is found out.
     numbers = torch.randn(MAX_ROWS, 4, generator=generator, dtype=torch.float64)
     try:
-        by_chance = run(sampler, levels, numbers, options)
-        by_unit = run(sampler, levels, torch.eye(len(by_chance.rows) + 1, dtype=torch.float64), options)
+        by_chance = {scale: run(sampler, levels, numbers * scale, options) for scale in SCALES}
+        by_unit = run(sampler, levels, torch.eye(len(by_chance[1.0].rows) + 1, dtype=torch.float64), options)
     except Exception:  # whatever it is: the plain way meets it again, and says so
         return None
-    if not by_chance.same(by_unit) or not by_unit.latents:
+    if not by_unit.latents or not all(follows(course, by_unit, numbers * scale) for scale, course in by_chance.items()):
         return None
-    for coefficients, values in zip(tables(by_unit), tables(by_chance), strict=True):
-        told = coefficients @ numbers[: coefficients.shape[1]]
-        if not (told - values).abs().max() <= TOLERANCE * values.abs().max().clamp(min=1.0):
-            return None
     draws = tuple((row, each) for row, each in enumerate(by_unit.rows, start=1) if isinstance(each, Draw))
     estimates = tuple(row for row, each in enumerate(by_unit.rows, start=1) if not isinstance(each, Draw))
     levels_asked = torch.tensor(by_unit.sigmas, dtype=torch.float64)
     return Program(levels_asked, *tables(by_unit), tuple(by_unit.done), estimates, draws)
 
 
+def follows(course: Course, by_unit: Course, vectors: Tensor) -> bool:
+    """Whether a run over these vectors (R, n) did what the coefficients say."""
+    if not course.same(by_unit):
+        return False
+    for coefficients, values in zip(tables(by_unit), tables(course), strict=True):
+        told = coefficients @ vectors[: coefficients.shape[1]]
+        if not (told - values).abs().max() <= TOLERANCE * vectors.abs().max() * coefficients.abs().max().clamp(min=1.0):
+            return False
+    return True
+
+
 def run(sampler: Callable[..., Steps], sigmas: Tensor, vectors: Tensor, options: dict[str, object]) -> Course:
     """One run over vectors (R, n), taken one after the other as latents (1, 1, 1, n)."""
     course = Course()
 
+    def blind(row: int) -> Tensor:
+        return vectors[row].view(1, 1, 1, -1).clone().as_subclass(Blind)
+
     def following(what: Draw | int) -> Tensor:
         course.rows.append(what)
-        return vectors[len(course.rows)].view(1, 1, 1, -1).clone()
+        return blind(len(course.rows))
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         course.sigmas.append(float(sigma))
-        course.questions.append(x.detach().clone())
+        course.questions.append(seen(x))
         return following(len(course.sigmas) - 1)
 
     def noise(sigma: float, next_sigma: float) -> Tensor:
         return following(Draw(float(sigma), float(next_sigma)))
 
-    for x, denoised in sampler(denoise, vectors[0].view(1, 1, 1, -1).clone(), sigmas, noise, **options):
-        course.latents.append(x.detach().clone())
-        course.denoised.append(denoised.detach().clone())
+    for x, denoised in sampler(denoise, blind(0), sigmas, noise, **options):
+        course.latents.append(seen(x))
+        course.denoised.append(seen(denoised))
         course.done.append(len(course.sigmas))
     return course
+
+
+def seen(x: Tensor) -> Tensor:
+    return x.detach().as_subclass(Tensor).clone()
 
 
 def tables(course: Course) -> tuple[Tensor, Tensor, Tensor]:

@@ -152,10 +152,11 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor, phases: Tensor | None
 
 
 def linear_step(
-    history: Tensor, asked: Tensor, prediction: Tensor, model_input: Tensor, *tables: Tensor, **known: Tensor
-) -> None:
+    history: Tensor, asked: Tensor, prediction: Tensor, weights: Tensor, table: Tensor, call: Tensor, model_input: Tensor,
+    **known: Tensor,
+) -> None:  # fmt: skip
     """Guidance and one call of the sampler, in place: see kernels/linear_step.py."""
-    arguments = (history, asked, prediction, *tables, model_input)
+    arguments = (history, asked, prediction, weights, table, call, model_input)
     if takes("linear_step", history, prediction, model_input):
         kernels().linear_step(*arguments, **known)
         return

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from families import SMALL
 
 import minisd
 from minisd.bench import everything, networks, peers, steps
-from minisd.bench.report import Report, write_json
+from minisd.bench.report import Report, seconds_of, write_json
 from minisd.bench.roofline import class_of
 from minisd.bench.summary import summary
 from minisd.bench.timing import Clock
@@ -47,6 +48,60 @@ def test_kernels(tmp_path, capsys):
     assert {row["variant"] for row in found} == {"minisd", "PyTorch"}
     assert all("error_text" not in row and row["error"] < 1e-6 for row in found)
     assert all((row["time_us"] is None) == (row["variant"] == "minisd") for row in found)  # an interpreter is not timed
+
+
+QUARTER = {"s": 0.25, "ms": 250.0, "us": 250_000.0}
+
+
+@pytest.fixture
+def slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything takes a quarter of a second."""
+
+    def quarter(self: Clock, run):
+        run()
+        return 0.25
+
+    for name in ("seconds", "once", "back_to_back", "replayed"):
+        monkeypatch.setattr(Clock, name, quarter)
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [
+        (["kernels", "geglu"], "time_us"),
+        (["unet", "--peers", "eager"], "time_ms"),
+        (["image", "--checkpoint", "tiny", "--peers", ""], "time_s"),
+    ],
+)
+def test_a_key_names_the_unit_of_its_number(part, key, little, slow_clock, tmp_path):
+    main([*part, *CPU, "--json", str(tmp_path / "x.json")])
+    known = ("PyTorch", "minisd, whole step as drawn", "diffusers, eager", "minisd, prompt to uint8")
+    found = [row for row in rows(tmp_path / "x.json") if row.get("variant", row["label"]) in known]
+    assert found
+    assert {row[key] for row in found} == {QUARTER[key[5:]]}
+
+
+def test_a_roofline_is_in_the_units_that_it_says(little, slow_clock, tmp_path):
+    start = time.perf_counter()
+    main(["roofline", *CPU, "--json", str(tmp_path / "x.json")])
+    took = time.perf_counter() - start
+    found = {row["label"]: row for row in rows(tmp_path / "x.json")}
+    assert found["all"]["floor_us"] == pytest.approx(found["all"]["GFLOP"] * 1e9 / (2 * 1024**3 / 0.25) * 1e6)
+    assert took * 1e6 / 1000 < found["all"]["time_us"] < took * 1e6
+    assert found["convolution"]["left_us"] == pytest.approx(
+        max(0.0, found["convolution"]["time_us"] - found["convolution"]["floor_us"])
+    )
+
+
+def test_times_are_given_in_seconds_and_read_in_seconds(tmp_path):
+    report = Report(CLOCK, tmp_path / "x.json")
+    report.table("title", ("time us", "first s", "floor ms", "GB/s", "to ours"))
+    report.add("a", time=0.002, first=3.0, floor=0.004, to_ours=2.0, **{"GB/s": 5.0})
+    wanted = {"label": "a", "time_us": 2000.0, "first_s": 3.0, "floor_ms": 4.0, "to_ours": 2.0, "GB/s": 5.0}
+    assert rows(tmp_path / "x.json") == [wanted]
+    assert [seconds_of(wanted, name) for name in ("time", "first", "floor", "to_ours")] == [0.002, 3.0, 0.004, None]
+    with pytest.raises(ValueError, match="expected values for time, first, floor, GB/s, to_ours, found time_us"):
+        report.add("b", time_us=0.002)
 
 
 def test_unet_against_diffusers(little, tmp_path):
@@ -98,10 +153,10 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(tmp_path, capsys):
     report.table("title", ("time ms",))
     with report.attempt("bad"):
         raise RuntimeError("no\nsecond line")
-    report.add("good", time_ms=0.5)
+    report.add("good", time=0.5)
     assert rows(tmp_path / "x.json") == [
         {"label": "bad", "error_text": "RuntimeError: no"},
-        {"label": "good", "time_ms": 0.5},
+        {"label": "good", "time_ms": 500.0},
     ]
     assert "500.000" in capsys.readouterr().out
 
@@ -145,26 +200,26 @@ def test_summary_takes_the_best_of_what_was_measured():
         return {"label": label} | values
 
     name = "SD 1.5 UNet step, batch 2, 64x64 latents, float16, x"
-    floor = row("the plain form's arithmetic alone", time_ms=0.002)
-    ours = row("minisd, fused", time_ms=0.006), row("minisd, whole step as drawn", time_ms=0.005)
-    eager, graph = row("diffusers, eager", time_ms=0.04), row("diffusers in a CUDA graph", time_ms=0.01)
+    floor = row("the plain form's arithmetic alone", time_ms=2.0)
+    ours = row("minisd, fused", time_ms=6.0), row("minisd, whole step as drawn", time_ms=5.0)
+    eager, graph = row("diffusers, eager", time_ms=40.0), row("diffusers in a CUDA graph", time_ms=10.0)
     tables = [
         table(name, *ours, floor, eager, graph),
-        table(name, row("minisd, fused", time_ms=0.004), row("diffusers, torch.compile", error_text="no")),
-        table(name, row("minisd, fused", time_ms=0.004), floor, row("diffusers, torch.compile", time_ms=0.006)),
-        table("attention, float16: x", row("SDXL self d=64 64x64", variant="minisd", time_us=2e-4, of_ceiling=0.5),
-              row("SDXL self d=64 64x64", variant="cuDNN", time_us=1e-4),
-              row("SDXL self d=64 64x64", variant="64x64x4x2", time_us=1e-5)),
+        table(name, row("minisd, fused", time_ms=4.0), row("diffusers, torch.compile", error_text="no")),
+        table(name, row("minisd, fused", time_ms=4.0), floor, row("diffusers, torch.compile", time_ms=6.0)),
+        table("attention, float16: x", row("SDXL self d=64 64x64", variant="minisd", time_us=200.0, of_ceiling=0.5),
+              row("SDXL self d=64 64x64", variant="cuDNN", time_us=100.0),
+              row("SDXL self d=64 64x64", variant="64x64x4x2", time_us=10.0)),
         table("opening a 2 GB file", row("minisd, float16", time_s=0.5, **{"GB/s": 4.0})),
     ]  # fmt: skip
-    found = dict(summary(tables))
+    found = dict(summary(tables))  # in seconds
     step = found["SD 1.5 UNet step"]  # each peer against ours of its own run
-    assert (step["time_ms"], step["floor_ms"], step["best_peer_ms"]) == (0.004, 0.002, 0.006)
-    assert (step["to_ours"], step["which_peer"]) == (1.5, "diffusers, torch.compile")
-    assert dict(summary(tables[:2]))["SD 1.5 UNet step"]["to_ours"] == 2.0
+    assert (step["time"], step["floor"], step["best_peer"]) == pytest.approx((0.004, 0.002, 0.006))
+    assert (step["to_ours"], step["which_peer"]) == (pytest.approx(1.5), "diffusers, torch.compile")
+    assert dict(summary(tables[:2]))["SD 1.5 UNet step"]["to_ours"] == pytest.approx(2.0)
     kernel = found["attention SDXL self d=64 64x64"]
-    assert (kernel["floor_ms"], kernel["which_peer"], kernel["to_ours"]) == (1e-4, "cuDNN", 0.5)
-    assert found["opening an SD 1.5 file at 4 GB/s"] == {"time_ms": 0.5, "floor_ms": None}
+    assert (kernel["floor"], kernel["which_peer"], kernel["to_ours"]) == (pytest.approx(1e-4), "cuDNN", pytest.approx(0.5))
+    assert found["opening an SD 1.5 file at 4 GB/s"] == {"time": 0.5, "floor": None}
     assert len(found) == 3
 
 
@@ -176,7 +231,7 @@ def test_summary_finds_the_rows_that_bench_writes(little, tmp_path):
     ((label, values),) = summary(tables)
     assert label == "SD 1.5 UNet step"
     assert values["which_peer"] == "diffusers, eager"
-    assert 0 < values["floor_ms"] < values["time_ms"]
+    assert 0 < values["floor"] < values["time"]
     from minisd.bench.summary import SHAPES
     from minisd.models.ops import kernels
 

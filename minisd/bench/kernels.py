@@ -54,7 +54,7 @@ def bench_kernel(report: Report, name: str, full: bool, tiles: bool) -> None:
                         rates = {"TB/s": traffic / seconds / 1e12, "TFLOP/s": flops / seconds / 1e12}
                         rates["of_ceiling"] = clock.floor(flops, traffic) / seconds
                     ratio = seconds / ours if ours and seconds else None
-                    report.add(shape.label, variant=variant, time_us=seconds, error=error, to_ours=ratio, **rates)
+                    report.add(shape.label, variant=variant, time=seconds, error=error, to_ours=ratio, **rates)
 
 
 def variants(name: str, shape: Any, arguments: dict[str, Any], device: torch.device, tiles: bool) -> dict[str, Run]:

@@ -107,11 +107,11 @@ def bench(report: Report, args: Any) -> None:
     for kind in kinds:
         time, floor = seconds.get(kind, 0.0), floors[kind]
         counts = {"GFLOP": work.flops[kind] / 1e9, "MB": work.bytes[kind] / 1e6}
-        report.add(kind, launches=launches.get(kind, 0), time_us=time, floor_us=floor, left_us=max(0.0, time - floor), **counts)
+        report.add(kind, launches=launches.get(kind, 0), time=time, floor=floor, left=max(0.0, time - floor), **counts)
     total = sum(seconds.values())
     flops = sum(work.flops.values())
-    report.add("all", launches=sum(launches.values()), time_us=total, floor_us=flops / clock.matmul_rate, GFLOP=flops / 1e9)
+    report.add("all", launches=sum(launches.values()), time=total, floor=flops / clock.matmul_rate, GFLOP=flops / 1e9)
     report.note("the floor of all is that of its operations alone: fused perfectly, nothing else need be read or written")
     report.table("the same step, kernel by kernel: the 30 that take longest", ("launches", "time us"))
     for name, (time, count) in sorted(names.items(), key=lambda item: -item[1][0])[:30]:
-        report.add(name[:44], launches=count, time_us=time)
+        report.add(name[:44], launches=count, time=time)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-Row = dict[str, Any]
+from .report import Row, seconds_of
+
 COLUMNS = ("time ms", "floor ms", "best peer ms", "to ours", "which peer")
 
 # Rows of `bench kernels`: kernel, shape.
@@ -38,13 +39,13 @@ def summary(tables: list[dict[str, Any]]) -> Iterator[tuple[str, Row]]:
             "cold process to a picture on disk, no kernel cache",
             "the same, kernels in the cache",
         ):
-            times = times_of(rows, "time_s")
+            times = times_of(rows)
             peers = theirs(times) if "prompt" in label else {}
             yield from hardest(f"SD 1.5: {label}", [compared(times.get(label), None, peers)])
     for rows in tables_of(tables, "opening a "):
-        ours = next((row for row in rows if row["label"].startswith("minisd") and row.get("time_s")), None)
+        ours = next((row for row in rows if row["label"].startswith("minisd") and seconds_of(row, "time")), None)
         if ours:
-            values = compared(ours["time_s"], None, theirs(times_of(rows, "time_s")))
+            values = compared(seconds_of(ours, "time"), None, theirs(times_of(rows)))
             yield from hardest(f"opening an SD 1.5 file at {ours['GB/s']:.3g} GB/s", [values])
 
 
@@ -53,8 +54,9 @@ def tables_of(tables: list[dict[str, Any]], title: str) -> list[list[Row]]:
     return [[row for row in table["rows"] if "error_text" not in row] for table in tables if table["title"].startswith(title)]
 
 
-def times_of(rows: list[Row], column: str) -> dict[str, float]:
-    return {row["label"]: row[column] for row in rows if row.get(column)}
+def times_of(rows: list[Row], name: str = "label") -> dict[str, float]:
+    """The seconds of each row that has a time, by its label or another of its values."""
+    return {row[name]: seconds for row in rows if (seconds := seconds_of(row, "time"))}
 
 
 def theirs(times: dict[str, float]) -> dict[str, float]:
@@ -62,27 +64,27 @@ def theirs(times: dict[str, float]) -> dict[str, float]:
 
 
 def network(rows: list[Row]) -> Row:
-    times = times_of(rows, "time_ms")
+    times = times_of(rows)
     ours = next((times[label] for label in OURS if label in times), None)
     return compared(ours, times.get(FLOOR), theirs(times))
 
 
 def one_kernel(rows: list[Row]) -> Row:
-    times = {row["variant"]: row["time_us"] for row in rows if row.get("time_us")}
+    times = times_of(rows, "variant")
     ours = times.pop("minisd", None)
-    share = next((row["of_ceiling"] for row in rows if row["variant"] == "minisd" and row.get("time_us")), None)
+    share = next((row.get("of_ceiling") for row in rows if row["variant"] == "minisd"), None)
     library = {variant: time for variant, time in times.items() if not variant[0].isdigit()}  # without other tiles of ours
     return compared(ours, ours * share if ours and share else None, library)
 
 
 def compared(ours: float | None, floor: float | None, peers: dict[str, float]) -> Row:
-    """A row of the summary; nothing in it where ours was not measured."""
+    """A row of the summary, from seconds; nothing in it where ours was not measured."""
     if ours is None:
         return {}
-    values: Row = {"time_ms": ours, "floor_ms": floor}
+    values: Row = {"time": ours, "floor": floor}
     if peers:
         best = min(peers, key=lambda name: peers[name])
-        values |= {"best_peer_ms": peers[best], "to_ours": peers[best] / ours, "which_peer": best}
+        values |= {"best_peer": peers[best], "to_ours": peers[best] / ours, "which_peer": best}
     return values
 
 

@@ -14,9 +14,9 @@ from families import SMALL
 
 import minisd
 from minisd.bench import everything, networks, peers, steps
+from minisd.bench.everything import summary
 from minisd.bench.report import Report, seconds_of, write_json
 from minisd.bench.roofline import class_of
-from minisd.bench.summary import summary
 from minisd.bench.timing import Clock
 from minisd.cli.bench import bench as main
 from minisd.models.family import UNET
@@ -232,10 +232,9 @@ def test_summary_finds_the_rows_that_bench_writes(little, tmp_path):
     assert label == "SD 1.5 UNet step"
     assert values["which_peer"] == "diffusers, eager"
     assert 0 < values["floor"] < values["time"]
-    from minisd.bench.summary import SHAPES
     from minisd.models.ops import kernels
 
-    for kernel, shape in SHAPES:
+    for kernel, shape in everything.SHAPES:
         assert any(each.label == shape for each in kernels().KERNELS[kernel].SHAPES), shape
 
 

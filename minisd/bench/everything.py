@@ -21,7 +21,6 @@ import torch
 
 from ..errors import UsageError
 from ..models.ops import kernels
-from ..system.device import name_of
 from .networks import MODELS, random_checkpoint
 from .report import Report, Row, seconds_of, write_json
 from .steps import FLOOR
@@ -64,8 +63,8 @@ def bench(report: Report, args: Any) -> None:
     if args.json is None:
         raise UsageError("bench all: expected --json FILE, where the figures go as they come")
     clock, end = report.clock, time.monotonic() + 60 * args.minutes
-    common = ["--device", str(clock.device), "--dtype", name_of(clock.dtype), "--repeats", str(args.repeats)]
-    common += ["--full"] if args.full else []
+    common = ["--device", str(clock.device), "--repeats", str(args.repeats), *(["--full"] if args.full else [])]
+    common += ["--dtype", args.dtype] if args.dtype else []  # the default is not the same for all parts
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sd15.safetensors"
         try:

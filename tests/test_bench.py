@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from families import SMALL
+from helpers import write_holes
 
 import minisd
-from minisd.bench import everything, networks, peers, steps
-from minisd.bench.report import Report, write_json
-from minisd.bench.roofline import class_of
-from minisd.bench.summary import summary
+from minisd.bench import compiling, everything, networks, peers, steps
+from minisd.bench.everything import summary
+from minisd.bench.report import Report, seconds_of, write_json
+from minisd.bench.roofline import Watch, attention_by, class_of, spent_on_cpu
+from minisd.bench.shapes import shapes_of
 from minisd.bench.timing import Clock
-from minisd.cli.bench import bench, parser
+from minisd.cli.bench import DEFAULTS, PARTS, TAKEN_BY, bench, parsed, parser
+from minisd.fast import choice, operations
+from minisd.fast import unet as fused_networks
+from minisd.models import ops
 from minisd.models.family import UNET
 from minisd.workbench import blueprint
 
 
 def main(argv):
-    return bench(parser().parse_args(argv))
+    return bench(parsed(argv))
 
 
 CLOCK = Clock(torch.device("cpu"), torch.float32, 2)
+ROOT = Path(__file__).parents[1]
 CPU = ["--device", "cpu", "--dtype", "float32", "--repeats", "1"]
 
 
@@ -54,6 +64,60 @@ def test_kernels(tmp_path, capsys):
     assert all((row["time_us"] is None) == (row["variant"] == "minisd") for row in found)  # an interpreter is not timed
 
 
+QUARTER = {"s": 0.25, "ms": 250.0, "us": 250_000.0}
+
+
+@pytest.fixture
+def slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything takes a quarter of a second."""
+
+    def quarter(self: Clock, run):
+        run()
+        return 0.25
+
+    for name in ("seconds", "once", "back_to_back", "replayed"):
+        monkeypatch.setattr(Clock, name, quarter)
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [
+        (["kernels", "geglu"], "time_us"),
+        (["unet", "--peers", "eager"], "time_ms"),
+        (["image", "--checkpoint", "tiny", "--peers", ""], "time_s"),
+    ],
+)
+def test_a_key_names_the_unit_of_its_number(part, key, little, slow_clock, tmp_path):
+    main([*part, *CPU, "--json", str(tmp_path / "x.json")])
+    known = ("PyTorch", "minisd, whole step as drawn", "diffusers, eager", "minisd, prompt to uint8")
+    found = [row for row in rows(tmp_path / "x.json") if row.get("variant", row["label"]) in known]
+    assert found
+    assert {row[key] for row in found} == {QUARTER[key[5:]]}
+
+
+def test_a_roofline_is_in_the_units_that_it_says(little, slow_clock, tmp_path):
+    start = time.perf_counter()
+    main(["roofline", *CPU, "--json", str(tmp_path / "x.json")])
+    took = time.perf_counter() - start
+    found = {row["label"]: row for row in rows(tmp_path / "x.json")}
+    assert found["all"]["floor_us"] == pytest.approx(found["all"]["GFLOP"] * 1e9 / (2 * 1024**3 / 0.25) * 1e6)
+    assert took * 1e6 / 1000 < found["all"]["time_us"] < took * 1e6
+    assert found["convolution"]["left_us"] == pytest.approx(
+        max(0.0, found["convolution"]["time_us"] - found["convolution"]["floor_us"])
+    )
+
+
+def test_times_are_given_in_seconds_and_read_in_seconds(tmp_path):
+    report = Report(CLOCK, tmp_path / "x.json")
+    report.table("title", ("time us", "first s", "floor ms", "GB/s", "to ours"))
+    report.add("a", time=0.002, first=3.0, floor=0.004, to_ours=2.0, **{"GB/s": 5.0})
+    wanted = {"label": "a", "time_us": 2000.0, "first_s": 3.0, "floor_ms": 4.0, "to_ours": 2.0, "GB/s": 5.0}
+    assert rows(tmp_path / "x.json") == [wanted]
+    assert [seconds_of(wanted, name) for name in ("time", "first", "floor", "to_ours")] == [0.002, 3.0, 0.004, None]
+    with pytest.raises(ValueError, match="expected values for time, first, floor, GB/s, to_ours, found time_us"):
+        report.add("b", time_us=0.002)
+
+
 def test_unet_against_diffusers(little, tmp_path):
     main(["unet", *CPU, "--json", str(tmp_path / "x.json")])
     found = {row["label"]: row for row in rows(tmp_path / "x.json")}
@@ -74,12 +138,232 @@ def test_vae_against_diffusers(tmp_path, monkeypatch):
     assert max(found) <= 1e-5
 
 
+OWN = """
+import torch.nn.functional as F
+def geglu(x):
+    value, gate = x.chunk(2, dim=-1)
+    return {result}
+"""
+
+
+def against(tmp_path, text, *more):
+    """The rows of `bench kernels geglu` that are those of the user's file."""
+    (tmp_path / "mine.py").write_text(text)
+    files = ["--against", str(tmp_path / "mine.py"), "--json", str(tmp_path / "x.json")]
+    assert main(["kernels", "geglu", *CPU, *files, *more]) == 0
+    found = rows(tmp_path / "x.json")
+    assert {"minisd", "PyTorch"} <= {row.get("variant") for row in found}  # whatever the file does
+    return [row for row in found if row.get("variant") not in ("minisd", "PyTorch")]
+
+
+def test_a_kernel_of_the_user_beside_ours(tmp_path, capsys):
+    (row,) = against(tmp_path, OWN.format(result="value * F.gelu(gate) * 1.001"), "--shapes-of", "tiny")
+    assert (row["variant"], row["label"]) == ("mine.py", "UNet 512, 128 rows, 6 times (cut)")
+    assert row["error"] == pytest.approx(1e-3, rel=0.01)
+    assert row["time_us"] > 0  # no Triton in it, so a CPU can time it
+    assert "geglu, float32, shapes of tiny:" in capsys.readouterr().out
+
+
+def test_a_copy_of_a_kernel_finds_its_neighbours_and_is_not_timed_in_the_interpreter(tmp_path):
+    (row,) = against(tmp_path, (ROOT / "kernels" / "geglu.py").read_text(), "--shapes-of", "tiny")
+    assert row["error"] < 1e-6
+    assert row["time_us"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def gelgu(x): return x", "expected a function geglu in it, found gelgu"),
+        ("geglu = 3", "expected a function geglu in it, found none"),
+        ("def geglu(x: return x", "SyntaxError: "),
+        ("import sys; sys.exit(3)", "expected a file that can be imported, found one that ends with status 3"),
+        (OWN.format(result="gate.sum(1)"), "expected a result of shape (128, 512), found (128,)"),
+        (OWN.format(result="None"), "expected tensors as result, found NoneType"),
+        ("def geglu(y): return y", "TypeError: geglu() got an unexpected keyword argument 'x'"),
+        (OWN.format(result="1 / 0"), "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_file_that_fails_costs_its_own_rows(text, message, tmp_path):
+    found = against(tmp_path, text, "--shapes-of", "tiny")
+    assert found[0]["error_text"].startswith(message)
+    assert all("mine.py" in row["label"] for row in found)
+
+
+def same(shape):
+    return {key: value for key, value in dataclasses.asdict(shape).items() if key != "label"}
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Files with the keys and shapes of the published models, and holes for weights."""
+    folder = tmp_path_factory.mktemp("holes")
+    models = {"SD 1.5": blueprint.sd15(), "SDXL": blueprint.sdxl()}
+    return {name: str(write_holes(folder / f"{name}.safetensors", shapes)) for name, shapes in models.items()}
+
+
+# Of the kernels' own lists: what stands for another size, another use or another model.
+ELSEWHERE = ("two chunks", "no guidance", "8 pictures", "refiner", "no residual")
+
+
+@pytest.mark.parametrize("model", ["SD 1.5", "SDXL"])
+def test_shapes_of_a_checkpoint_are_those_that_the_kernels_know(model, full_size):
+    """The kernels' own lists are picked by hand from the same networks."""
+    from minisd.fast.choice import kernels
+
+    for name, module in kernels().KERNELS.items():
+        found = [same(shape) for shape in shapes_of(name, full_size[model], torch.float16)]
+        known = [shape for shape in module.SHAPES if shape.label.startswith(model)]
+        for shape in known:
+            if not any(word in shape.label for word in ELSEWHERE):
+                assert same(shape) in found, f"{name} {shape.label}"
+        assert found, name
+
+
+def test_shapes_of_a_checkpoint_say_where_and_how_often(full_size):
+    def labels(name):
+        return [shape.label for shape in shapes_of(name, full_size["SD 1.5"], torch.float16)]
+
+    assert labels("attention")[:2] == ["UNet 8 x d=40, 4096 to 4096, 5 times", "UNet 8 x d=40, 4096 to 77, 5 times"]
+    assert labels("wide_attention") == ["VAE 1 x d=512, 4096 to 4096, once"]
+    norms = [same(shape) for shape in shapes_of("group_norm", full_size["SD 1.5"], torch.float16)]
+    assert {"batch": 2, "channels": 1280, "size": 32, "skip": 640, "shift": False} in norms
+    assert {"batch": 1, "channels": 128, "size": 512, "skip": 0, "shift": True} in norms  # of the decoder
+    text = [shape for shape in shapes_of("layer_norm", full_size["SDXL"], torch.float16) if shape.label.startswith("text")]
+    assert {shape.channels for shape in text} == {768, 1280}
+
+
+def test_asking_for_shapes_leaves_the_operations_as_they_were():
+    before = [dict(vars(module)) for module in (choice, operations, fused_networks)]
+    shapes_of("geglu", "tiny", torch.float32)
+    assert [vars(module) for module in (choice, operations, fused_networks)] == before
+
+
+def test_a_kernel_that_a_checkpoint_never_calls(tmp_path):
+    half = ["--device", "cpu", "--dtype", "float16", "--repeats", "1"]
+    main(["kernels", "wide_attention", *half, "--shapes-of", "tiny", "--json", str(tmp_path / "x.json")])
+    assert rows(tmp_path / "x.json")[0]["error_text"] == "the networks of tiny never call it"
+    with pytest.raises(minisd.CheckpointError, match="does not exist"):
+        main(["kernels", "geglu", *CPU, "--shapes-of", str(tmp_path / "none.safetensors")])
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("float16", 1e-3), ("bfloat16", None)])
+def test_errors_of_the_interpreter_only_where_it_rounds_as_a_gpu(dtype, limit, tmp_path, capsys):
+    command = ["kernels", "geglu", "--device", "cpu", "--repeats", "1", "--shapes-of", "tiny"]
+    command += ["--json", str(tmp_path / "x.json")]
+    main([*command, *([] if dtype == "float32" else ["--dtype", dtype])])  # float32 is the default of kernels on a CPU
+    out = capsys.readouterr().out
+    assert f"geglu, {dtype}," in out
+    assert ("no error of Triton kernels: the interpreter cuts bfloat16 off" in out) is (limit is None)
+    for row in rows(tmp_path / "x.json"):
+        if row["variant"] == "minisd":
+            assert row["error"] is None if limit is None else row["error"] < limit
+        else:
+            assert row["error"] > 0
+
+
+def test_without_the_interpreter_it_says_where_our_kernels_are(tmp_path, capsys, monkeypatch):
+    from minisd.fast.choice import kernels
+
+    monkeypatch.setattr(kernels().checks, "DEVICES", ("cuda",))
+    main(["kernels", "geglu", *CPU, "--shapes-of", "tiny", "--json", str(tmp_path / "x.json")])
+    assert "minisd's own kernels are left out" in capsys.readouterr().out
+    assert [row["variant"] for row in rows(tmp_path / "x.json")] == ["PyTorch"]
+
+
+def test_compile_names_registers_spills_and_shared_memory(tmp_path):
+    """Without a GPU, though this process runs kernels in the interpreter."""
+    pytest.importorskip("triton")
+    assert main(["compile", "geglu", "--gpu", "RTX 4090", "--json", str(tmp_path / "x.json")]) == 0
+    table = json.loads((tmp_path / "x.json").read_text())["tables"][0]
+    assert table["title"].startswith("compiled for RTX 4090 (sm_89), float16")
+    (row,) = table["rows"]  # one variant for all shapes
+    assert row["kernel"] == "geglu"
+    assert 16 <= row["registers"] <= 255
+    assert (row["spilled_B"], row["warps"]) == (0, 4)
+    assert row["an_SM_holds"] == min(65536 // (-(-row["registers"] // 8) * 8 * 128), 48 // 4)
+    assert 0.01 < row["compile_s"] < 60
+
+
+def test_what_does_not_compile_is_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "compiled", lambda *_: iter([{"for": "geglu a", "error_text": "no"}]))
+    main(["compile", "geglu", "--json", str(tmp_path / "x.json")])
+    assert rows(tmp_path / "x.json") == [{"label": "geglu a", "error_text": "no"}]
+    main(["compile", "wide_attention", "--dtype", "float32", "--json", str(tmp_path / "x.json")])
+    assert rows(tmp_path / "x.json") == [{"label": "wide_attention", "error_text": "does not take float32"}]
+
+
+def test_a_compiler_that_dies_says_why():
+    with pytest.raises(RuntimeError, match="KeyError: 'softmax'"):
+        list(compiling.compiled(90, "float16", ["softmax"]))
+
+
+def test_compile_needs_triton(monkeypatch):
+    from minisd.fast.choice import kernels
+
+    monkeypatch.setattr(kernels().checks, "triton", None)
+    with pytest.raises(minisd.UsageError, match="bench compile: expected Triton to be installed, found none"):
+        main(["compile"])
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"), [("h100", 90), ("H200", 90), ("sm_90", 90), ("RTX-4090", 89), ("a100", 80), ("sm_120", 120)]
+)
+def test_gpus_by_name(name, capability):
+    assert compiling.capability_of(name) == capability
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_roofline_counts_attention_as_attention(dtype):
+    """Also that which a CPU makes of products and a softmax (bfloat16, many keys)."""
+    q = torch.randn(2, 1024, 80, dtype=dtype)
+    watch = Watch()
+    with attention_by(F.scaled_dot_product_attention), watch, torch.no_grad():
+        ops.attention(q, q, q, heads=2)
+    work = [each for each in watch.seen if each.kind == "attention"]
+    assert sum(each.flops for each in work) == 4 * 2 * 1024 * 1024 * 80
+    assert sum(each.bytes for each in work) >= 4 * q.numel() * dtype.itemsize
+    with torch.no_grad():
+        spent = spent_on_cpu(lambda: ops.attention(q, q, q, heads=2))
+    assert not any(kind == "linear" for kind, _, _ in spent.values())
+    assert sum(seconds for kind, seconds, _ in spent.values() if kind == "attention") > 0
+
+
+def test_roofline_counts_no_views():
+    def run():
+        x = torch.ones(4, 6).view(6, 4).t()[1:].permute(1, 0)
+        return (x.unsqueeze(0).expand(2, 6, 3) @ torch.ones(3, 5)).detach() + 1
+
+    spent = spent_on_cpu(run)
+    assert not [name for name in spent if any(word in name for word in ("view", "expand", "detach", "::t", "slice", "permute"))]
+    assert {name: count for name, (_, _, count) in spent.items() if "add" in name} == {"aten::add.Tensor": 1}
+
+
+SMALL_ROOFLINE = """
+from families import SMALL
+from minisd.bench import networks
+from minisd.cli.bench import bench
+small = SMALL["sd1"]
+networks.MODELS["sd15"] = networks.Published("small", small.shapes, small.family, 8, small.context)
+bench(["roofline", "--device", "cpu", "--dtype", "float32", "--repeats", "1"])
+"""
+
+
+def test_roofline_leaves_the_terminal_alone():
+    """What C++ code prints goes past Python's sys.stderr."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "tests", "scripts"))}
+    command = [sys.executable, "-P", "-c", SMALL_ROOFLINE]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert run.stderr == ""
+
+
 def test_roofline_counts_the_work_and_the_time(little, tmp_path):
     main(["roofline", *CPU, "--json", str(tmp_path / "x.json")])
     found = {row["label"]: row for row in rows(tmp_path / "x.json")}
     assert found["convolution"]["GFLOP"] > 0
     assert found["convolution"]["time_us"] > 0
     assert found["all"]["time_us"] == pytest.approx(sum(row["time_us"] for row in found.values()) / 2)
+    assert found["all"]["operations"] == sum(row["operations"] for row in found.values()) / 2
+    assert found["attention"]["GFLOP"] > 0
 
 
 @pytest.mark.parametrize(
@@ -103,10 +387,10 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(tmp_path, capsys):
     report.table("title", ("time ms",))
     with report.attempt("bad"):
         raise RuntimeError("no\nsecond line")
-    report.add("good", time_ms=0.5)
+    report.add("good", time=0.5)
     assert rows(tmp_path / "x.json") == [
         {"label": "bad", "error_text": "RuntimeError: no"},
-        {"label": "good", "time_ms": 0.5},
+        {"label": "good", "time_ms": 500.0},
     ]
     assert "500.000" in capsys.readouterr().out
 
@@ -150,26 +434,26 @@ def test_summary_takes_the_best_of_what_was_measured():
         return {"label": label} | values
 
     name = "SD 1.5 UNet step, batch 2, 64x64 latents, float16, x"
-    floor = row("the plain form's arithmetic alone", time_ms=0.002)
-    ours = row("minisd, fused", time_ms=0.006), row("minisd, whole step as drawn", time_ms=0.005)
-    eager, graph = row("diffusers, eager", time_ms=0.04), row("diffusers in a CUDA graph", time_ms=0.01)
+    floor = row("the plain form's arithmetic alone", time_ms=2.0)
+    ours = row("minisd, fused", time_ms=6.0), row("minisd, whole step as drawn", time_ms=5.0)
+    eager, graph = row("diffusers, eager", time_ms=40.0), row("diffusers in a CUDA graph", time_ms=10.0)
     tables = [
         table(name, *ours, floor, eager, graph),
-        table(name, row("minisd, fused", time_ms=0.004), row("diffusers, torch.compile", error_text="no")),
-        table(name, row("minisd, fused", time_ms=0.004), floor, row("diffusers, torch.compile", time_ms=0.006)),
-        table("attention, float16: x", row("SDXL self d=64 64x64", variant="minisd", time_us=2e-4, of_ceiling=0.5),
-              row("SDXL self d=64 64x64", variant="cuDNN", time_us=1e-4),
-              row("SDXL self d=64 64x64", variant="64x64x4x2", time_us=1e-5)),
+        table(name, row("minisd, fused", time_ms=4.0), row("diffusers, torch.compile", error_text="no")),
+        table(name, row("minisd, fused", time_ms=4.0), floor, row("diffusers, torch.compile", time_ms=6.0)),
+        table("attention, float16: x", row("SDXL self d=64 64x64", variant="minisd", time_us=200.0, of_ceiling=0.5),
+              row("SDXL self d=64 64x64", variant="cuDNN", time_us=100.0),
+              row("SDXL self d=64 64x64", variant="64x64x4x2", time_us=10.0)),
         table("opening a 2 GB file", row("minisd, float16", time_s=0.5, **{"GB/s": 4.0})),
     ]  # fmt: skip
-    found = dict(summary(tables))
+    found = dict(summary(tables))  # in seconds
     step = found["SD 1.5 UNet step"]  # each peer against ours of its own run
-    assert (step["time_ms"], step["floor_ms"], step["best_peer_ms"]) == (0.004, 0.002, 0.006)
-    assert (step["to_ours"], step["which_peer"]) == (1.5, "diffusers, torch.compile")
-    assert dict(summary(tables[:2]))["SD 1.5 UNet step"]["to_ours"] == 2.0
+    assert (step["time"], step["floor"], step["best_peer"]) == pytest.approx((0.004, 0.002, 0.006))
+    assert (step["to_ours"], step["which_peer"]) == (pytest.approx(1.5), "diffusers, torch.compile")
+    assert dict(summary(tables[:2]))["SD 1.5 UNet step"]["to_ours"] == pytest.approx(2.0)
     kernel = found["attention SDXL self d=64 64x64"]
-    assert (kernel["floor_ms"], kernel["which_peer"], kernel["to_ours"]) == (1e-4, "cuDNN", 0.5)
-    assert found["opening an SD 1.5 file at 4 GB/s"] == {"time_ms": 0.5, "floor_ms": None}
+    assert (kernel["floor"], kernel["which_peer"], kernel["to_ours"]) == (pytest.approx(1e-4), "cuDNN", pytest.approx(0.5))
+    assert found["opening an SD 1.5 file at 4 GB/s"] == {"time": 0.5, "floor": None}
     assert len(found) == 3
 
 
@@ -181,19 +465,17 @@ def test_summary_finds_the_rows_that_bench_writes(little, tmp_path):
     ((label, values),) = summary(tables)
     assert label == "SD 1.5 UNet step"
     assert values["which_peer"] == "diffusers, eager"
-    assert 0 < values["floor_ms"] < values["time_ms"]
-    from minisd.bench.summary import SHAPES
+    assert 0 < values["floor"] < values["time"]
     from minisd.fast.choice import kernels
 
-    for kernel, shape in SHAPES:
+    for kernel, shape in everything.SHAPES:
         assert any(each.label == shape for each in kernels().KERNELS[kernel].SHAPES), shape
 
 
 def test_every_part_of_all_is_a_command():
-    from minisd.cli.bench import parser
     from minisd.fast.choice import kernels
 
-    parts = [parser().parse_args(part) for part in everything.parts(with_files=True)]
+    parts = [parsed([*part, "--device", "cpu", "--repeats", "1", "--full"]) for part in everything.parts(with_files=True)]
     assert {part.what for part in parts} == {"unet", "vae", "kernels", "image", "load", "roofline"}
     assert {part.name for part in parts if part.name} == set(kernels().KERNELS)
 
@@ -210,12 +492,41 @@ def test_plot(tmp_path):
         (["kernels", "softmax"], r"bench kernels: expected one of group_norm, .* found 'softmax'"),
         (["all"], r"bench all: expected --json FILE"),
         (["unet", "--plot", "x.png"], r"--plot: expected matplotlib"),
+        (["kernels", "geglu", "--against", "none.py"], r"--against: expected a Python file, found none at none.py"),
     ],
 )
 def test_wrong_requests_are_named(arguments, message, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(minisd.UsageError, match=message):
         main([*arguments, *CPU])
+
+
+VALUES = {"name": "geglu", "shapes_of": "tiny", "against": "x.py", "gpu": "a100", "model": "sdxl", "checkpoint": "x", "peers": ""}
+VALUES |= {"minutes": "1", "repeats": "2", "device": "cpu", "dtype": "float32", "json": "x.json", "plot": "x.png"}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_an_option_that_a_part_does_not_use_is_refused(part, capsys):
+    assert set(DEFAULTS) == {action.dest for action in parser()._actions} - {"help", "what"}
+    for option in DEFAULTS:
+        argv = [part, *([] if option == "name" else [f"--{option.replace('_', '-')}"])]
+        argv += [VALUES[option]] if option in VALUES else []
+        if option == "against" and part == "kernels":
+            argv.insert(1, "geglu")
+        if part in TAKEN_BY.get(option, PARTS):
+            assert getattr(parsed(argv), option) != DEFAULTS[option]
+            continue
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"found with {part}" in line
+
+
+def test_the_help_names_who_takes_an_option():
+    for action in parser()._actions:
+        if len(TAKEN_BY.get(action.dest, PARTS)) < len(PARTS) - 1:
+            assert str(action.help).startswith(f"with {TAKEN_BY[action.dest][0]}"), action.dest
 
 
 def test_random_weights_keep_the_keys(tmp_path):

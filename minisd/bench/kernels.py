@@ -1,9 +1,13 @@
-"""bench kernels: every kernel over the shapes of the real models, against what PyTorch offers."""
+"""bench kernels: every kernel over the shapes of the real models, or of a checkpoint, against what PyTorch and others offer."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,48 +17,93 @@ from ..errors import UsageError
 from ..fast.choice import kernels
 from ..system.device import name_of
 from .report import Report
+from .shapes import shapes_of
 from .timing import Run
 
 COLUMNS = ("variant", "time us", "TB/s", "TFLOP/s", "of ceiling", "error", "to ours")
 SMALL = {"size": 16, "rows": 256, "queries": 256, "keys": 256, "m": 256}  # on a CPU, where a kernel runs in the interpreter
+AGAINST = "minisd.kernels.against"  # what a loaded file is imported as, so that a copy of a kernel's finds its neighbours
 
 
 def bench(report: Report, args: Any) -> None:
-    known = kernels().KERNELS
-    if args.name is not None and args.name not in known:
-        raise UsageError(f"bench kernels: expected one of {', '.join(known)}, found {args.name!r}")
-    for name in [args.name] if args.name else known:
-        if report.clock.dtype not in getattr(known[name], "DTYPES", kernels().checks.FLOATS):
-            report.skip(name, f"does not take {name_of(report.clock.dtype)}")
+    names = asked("kernels", args.name)
+    if args.against and not args.against.is_file():
+        raise UsageError(f"--against: expected a Python file, found none at {args.against}")
+    for name in names:
+        dtype = report.clock.dtype
+        if not takes(name, dtype):
+            report.skip(name, f"does not take {name_of(dtype)}")
             continue
-        bench_kernel(report, name, args.full, args.tiles)
+        shapes = shapes_of(name, args.shapes_of, dtype) if args.shapes_of else kernels().KERNELS[name].SHAPES
+        if not shapes:
+            report.skip(name, f"the networks of {args.shapes_of} never call it")
+            continue
+        shapes = shapes if args.full else list(dict.fromkeys(smaller(shape) for shape in shapes))
+        bench_kernel(report, name, shapes, args)
+
+
+def asked(part: str, name: str | None) -> list[str]:
+    known = kernels().KERNELS
+    if name is not None and name not in known:
+        raise UsageError(f"bench {part}: expected one of {', '.join(known)}, found {name!r}")
+    return [name] if name else list(known)
+
+
+def takes(name: str, dtype: torch.dtype) -> bool:
+    return dtype in getattr(kernels().KERNELS[name], "DTYPES", kernels().checks.FLOATS)
 
 
 @torch.no_grad()
-def bench_kernel(report: Report, name: str, full: bool, tiles: bool) -> None:
+def bench_kernel(report: Report, name: str, shapes: list[Any], args: Any) -> None:
     module, clock = kernels().KERNELS[name], report.clock
-    title = f"{name}, {name_of(clock.dtype)}: error is relative to float64, to ours is time over that of the kernel"
-    report.table(title, COLUMNS)
+    title = f"{name}, {name_of(clock.dtype)}" + (f", shapes of {Path(args.shapes_of).name}" if args.shapes_of else "")
+    report.table(f"{title}: error is relative to float64, to ours is time over that of the kernel", COLUMNS)
     report.note(f"ceilings in this run: copy {clock.bandwidth / 1e12:.3g} TB/s, matmul {clock.matmul_rate / 1e12:.3g} TFLOP/s")
-    for shape in module.SHAPES if full else dict.fromkeys(smaller(shape) for shape in module.SHAPES):
+    if not clock.is_cuda:
+        report.note(what_a_cpu_shows(clock.dtype))
+    theirs = None
+    if args.against:
+        with report.attempt(args.against.name):
+            theirs = loaded(args.against, name)
+    for shape in shapes:
         with report.attempt(shape.label):
             torch.manual_seed(0)
             arguments = module.make(shape, clock.device, clock.dtype)
             wanted = outputs(module.reference(**double(arguments)))
-            ours = None
-            for variant, run in variants(name, shape, arguments, clock.device, tiles).items():
-                with report.attempt(f"{shape.label}: {variant}"):
-                    # Before the clock starts: the sampler's step changes its arguments, each call again.
-                    error = relative_error(outputs(run()), wanted)
-                    seconds = clock.seconds(run) if clock.is_cuda or not isinstance(run, partial) else None
-                    ours = seconds if variant == "minisd" else ours
-                    flops, traffic = module.flops(shape), module.traffic(shape, clock.dtype.itemsize)
-                    rates: dict[str, Any] = {}
-                    if seconds:
-                        rates = {"TB/s": traffic / seconds / 1e12, "TFLOP/s": flops / seconds / 1e12}
-                        rates["of_ceiling"] = clock.floor(flops, traffic) / seconds
-                    ratio = seconds / ours if ours and seconds else None
-                    report.add(shape.label, variant=variant, time_us=seconds, error=error, to_ours=ratio, **rates)
+            runs = variants(name, shape, arguments, clock.device, args.tiles)
+            if theirs:
+                runs |= {args.against.name: partial(theirs, **fresh(name, arguments))}
+            measure(report, name, shape, runs, wanted)
+
+
+def what_a_cpu_shows(dtype: torch.dtype) -> str:
+    if not runs_here(torch.device("cpu")):
+        return "minisd's own kernels are left out: they run on a GPU, or for their errors with TRITON_INTERPRET=1"
+    if dtype == torch.bfloat16:
+        return "no error of Triton kernels: the interpreter cuts bfloat16 off where a GPU rounds; float16 and float32 have one"
+    return "Triton kernels run in the interpreter, which rounds as a GPU does: their errors count, and their times would not"
+
+
+def measure(report: Report, name: str, shape: Any, runs: dict[str, Run], wanted: tuple[Tensor, ...]) -> None:
+    """A row for each way to compute the same."""
+    module, clock = kernels().KERNELS[name], report.clock
+    flops, traffic = module.flops(shape), module.traffic(shape, clock.dtype.itemsize)
+    ours = None
+    for variant, run in runs.items():
+        with report.attempt(f"{shape.label}: {variant}"):
+            interpreted = not clock.is_cuda and in_triton(run)
+            # Before the clock starts: the sampler's step changes its arguments, each call again.
+            error: float | None = relative_error(outputs(run()), wanted)
+            if interpreted and clock.dtype == torch.bfloat16:
+                error = None
+            seconds = None if interpreted else clock.seconds(run)
+            ours = seconds if variant == "minisd" else ours
+            rates: dict[str, Any] = {}
+            if seconds:
+                rates = {"TB/s": traffic / seconds / 1e12, "TFLOP/s": flops / seconds / 1e12}
+                rates["of_ceiling"] = clock.floor(flops, traffic) / seconds
+            ratio = seconds / ours if ours and seconds else None
+            report.add(shape.label, variant=variant, time=seconds, error=error, to_ours=ratio, **rates)
 
 
 def variants(name: str, shape: Any, arguments: dict[str, Any], device: torch.device, tiles: bool) -> dict[str, Run]:
@@ -63,12 +112,38 @@ def variants(name: str, shape: Any, arguments: dict[str, Any], device: torch.dev
     What is a partial runs a kernel of ours: on a CPU in the interpreter, where time means nothing, or not at all.
     """
     module, kernel = kernels().KERNELS[name], getattr(kernels(), name)
-    own = copied(arguments) if name == "guided_step" else arguments  # that one changes what it is given
+    own = fresh(name, arguments)
     others = module.tiles(shape) if tiles and hasattr(module, "tiles") else []
     runs = {"minisd": partial(kernel, **own)} | {"x".join(map(str, tile)): partial(kernel, **own, tile=tile) for tile in others}
     runs |= module.library(**arguments)
-    here = device.type in kernels().checks.DEVICES and kernels().checks.triton is not None
-    return {variant: run for variant, run in runs.items() if here or not isinstance(run, partial)}
+    return {variant: run for variant, run in runs.items() if runs_here(device) or not isinstance(run, partial)}
+
+
+def runs_here(device: torch.device) -> bool:
+    return device.type in kernels().checks.DEVICES and kernels().checks.triton is not None
+
+
+def in_triton(run: Run) -> bool:
+    """Whether it runs Triton kernels: ours do, and what was loaded if there are any in its file."""
+    if not isinstance(run, partial) or run.func.__module__ != AGAINST:
+        return isinstance(run, partial)
+    return any(type(each).__module__.startswith("triton.") for each in vars(sys.modules[AGAINST]).values())
+
+
+def loaded(path: Path, name: str) -> Callable[..., Any]:
+    """The function `name` of a Python file.  Raises UsageError if there is none, and whatever the file itself does."""
+    module = ModuleType(AGAINST)
+    module.__file__, module.__package__ = str(path), AGAINST.rpartition(".")[0]
+    sys.modules[AGAINST] = module  # where dataclasses look
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
+    except SystemExit as stop:
+        raise UsageError(f"expected a file that can be imported, found one that ends with status {stop.code}") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == AGAINST]
+        raise UsageError(f"expected a function {name} in it, found {', '.join(own) or 'none'}")
+    return function  # type: ignore[no-any-return]
 
 
 def smaller(shape: Any) -> Any:
@@ -77,12 +152,19 @@ def smaller(shape: Any) -> Any:
     return replace(shape, **small, label=f"{shape.label} (cut)")
 
 
+def fresh(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    return copied(arguments) if name == "linear_step" else arguments  # that one changes what it is given
+
+
 def copied(arguments: dict[str, Any]) -> dict[str, Any]:
     return {key: x.clone() if isinstance(x, Tensor) else x for key, x in arguments.items()}
 
 
-def outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
+def outputs(result: Any) -> tuple[Tensor, ...]:
+    found = result if isinstance(result, tuple) else (result,)
+    if wrong := [type(x).__name__ for x in found if not isinstance(x, Tensor)]:
+        raise UsageError(f"expected tensors as result, found {', '.join(wrong)}")
+    return found
 
 
 def double(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -91,5 +173,8 @@ def double(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def relative_error(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> float:
     """The largest of ||found - wanted|| / ||wanted|| over the outputs."""
+    if [x.shape for x in found] != [x.shape for x in wanted]:
+        shapes = [", ".join(str(tuple(x.shape)) for x in tensors) for tensors in (wanted, found)]
+        raise UsageError(f"expected a result of shape {shapes[0]}, found {shapes[1]}")
     pairs = zip(found, wanted, strict=True)
     return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)

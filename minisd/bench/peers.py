@@ -117,7 +117,7 @@ def bench(
             first = time.perf_counter() - start
             error = float((result.float() - wanted.float()).norm() / wanted.float().norm())
             seconds = measure(run)
-            report.add(label, time_ms=seconds, first_s=first, difference=error, to_ours=seconds / ours)
+            report.add(label, time=seconds, first=first, difference=error, to_ours=seconds / ours)
 
     if "eager" in kinds:
         row("diffusers, eager", lambda: plain, clock.back_to_back)

@@ -98,7 +98,7 @@ def bench_load(report: Report, args: Any) -> None:
                 seconds = statistics.median(seconds for seconds, _ in measured[1:])
                 ours = ours or seconds
                 peak = max(peak for _, peak in measured[1:]) / 1e9
-                report.add(name, time_s=seconds, **{"GB/s": size / seconds / 1e9}, peak_GB=peak, to_ours=seconds / ours)
+                report.add(name, time=seconds, **{"GB/s": size / seconds / 1e9}, peak_GB=peak, to_ours=seconds / ours)
 
 
 @torch.no_grad()
@@ -127,7 +127,7 @@ def bench_image(report: Report, args: Any) -> None:
                 with report.attempt(label):
                     start = time.perf_counter()
                     subprocess.run(command, env=environment, capture_output=True, check=True)
-                    report.add(label, time_s=time.perf_counter() - start)
+                    report.add(label, time=time.perf_counter() - start)
 
 
 def running_process(report: Report, args: Any, path: Path, side: int, steps: int) -> float:
@@ -155,10 +155,10 @@ def running_process(report: Report, args: Any, path: Path, side: int, steps: int
             times.append(clock.once(draw))
             parts.append((marks[1] - marks[0], marks[-2] - marks[1], marks[-1] - marks[-2]))
     ours = statistics.median(times)
-    report.add("minisd, prompt to uint8", time_s=ours, first_s=first, to_ours=1.0)
+    report.add("minisd, prompt to uint8", time=ours, first=first, to_ours=1.0)
     names = ("to the end of the first step", "further steps, as the host sees them", "the rest: decoding, waiting")
     for name, values in zip(names, zip(*parts, strict=True), strict=True):
-        report.add(f"  {name}", time_s=statistics.median(values))
+        report.add(f"  {name}", time=statistics.median(values))
     return ours
 
 
@@ -176,4 +176,4 @@ def diffusers_picture(report: Report, path: Path, side: int, steps: int, ours: f
         warnings.simplefilter("ignore")
         first = clock.once(draw)
         seconds = statistics.median(clock.once(draw) for _ in range(3))
-    report.add("diffusers, eager", time_s=seconds, first_s=first, to_ours=seconds / ours if ours else None)
+    report.add("diffusers, eager", time=seconds, first=first, to_ours=seconds / ours if ours else None)

@@ -19,7 +19,7 @@ from ..system.device import name_of
 from .timing import Clock
 
 Row = dict[str, Any]
-SUFFIXES = {"s": (1.0, ".3g"), "ms": (1e3, ".3f"), "us": (1e6, ".1f")}
+UNITS = {"s": (1.0, ".3g"), "ms": (1e3, ".3f"), "us": (1e6, ".1f")}  # of time: how many are a second, how many digits are shown
 
 
 @dataclass
@@ -32,17 +32,26 @@ class Report:
     tables: list[dict[str, Any]] = field(default_factory=list)
 
     def table(self, title: str, columns: tuple[str, ...]) -> None:
-        """Starts a table.  A column whose name ends in " s", " ms" or " us" holds seconds, and shows them in that unit."""
+        """Starts a table.  A column whose name ends in " s", " ms" or " us" holds times in that unit."""
         self.tables.append({"title": title, "columns": columns, "rows": []})
         print(f"\n{title}\n  {'':<44}" + "".join(f"{name:>16}" for name in columns), flush=True)
 
     def add(self, label: str, **values: Any) -> None:
-        """A row: its label, and for each column a value under its name (spaces are written as underscores) or nothing."""
+        """A row: its label, and for each column a value or nothing, under the column's name, spaces written as underscores.
+
+        Times are given in seconds and without a unit, `time` for the column "time us"; the row has "time_us" in microseconds.
+        """
         table = self.tables[-1]
-        row = {"label": label} | values
+        text = values.pop("error_text", None)
+        places = dict(place(column) for column in table["columns"])
+        if unknown := values.keys() - places.keys():
+            raise ValueError(f"expected values for {', '.join(places)}, found {', '.join(sorted(unknown))}")
+        row: Row = {"label": label} | ({"error_text": text} if text else {})
+        for name, value in values.items():
+            key, scale = places[name]
+            row[key] = value if value is None or scale is None else value * scale
         table["rows"].append(row)
         cells = [shown(name, row.get(name.replace(" ", "_"))) for name in table["columns"]]
-        text = values.get("error_text")
         print(
             f"  {label:<44}"
             + (f"  failed: {text}" if text else "".join(f"{cell:>16}" if len(cell) < 16 else f"  {cell}" for cell in cells)),
@@ -86,13 +95,24 @@ class Report:
         plot(self.tables, path)
 
 
-def shown(name: str, value: Any) -> str:
+def place(column: str) -> tuple[str, tuple[str, float | None]]:
+    """The name that a column's value is given under, the key that a row has it under, and, of a time, how many are a second."""
+    key = column.replace(" ", "_")
+    name, _, unit = key.rpartition("_")
+    return (name, (key, UNITS[unit][0])) if unit in UNITS else (key, (key, None))
+
+
+def seconds_of(row: Row, name: str) -> float | None:
+    """A time out of a row, such as `time` or `first`, whatever unit the row has it in."""
+    return next((row[f"{name}_{unit}"] / scale for unit, (scale, _) in UNITS.items() if row.get(f"{name}_{unit}")), None)
+
+
+def shown(column: str, value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, str | int):
         return str(value)
-    scale, form = SUFFIXES.get(name.rpartition(" ")[2], (1.0, ".3g"))
-    return format(value * scale, form)
+    return format(value, UNITS.get(column.rpartition(" ")[2], (1.0, ".3g"))[1])
 
 
 def write_json(path: Path, content: object) -> None:
@@ -140,7 +160,7 @@ def plot(tables: list[dict[str, Any]], path: Path) -> None:
         rows = [row for row in table["rows"] if isinstance(row.get(key), float)]
         labels = [" ".join(str(part) for part in (row["label"], row.get("variant")) if part) for row in rows]
         ours = ["tab:blue" if "minisd" in label else "lightgrey" for label in labels]
-        axis.barh(range(len(rows)), [row[key] * SUFFIXES[unit][0] for row in rows], color=ours)
+        axis.barh(range(len(rows)), [row[key] for row in rows], color=ours)
         axis.set_yticks(range(len(rows)), labels, fontsize=7)
         axis.invert_yaxis()
         axis.set_title(table["title"], fontsize=8)
@@ -153,6 +173,6 @@ def first_time(table: dict[str, Any]) -> str | None:
     """The first column of times that has any."""
     for name in table["columns"]:
         key = name.replace(" ", "_")
-        if name.rpartition(" ")[2] in SUFFIXES and any(isinstance(row.get(key), float) for row in table["rows"]):
+        if name.rpartition(" ")[2] in UNITS and any(isinstance(row.get(key), float) for row in table["rows"]):
             return str(name)
     return None

@@ -1,25 +1,30 @@
 """bench roofline: where a UNet step spends its time, what it would take at the machine's ceilings, and what is left to win.
 
 Work is counted on the plain model, operation by operation: its floating-point operations, and every operand and result that it
-reads or writes once.  Time is that of the fused form, from the profiler, kernel by kernel on a GPU.  Both are sorted into the
-same few classes.
+reads or writes once.  Time is that of the fused form: on a GPU kernel by kernel, from the profiler, on a CPU operation by
+operation.  Both are sorted into the same few classes.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ..fast import choice
+from ..fast import choice, operations
 from ..fast.unet import FusedUNet
 from .networks import MODELS, laid_out, random_unet, step_input
 from .report import Report
@@ -43,45 +48,86 @@ def class_of(name: str) -> str:
     return next(found, OTHERS)
 
 
-class Work(TorchDispatchMode):
-    """Counts the operations (flops) and the bytes of every call, by class."""
+@dataclass(frozen=True)
+class Operation:
+    name: str
+    kind: str
+    flops: int
+    bytes: int
+    seconds: float  # on a CPU
+
+
+class Watch(TorchDispatchMode):
+    """Writes down every operation that computes or moves something: views and new memory do neither."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
+        self.seen: list[Operation] = []
+        self.kind: str | None = None  # of all that comes, whatever its name says
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        start = time.perf_counter()
         result = func(*args, **(kwargs or {}))
-        if not func.is_view and "empty" not in func.name():
-            kind = class_of(func.name())
+        seconds = time.perf_counter() - start
+        if not func.is_view and not re.search("empty|_unsafe_view|lift_fresh", func.name()):
             tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
-            self.bytes[kind] += sum(x.numel() * x.element_size() for x in tensors)
             count = flop_registry.get(func.overloadpacket)
-            if count is not None:
-                self.flops[kind] += count(*args, **(kwargs or {}), out_val=result)
+            flops = count(*args, **(kwargs or {}), out_val=result) if count else 0
+            moved = sum(x.numel() * x.element_size() for x in tensors)
+            self.seen.append(Operation(func.name(), self.kind or class_of(func.name()), flops, moved, seconds))
         return result
 
+    def as_attention(self, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Products and exponentials that are attention, though their names are those of any others."""
 
-def measured(run: Callable[[], Any], is_cuda: bool) -> tuple[dict[str, float], dict[str, int], dict[str, tuple[float, int]]]:
-    """Seconds and launches of one run by class, and by name."""
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.kind = "attention"
+            try:
+                return run(q, k, v)
+            finally:
+                self.kind = None
+
+        return attention
+
+
+@contextmanager
+def attention_by(run: Callable[..., Tensor]) -> Iterator[None]:
+    """`run` in the place of the attention of several operations that a CPU uses for bfloat16."""
+    before = operations.attention_by_rows
+    vars(operations)["attention_by_rows"] = run
+    try:
+        yield
+    finally:
+        vars(operations)["attention_by_rows"] = before
+
+
+Spent = dict[str, tuple[str, float, int]]  # by name: its kind, seconds in all, how many
+
+
+def spent_on_cpu(run: Callable[[], Any]) -> Spent:
+    """Of PyTorch's operations: its profiler would also list what they consist of, and every view."""
     run()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
-    with profile(activities=activities) as profiler:
+    watch = Watch()
+    with attention_by(watch.as_attention(operations.attention_by_rows)), watch:
         run()
-        if is_cuda:
-            torch.cuda.synchronize()
-    seconds: defaultdict[str, float] = defaultdict(float)
-    launches: Counter[str] = Counter()
-    names: dict[str, tuple[float, int]] = {}
-    for event in profiler.key_averages():
-        on_gpu = event.device_type.name == "CUDA"
-        time = event.self_device_time_total if is_cuda else event.self_cpu_time_total
-        if on_gpu is is_cuda and time > 0:
-            seconds[class_of(event.key)] += time / 1e6
-            launches[class_of(event.key)] += event.count
-            names[event.key] = (time / 1e6, event.count)
-    return seconds, launches, names
+    spent: Spent = {}
+    for each in watch.seen:
+        name = each.name if each.kind == class_of(each.name) else f"{each.name}, {each.kind}"
+        _, seconds, count = spent.get(name, ("", 0.0, 0))
+        spent[name] = (each.kind, seconds + each.seconds, count + 1)
+    return spent
+
+
+def spent_on_gpu(run: Callable[[], Any]) -> Spent:
+    """Of kernels, from the profiler."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells of its own start and end
+    run()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.key_averages() if event.device_type.name == "CUDA"]
+    timed = [(event.key, event.self_device_time_total / 1e6, event.count) for event in events]
+    return {name: (class_of(name), seconds, count) for name, seconds, count in timed if seconds > 0}
 
 
 @torch.no_grad()
@@ -89,29 +135,43 @@ def bench(report: Report, args: Any) -> None:
     clock, model = report.clock, MODELS[args.model]
     side = model.latents if args.full else model.latents // 2
     network, given = random_unet(model, clock.device, clock.dtype), step_input(model, side, clock.device, clock.dtype)
-    inputs = (given.x, given.t, given.context, given.y)
-    with choice.using("torch"), Work() as work:
-        network(*inputs)
+    with choice.using("torch"), attention_by(F.scaled_dot_product_attention), Watch() as work:
+        network(given.x, given.t, given.context, given.y)
     laid_out(network, clock.device)
     fused = FusedUNet(network)
     shift, keys_values = fused.shifts(given.t[:1], given.y)[0], fused.keys_values(given.context)
-    seconds, launches, names = measured(lambda: fused(given.x, shift, keys_values), clock.is_cuda)
-    where = "GPU" if clock.is_cuda else "CPU"
+    spent = (spent_on_gpu if clock.is_cuda else spent_on_cpu)(lambda: fused(given.x, shift, keys_values))
+    where, calls = ("GPU", "launches") if clock.is_cuda else ("CPU", "operations")
+    step = f"{model.name} UNet step, {side}x{side} latents"
     report.table(
-        f"{model.name} UNet step, {side}x{side} latents: {where} time by kind of work, floor at the ceilings of this run",
-        ("launches", "time us", "floor us", "left us", "GFLOP", "MB"),
+        f"{step}: {where} time by kind of work, floor at the ceilings of this run",
+        (calls, "time us", "floor us", "left us", "GFLOP", "MB"),
     )
     report.note(f"ceilings in this run: copy {clock.bandwidth / 1e12:.3g} TB/s, matmul {clock.matmul_rate / 1e12:.3g} TFLOP/s")
-    kinds = sorted({*seconds, *work.bytes}, key=lambda kind: -seconds.get(kind, 0.0))
-    floors = {kind: clock.floor(work.flops[kind], work.bytes[kind]) for kind in kinds}
-    for kind in kinds:
-        time, floor = seconds.get(kind, 0.0), floors[kind]
-        counts = {"GFLOP": work.flops[kind] / 1e9, "MB": work.bytes[kind] / 1e6}
-        report.add(kind, launches=launches.get(kind, 0), time_us=time, floor_us=floor, left_us=max(0.0, time - floor), **counts)
-    total = sum(seconds.values())
-    flops = sum(work.flops.values())
-    report.add("all", launches=sum(launches.values()), time_us=total, floor_us=flops / clock.matmul_rate, GFLOP=flops / 1e9)
+    by_kind(report, calls, work.seen, spent)
     report.note("the floor of all is that of its operations alone: fused perfectly, nothing else need be read or written")
-    report.table("the same step, kernel by kernel: the 30 that take longest", ("launches", "time us"))
-    for name, (time, count) in sorted(names.items(), key=lambda item: -item[1][0])[:30]:
-        report.add(name[:44], launches=count, time_us=time)
+    if not clock.is_cuda:
+        report.note("operations are PyTorch's; views, which move nothing, are not among them")
+    what = "kernel" if clock.is_cuda else "operation"
+    report.table(f"the same step, {what} by {what}: the 30 that take longest", (calls, "time us"))
+    for name, (_, seconds, count) in sorted(spent.items(), key=lambda item: -item[1][1])[:30]:
+        report.add(name[:44], time=seconds, **{calls: count})
+
+
+def by_kind(report: Report, calls: str, work: list[Operation], spent: Spent) -> None:
+    """A row for each kind of work, the longest first, and one for all."""
+    clock = report.clock
+    times: defaultdict[str, float] = defaultdict(float)
+    counts, flops, moved = Counter[str](), Counter[str](), Counter[str]()
+    for kind, seconds, count in spent.values():
+        times[kind] += seconds
+        counts[kind] += count
+    for each in work:
+        flops[each.kind] += each.flops
+        moved[each.kind] += each.bytes
+    for kind in sorted({*times, *moved}, key=lambda kind: -times[kind]):
+        floor = clock.floor(flops[kind], moved[kind])
+        values = {calls: counts[kind], "time": times[kind], "floor": floor, "left": max(0.0, times[kind] - floor)}
+        report.add(kind, **values, GFLOP=flops[kind] / 1e9, MB=moved[kind] / 1e6)
+    seconds, total = sum(times.values()), flops.total()
+    report.add("all", **{calls: counts.total()}, time=seconds, floor=total / clock.matmul_rate, GFLOP=total / 1e9)

@@ -26,10 +26,10 @@ from ..system.device import name_of
 from . import peers
 from .networks import MODELS, StepInput, laid_out, random_unet, random_vae, step_input
 from .report import Report
-from .summary import FLOOR
 from .timing import Run, captured
 
 COLUMNS = ("time ms", "first s", "difference", "to ours")
+FLOOR = "the plain form's arithmetic alone"
 
 
 @torch.no_grad()
@@ -84,10 +84,10 @@ def whole_step(report: Report, network: UNet, given: StepInput, ours: float) -> 
             engine.run(engine.fused, buffers, (0, 1))
 
     seconds = clock.replayed(again) if clock.is_cuda else clock.seconds(again)
-    report.add("minisd, whole step as drawn", time_ms=seconds, first_s=first, to_ours=seconds / ours)
+    report.add("minisd, whole step as drawn", time=seconds, first=first, to_ours=seconds / ours)
     if clock.is_cuda:
         second = clock.once(draw)
-        report.add("minisd, 20 steps as drawn, a step", time_ms=second / 20, to_ours=second / 20 / ours)
+        report.add("minisd, 20 steps as drawn, a step", time=second / 20, to_ours=second / 20 / ours)
 
 
 def parts(y: Tensor | None) -> Sequence[Tensor | None]:
@@ -142,7 +142,7 @@ def own_rows(report: Report, fast: Run, plain: Run, lay_out: Callable[[], None],
             torch.backends.cudnn.benchmark = True
             own_row(report, "minisd, fused, cuDNN's own search", None, fast, lay_out, wanted, ours)
             torch.backends.cudnn.benchmark = False
-    report.add(FLOOR, time_ms=counter.get_total_flops() / clock.matmul_rate)
+    report.add(FLOOR, time=counter.get_total_flops() / clock.matmul_rate)
     return ours, wanted
 
 
@@ -160,5 +160,5 @@ def own_row(
         first = time.perf_counter() - start
         error = float((result.float() - wanted.float()).norm() / wanted.float().norm())
         seconds = clock.replayed(fast) if clock.is_cuda else clock.seconds(fast)
-        report.add(label, time_ms=seconds, first_s=first, difference=error, to_ours=seconds / (ours or seconds))
+        report.add(label, time=seconds, first=first, difference=error, to_ours=seconds / (ours or seconds))
     return seconds

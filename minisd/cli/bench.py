@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .options import Parser
+
+if TYPE_CHECKING:
+    import torch
 
 EPILOG = """\
 what:
   kernels [NAME]   every kernel over the real shapes: time, rate, share of the ceiling, error, PyTorch's alternatives
+  compile [NAME]   what Triton makes of every kernel for a GPU that need not be there: registers, spills, shared memory
   unet             one step of the UNet, kernels on and off, against diffusers
   vae              one picture decoded, the same
   image            prompt to pixels, and a cold process to the file on disk
@@ -19,10 +25,18 @@ what:
   all              every figure, the most wanted first, in at most --minutes, then those that matter most; needs --json
 
 Ceilings (copy bandwidth, matrix product) and peers are measured in the same run.  On a CPU shapes are smaller (--full: not so)
-and kernels, which run in Triton's interpreter there, are not timed.
+and kernels, which run in Triton's interpreter there (TRITON_INTERPRET=1), are checked and not timed.  In the JSON file a key such
+as time_us says the unit of its number.
+
+A kernel of your own: copy one of minisd's (kernels/geglu.py, say), change it, and run
+  minisd bench kernels geglu --against geglu.py --shapes-of CHECKPOINT
+The file defines a function with the kernel's name and the same arguments, in Triton or not, and may import what the kernels
+import (from .checks import ...).  It is checked and timed beside minisd's and PyTorch's, over the shapes that the networks of
+the checkpoint hand to the kernel: the UNet with guidance, the VAE's decoder and the text encoders, at the size it draws at.
 """
 PARTS = {
     "kernels": ("kernels", "bench"),
+    "compile": ("compiling", "bench"),
     "unet": ("steps", "bench_unet"),
     "vae": ("steps", "bench_vae"),
     "image": ("processes", "bench_image"),
@@ -32,32 +46,95 @@ PARTS = {
 }
 PEERS = ("eager", "graph", "compiled")
 
+# Which parts take an option; those that are not named here all of them do.
+MEASURED = tuple(part for part in PARTS if part != "compile")
+TAKEN_BY = {
+    "name": ("kernels", "compile"),
+    "against": ("kernels",),
+    "shapes_of": ("kernels",),
+    "tiles": ("kernels",),
+    "gpu": ("compile",),
+    "model": ("unet", "image", "load", "roofline"),
+    "checkpoint": ("image", "load"),
+    "peers": ("unet", "vae", "image", "load"),
+    "ablate": ("unet", "vae"),
+    "minutes": ("all",),
+    "full": MEASURED,
+    "repeats": MEASURED,
+    "device": MEASURED,
+    "plot": MEASURED,
+}
+DEFAULTS: dict[str, Any] = {
+    "name": None, "against": None, "shapes_of": None, "tiles": False, "gpu": "h100", "model": "sd15", "checkpoint": None,
+    "peers": list(PEERS), "ablate": False, "minutes": 9.5, "full": False, "repeats": None, "device": None, "dtype": None,
+    "json": None, "plot": None, "debug": False,
+}  # fmt: skip
+
 
 def parser() -> Parser:
+    """What it parses holds only what was given: `parsed` adds the defaults."""
     made = Parser(
         prog="minisd bench",
         description="How fast this machine is at drawing, part by part.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
     made.add_argument("what", choices=PARTS)
-    made.add_argument("name", nargs="?", metavar="NAME", help="with kernels: only this one")
-    made.add_argument("--model", choices=("sd15", "sd21", "sdxl"), default="sd15", help="whose architecture (default: sd15)")
-    made.add_argument("--checkpoint", metavar="FILE", help="with image and load: a file or its name, not random weights")
-    made.add_argument(
-        "--peers", type=peer_kinds, default=list(PEERS), metavar="KINDS", help="some of eager,graph,compiled, or ''"
-    )
-    made.add_argument("--ablate", action="store_true", help="with unet and vae: also each kernel switched alone")
-    made.add_argument("--tiles", action="store_true", help="with kernels: also other tile sizes, to choose by")
+    made.add_argument("name", nargs="?", metavar="NAME", help=f"{users('name')}: only this one")
+    add_kernels(made)
+    add_networks(made)
     made.add_argument("--full", action="store_true", help="the real shapes on a CPU, too")
     made.add_argument("--repeats", type=positive, metavar="N", help="measurements of each (default: 20, on a CPU 5)")
-    made.add_argument("--minutes", type=minutes, default=9.5, metavar="M", help="with all: when to stop (default: 9.5)")
+    made.add_argument("--minutes", type=minutes, metavar="M", help=f"{users('minutes')}: when to stop (default: 9.5)")
     made.add_argument("--device", metavar="NAME", help="cpu, cuda, … (default: a GPU if there is one)")
-    made.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: what the device draws in)")
+    made.add_argument(
+        "--dtype",
+        metavar="NAME",
+        help="float32, bfloat16 or float16 (default: what the device draws in; kernels on a CPU float32, compile float16)",
+    )
     made.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there, after every row")
     made.add_argument("--plot", type=Path, metavar="PNG", help="also draw them (needs the extra 'bench')")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made
+
+
+def add_kernels(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--tiles", action="store_true", help=f"{users('tiles')}: also other tile sizes, to choose by")
+    made.add_argument(
+        "--against", type=Path, metavar="FILE.py", help=f"{users('against')} NAME: also this file's own form of the kernel"
+    )
+    made.add_argument(
+        "--shapes-of", metavar="CHECKPOINT", help=f"{users('shapes_of')}: the shapes of this file's networks, from its header"
+    )
+    made.add_argument("--gpu", metavar="NAME", help=f"{users('gpu')}: a100, h100, rtx4090, … or sm_NN (default: h100)")
+
+
+def add_networks(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--model", choices=("sd15", "sd21", "sdxl"), help=f"{users('model')}: whose architecture (default: sd15)")
+    made.add_argument("--checkpoint", metavar="FILE", help=f"{users('checkpoint')}: a file or its name, not random weights")
+    made.add_argument("--peers", type=peer_kinds, metavar="KINDS", help=f"{users('peers')}: some of eager,graph,compiled, or ''")
+    made.add_argument("--ablate", action="store_true", help=f"{users('ablate')}: also each kernel switched alone")
+
+
+def users(option: str, word: str = "and") -> str:
+    """The parts that take an option, as its help says it."""
+    *parts, last = TAKEN_BY[option]
+    return f"with {', '.join(parts)} {word} {last}" if parts else f"with {last}"
+
+
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The options, with the defaults of those that are not given.  Ends where one is given that its part does not use."""
+    made = parser()
+    given = vars(made.parse_args(argv))
+    what = given["what"]
+    for option in given:
+        if what not in TAKEN_BY.get(option, PARTS):
+            flag = f"name {given['name']!r}" if option == "name" else f"--{option.replace('_', '-')}"
+            made.error(f"{flag}: expected {users(option, 'or')}, found with {what}")
+    if "against" in given and "name" not in given:
+        made.error("--against: expected the NAME of the kernel that it is another form of, found none")
+    return argparse.Namespace(**DEFAULTS | given)
 
 
 def peer_kinds(text: str) -> list[str]:
@@ -83,14 +160,25 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def number_format(what: str, name: str | None, device: torch.device) -> torch.dtype:
+    """Kernels are computed in Triton's interpreter on a CPU, which rounds float32 and float16 as a GPU does, and not bfloat16."""
+    import torch
+
+    from ..system.device import to_dtype
+
+    if what == "compile":
+        return to_dtype(name or "float16", torch.device("cuda"))
+    if what == "kernels" and device.type == "cpu":
+        return torch.float16 if name == "float16" else to_dtype(name or "float32", device)
+    return to_dtype(name, device)
+
+
 def bench(args: argparse.Namespace) -> int:
-    if args.name and args.what != "kernels":
-        parser().error(f"{args.name!r}: only `bench kernels` takes a name")
     from ..bench.report import Report, machine, pyplot
     from ..bench.timing import Clock
     from ..fast.choice import chosen
     from ..system.atomic import check_place
-    from ..system.device import to_device, to_dtype
+    from ..system.device import to_device
 
     if args.plot:
         pyplot()  # says at once that it is missing
@@ -98,12 +186,13 @@ def bench(args: argparse.Namespace) -> int:
         if path:
             check_place(path)
     chosen()
-    device = to_device(args.device)
-    clock = Clock(device, to_dtype(args.dtype, device), args.repeats or (20 if device.type == "cuda" else 5))
+    device = to_device("cpu" if args.what == "compile" else args.device)
+    dtype = number_format(args.what, args.dtype, device)
+    clock = Clock(device, dtype, args.repeats or (20 if device.type == "cuda" else 5))
     args.full, args.repeats = args.full or device.type == "cuda", clock.repeats
     report = Report(clock, args.json, args.debug)
     print("minisd bench on " + ", ".join(f"{name} {value}" for name, value in machine(clock).items()))
-    if not args.full:
+    if not args.full and args.what != "compile":
         print("on a CPU: smaller shapes, and no times of kernels")
     module, function = PARTS[args.what]
     getattr(import_module(f"minisd.bench.{module}"), function)(report, args)

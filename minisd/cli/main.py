@@ -55,7 +55,9 @@ COMMANDS = {
     "models": Command(
         "[add FILE]", "what models there are on this machine; import one", models.models_parser, models.models, models.parse
     ),
-    "bench": Command("WHAT", "how fast this machine draws, beside its limits and diffusers", bench.parser, bench.bench),
+    "bench": Command(
+        "WHAT", "how fast this machine draws, beside its limits and diffusers", bench.parser, bench.bench, bench.parsed
+    ),
     "completion": Command(
         "SHELL", "what teaches bash, zsh or fish these commands and options", completion.parser, completion.completion
     ),

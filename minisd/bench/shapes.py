@@ -1,0 +1,176 @@
+"""The shapes that a checkpoint's own networks hand to a kernel, from its header alone.
+
+The networks are built on the meta device, in the form that a GPU runs, and called once at the size that the checkpoint draws at:
+the UNet with guidance (batch 2), the VAE's decoder for one picture, the text encoders for two prompts.  What asks for the kernel
+on the way is written down, chosen by the same rules as when a picture is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..fast import choice, operations
+from ..fast import unet as fused_networks
+from ..fast.decoder import FusedDecoder
+from ..fast.unet import FusedUNet
+from ..files.checkpoint import open_checkpoint
+from ..files.model import StableDiffusion, build
+from ..files.recognition import recognise
+from ..library.names import resolve
+from ..models.unet import BasicTransformerBlock
+
+TOKENS = 77
+Sizes = dict[str, Any]
+
+
+def group_norm(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, shift: Tensor | None, skip: Tensor | None
+) -> tuple[str, Sizes]:
+    more = 0 if skip is None else skip.shape[1]
+    label = f"{x.shape[1]}{f'+{more}' if more else ''}@{x.shape[2]}x{x.shape[3]}{', shift' if shift is not None else ''}"
+    return label, {"batch": x.shape[0], "channels": x.shape[1], "size": x.shape[2], "skip": more, "shift": shift is not None}
+
+
+def layer_norm(x: Tensor, *_: Any, residual: Tensor | None = None) -> tuple[str, Sizes]:
+    rows, channels = x.numel() // x.shape[-1], x.shape[-1]
+    label = f"{channels}, {rows} rows" + (", residual" if residual is not None else "")
+    return label, {"rows": rows, "channels": channels, "residual": residual is not None}
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, Sizes]:
+    batch, heads, queries, dim = q.shape
+    label = f"{heads} x d={dim}, {queries} to {k.shape[2]}"
+    return label, {"batch": batch, "heads": heads, "queries": queries, "keys": k.shape[2], "dim": dim}
+
+
+def geglu(x: Tensor) -> tuple[str, Sizes]:
+    rows, columns = x.numel() // x.shape[-1], x.shape[-1] // 2
+    return f"{columns}, {rows} rows", {"rows": rows, "columns": columns}
+
+
+def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[str, Sizes]:
+    m, k, n = x.numel() // x.shape[-1], x.shape[-1], len(weight) // 2
+    return f"{k}->{n}, {m} rows", {"m": m, "k": k, "n": n}
+
+
+def feature_map(x: Tensor, *_: Any) -> tuple[str, Sizes]:
+    batch, channels, height, width = x.shape
+    return f"{channels}@{height}x{width}", {"batch": batch, "channels": channels, "size": height}
+
+
+# From what a kernel is called with to a label and the fields of its Shape.
+SIZES: dict[str, Callable[..., tuple[str, Sizes]]] = {
+    "group_norm": group_norm,
+    "layer_norm": layer_norm,
+    "attention": attention,
+    "wide_attention": attention,
+    "geglu": geglu,
+    "linear_geglu": linear_geglu,
+    "upsample_conv": feature_map,
+    "add_bias": feature_map,
+}
+
+
+def shapes_of(name: str, checkpoint: str, dtype: torch.dtype) -> list[Any]:
+    """The kernel's own Shapes, in the order of their first call; none if the checkpoint's networks never call it.
+
+    checkpoint: a path, or a name in the library.  Raises CheckpointError.
+    """
+    file = open_checkpoint(resolve(checkpoint))
+    found = recognise(file)
+    model = build(file, found.family).to(dtype)
+    # The kernels' shapes are square: of a checkpoint that draws at another form, the square of as many pixels.
+    side = round(math.sqrt(found.size[0] * found.size[1]) / model.vae.downscale / 8) * 8
+    kind = type(choice.kernels().KERNELS[name].SHAPES[0])
+    if name in SIZES:
+        calls = Calls(name)
+        with calls.watched():
+            walk(model, calls, side)
+        return [kind(label=f"{label}, {times(count)}", **dict(sizes)) for (label, sizes), count in calls.seen.items()]
+    # The sampler's step is no network's: all that there is to it is the size of the latents.
+    names = {field.name for field in fields(kind)}
+    return [kind(label=f"latents {side}x{side}", batch=1, size=side)] if names >= {"label", "batch", "size"} else []
+
+
+def times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+class Calls:
+    """Stands in the place of minisd.kernels, and counts what its kernel `name` is called with."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.real, self.part = name, choice.kernels(), ""
+        self.seen: Counter[tuple[str, tuple[tuple[str, Any], ...]]] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self.real.KERNELS:
+            return getattr(self.real, name)
+
+        def call(*given: Any, **more: Any) -> Any:
+            if name == self.name:
+                label, sizes = SIZES[name](*given, **more)
+                self.seen[f"{self.part} {label}", tuple(sizes.items())] += 1
+            result = self.real.KERNELS[name].reference(*given, **more)
+            return tuple(as_written(x, given[0]) for x in result) if isinstance(result, tuple) else as_written(result, given[0])
+
+        return call
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Every kernel of `auto` and this one are asked for, as on a GPU."""
+        names = choice.AUTO | {self.name}
+        asked = {"wants": lambda name, device: name in names, "kernels": lambda: self}
+        places = [(module, name) for module in (choice, operations, fused_networks) for name in asked if name in vars(module)]
+        before = [vars(module)[name] for module, name in places]
+        for module, name in places:
+            vars(module)[name] = asked[name]
+        try:
+            yield
+        finally:
+            for (module, name), value in zip(places, before, strict=True):
+                vars(module)[name] = value
+
+
+def as_written(result: Tensor, x: Tensor) -> Tensor:
+    """As a kernel writes it: in the dtype of what it was given, and channels-last."""
+    return result.to(x.dtype, memory_format=torch.channels_last if result.dim() == 4 else torch.preserve_format)
+
+
+class ChannelsLast(TorchFunctionMode):
+    """The meta device lays every convolution's result out in PyTorch's own order; a GPU does as with what it is given."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result.to(memory_format=torch.channels_last) if func is F.conv2d else result
+
+
+@torch.no_grad()
+def walk(model: StableDiffusion, calls: Calls, side: int) -> None:
+    """Calls each network once; side: of the latents."""
+    model.requires_grad_(False)
+    dtype, unet = next(model.parameters()).dtype, model.unet
+    width = next(block.attn2.to_k.in_features for block in unet.modules() if isinstance(block, BasicTransformerBlock))
+    with torch.device("meta"), ChannelsLast():
+        calls.part = "UNet"
+        fused = FusedUNet(unet)
+        vector = torch.empty(2, unet.vector_channels, dtype=dtype) if unet.vector_channels else None
+        shift = fused.shifts(torch.empty(1), vector)[0]
+        keys_values = fused.keys_values(torch.empty(2, TOKENS, width, dtype=dtype))
+        x = torch.empty(2, unet.in_channels, side, side, dtype=dtype).to(memory_format=torch.channels_last)
+        fused(x, shift, keys_values)
+        calls.part = "VAE"
+        FusedDecoder(model.vae)(x[:1, : model.vae.latent_channels].contiguous(memory_format=torch.channels_last))
+        calls.part = "text"
+        for encoder in model.text_encoders:
+            encoder.hidden_states(torch.empty(2, TOKENS, dtype=torch.long))

@@ -341,10 +341,10 @@ def test_roofline_counts_no_views():
 SMALL_ROOFLINE = """
 from families import SMALL
 from minisd.bench import networks
-from minisd.cli.bench import bench
+from minisd.cli.bench import bench, parsed
 small = SMALL["sd1"]
 networks.MODELS["sd15"] = networks.Published("small", small.shapes, small.family, 8, small.context)
-bench(["roofline", "--device", "cpu", "--dtype", "float32", "--repeats", "1"])
+bench(parsed(["roofline", "--device", "cpu", "--dtype", "float32", "--repeats", "1"]))
 """
 
 

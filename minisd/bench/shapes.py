@@ -34,7 +34,14 @@ Sizes = dict[str, Any]
 
 
 def group_norm(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, shift: Tensor | None, skip: Tensor | None
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool,
+    shift: Tensor | None = None,
+    skip: Tensor | None = None,
 ) -> tuple[str, Sizes]:
     more = 0 if skip is None else skip.shape[1]
     label = f"{x.shape[1]}{f'+{more}' if more else ''}@{x.shape[2]}x{x.shape[3]}{', shift' if shift is not None else ''}"

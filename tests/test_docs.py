@@ -48,10 +48,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lit = tiny_checkpoint().with_name("tiny-lit.safetensors")
     for path in ("v1-5-pruned-emaonly.safetensors", "a.safetensors"):
         (folder / path).symlink_to(tiny_checkpoint())
-    for path in ("b.safetensors", "better-vae.safetensors"):
+    for path in ("b.safetensors", "better-vae.safetensors", "download.safetensors"):
         (folder / path).symlink_to(lit)
-    for path in ("download.ckpt", "old.ckpt"):
-        torch.save({"state_dict": load_file(lit)}, folder / path)
+    torch.save({"state_dict": load_file(lit)}, folder / "old.ckpt")
     for path, family in {
         "dream.safetensors": "sd1",
         "v2-1_768.safetensors": "sd2",
@@ -107,7 +106,7 @@ def test_blocks_run(page, files, tmp_path, monkeypatch):
     for kind, text in FENCE.findall(page.read_text()):
         assert kind in ("python", "sh", "text"), f"{page}: ```{kind}"
         if kind == "python":
-            exec(compile(text, name(page), "exec"), given)
+            exec(compile(text, name(page), "exec", dont_inherit=True), given)
         if kind == "sh":
             for line in text.splitlines():
                 command(line, monkeypatch)

@@ -1,4 +1,4 @@
-"""Draws the pictures of the README again: each with the very command that stands under it.
+"""Draws the pictures of the README and of docs/files.md again: each with the very command that stands with it.
 
 python scripts/readme_pictures.py
 """
@@ -23,7 +23,7 @@ def cells() -> list[tuple[Path, list[str]]]:
 
 def merged() -> None:
     """The picture of two checkpoints and what lies halfway between them, which takes two commands."""
-    (first, second) = re.findall(r"^minisd (.*half\.safetensors.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    (first, second) = re.findall(r"^minisd (.*half\.safetensors.*)$", (ROOT / "docs" / "files.md").read_text(), re.MULTILINE)
     main(shlex.split(first))
     main([*shlex.split(second), "-o", "weights/samples/merge.png"])
     Path("half.safetensors").unlink()

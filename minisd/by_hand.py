@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from .diffusion.schedule import scaled_linear
-from .files.checkpoint import open_checkpoint
-from .files.model import load_model
-from .library.places import tiny_checkpoint
-from .text.tokenizer import tokenize
+from minisd.diffusion.schedule import scaled_linear
+from minisd.files.checkpoint import open_checkpoint
+from minisd.files.model import load_model
+from minisd.library.places import tiny_checkpoint
+from minisd.text.tokenizer import tokenize
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from .pictures.image import to_pil
 from .pictures.preview import LinearDecoder, fit_decoder
 from .request import Capabilities, Plan, Request, pasted, recipe_of, settle, taking_options
 from .result import Drawn, Result, Step, finish, keeping_finished, with_bar
-from .system.device import name_of, to_device, to_dtype
+from .system.device import name_of, to_device, to_dtype, visiting
 from .system.memory import memory_errors
 from .text.conditioner import Conditioner
 from .walks import Progress, check_refiner, course, in_parts, known_latents, start, walk
@@ -104,7 +104,9 @@ class Pipeline:
         self.unet, self.text_encoders = model.unet, model.text_encoders
         self.network = Network(model.unet, schedule_of(self.training), self.training.prediction, self.training.sigma_data)
         self.engine = engine(model, model.unet, fast)
-        self.conditioner = Conditioner(self.family, self.text_encoders, device, self.engine.read)
+        self.conditioner = Conditioner(
+            self.family, self.text_encoders, device, self.engine.read, partial(visiting, device=device)
+        )
         self.codec, self.vae_checkpoint = Codec(model.vae, recognition, device, dtype, self.engine), checkpoint
 
     def __repr__(self) -> str:

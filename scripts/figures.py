@@ -17,10 +17,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 import minisd
-from minisd.diffusion.schedule import BY_SIGMA, BY_TIMESTEP, scaled_linear
+from minisd.diffusion.levels import AS_THEY_COME, levels
+from minisd.diffusion.schedule import scaled_linear
 from minisd.models.family import UNET
 from minisd.models.shapes import below
 from minisd.models.unet import UNet
+from minisd.options import SPACINGS
 from minisd.workbench.blueprint import sd15
 
 FOLDER = Path(__file__).parents[1] / "docs" / "figures"
@@ -171,12 +173,9 @@ def unet_figure(plt: Any) -> Any:
 # The noise levels
 
 
-def levels(spacing: str, steps: int) -> Tensor:
+def visited(spacing: str, steps: int) -> Tensor:
     """The noise levels of SD 1.x that a sampler visits before it ends at zero: (steps,), falling."""
-    schedule = scaled_linear()
-    if spacing in BY_SIGMA:
-        return BY_SIGMA[spacing](*schedule.range, steps)
-    return schedule.sigma(BY_TIMESTEP[spacing](steps))
+    return levels(scaled_linear(), spacing, steps, AS_THEY_COME).sigmas[:-1]
 
 
 def schedules_figure(plt: Any) -> Any:
@@ -186,8 +185,8 @@ def schedules_figure(plt: Any) -> Any:
         "karras": ("#8a4f7d", "D"), "exponential": ("#6b7280", "v"),
     }  # fmt: skip
     figure, axis = plt.subplots(figsize=(9, 5.2), constrained_layout=True)
-    for spacing in (*BY_TIMESTEP, *BY_SIGMA):
-        sigmas = levels(spacing, steps)
+    for spacing in SPACINGS:
+        sigmas = visited(spacing, steps)
         colour, marker = looks[spacing]
         name = f"{spacing}: {sigmas[0]:.1f} to {sigmas[-1]:.3f}"
         axis.plot(range(1, steps + 1), sigmas, color=colour, marker=marker, markersize=4.5, linewidth=1.3, label=name)
@@ -213,10 +212,7 @@ def schedules_figure(plt: Any) -> Any:
 def denoising_figure(plt: Any) -> Any:
     prompt, seed, steps = "a red circle on a blue background", 1, 20
     pipe = minisd.load(device="cpu")
-    sigmas = levels("linspace", steps)
-    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed))  # what the seed stands for
-    seen = list(pipe.stream(minisd.Request(prompt, steps=steps, latents=noise)))
-    before = [noise * sigmas[0], *(step.latents for step in seen)]  # what the network reads at each step
+    seen = list(pipe.stream(prompt, steps=steps, seed=seed))
 
     def picture(latents: Tensor) -> Any:
         return ((pipe.codec.decode(latents)[0].clamp(-1, 1) + 1) / 2).permute(1, 2, 0).numpy()
@@ -224,14 +220,14 @@ def denoising_figure(plt: Any) -> Any:
     figure, axes = plt.subplots(2, len(SHOWN), figsize=(10, 4.75), constrained_layout=True)
     with torch.no_grad():
         for column, number in enumerate(SHOWN):
-            i = number - 1
-            unit = before[i] / (sigmas[i] ** 2 + 1).sqrt()
-            for axis, image in zip(axes[:, column], (picture(unit.float()), picture(seen[i].denoised)), strict=True):
+            step = seen[number - 1]
+            unit = step.before / (step.sigma**2 + 1) ** 0.5
+            for axis, image in zip(axes[:, column], (picture(unit), picture(step.denoised)), strict=True):
                 axis.imshow(image, interpolation="nearest")
                 axis.set(xticks=[], yticks=[])
                 for side in axis.spines.values():
                     side.set_visible(False)
-            axes[0, column].set_title(f"step {number}, sigma {sigmas[i]:.2f}", size=10.5, color=INK)
+            axes[0, column].set_title(f"step {number}, sigma {step.sigma:.2f}", size=10.5, color=INK)
     axes[0, 0].set_ylabel("x, its input", size=10.5, color=INK)
     axes[1, 0].set_ylabel("x_0, its estimate", size=10.5, color=INK)
     title = f'"{prompt}", seed {seed}, as the network sees it, decoded by the VAE'

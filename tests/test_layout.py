@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import ast
 import io
+import json
 import re
+import shutil
 import subprocess
 import sys
 import tokenize
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+import minisd
+from minisd.by_hand import draw
+from minisd.library.places import tiny_checkpoint
+from minisd.pictures.image import to_pil
+from minisd.text.tokenizer import tokenize as ids_of
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minisd"
@@ -26,6 +36,7 @@ LEVELS = [
     ["codec", "request", "result"],
     ["walks"],
     ["pipeline"],
+    ["by_hand"],
     ["workbench"],
     ["bench"],
     ["cli"],
@@ -112,6 +123,107 @@ def test_the_three_networks_are_small():
     assert sum(sizes.values()) <= 550, sizes
 
 
+EVENING = (
+    "models.shapes", "models.ops", "models.layers", "models.family", "models.clip", "models.unet", "models.vae",
+    "diffusion.schedule", "diffusion.denoiser", "diffusion.samplers.one_step", "text.tokenizer", "text.conditioner",
+    "files.model", "pipeline",
+)  # fmt: skip
+JOINING = ("files.model", "pipeline")  # these two may use what stands beside the path, too
+
+
+def test_an_evening_holds_the_path_and_each_file_uses_only_those_before_it():
+    assert len(EVENING) <= 14
+    lines = {name: len(MODULES[name].read_text().splitlines()) for name in ("by_hand", *EVENING)}
+    assert sum(lines.values()) <= 1900, lines
+    for i, name in enumerate(EVENING):
+        if name not in JOINING:
+            assert imports(name) <= {*EVENING[:i]}, name
+    told = re.findall(r"^\| \[`minisd/([\w/]+)\.py`\]", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert told == [name.replace(".", "/") for name in EVENING]
+
+
+ALONE = """
+import json, sys
+import torch
+from itertools import pairwise
+from safetensors.torch import load_file
+from house.diffusion.denoiser import ClassifierFree, Conditioning, Denoiser, Network, Timeline
+from house.diffusion.levels import AS_THEY_COME, levels
+from house.diffusion.samplers.one_step import euler
+from house.diffusion.schedule import scaled_linear
+from house.models.clip import text_encoder
+from house.models.family import SD1, UNET, VAE
+from house.models.shapes import Shapes, below
+from house.models.unet import UNet
+from house.models.vae import AutoencoderKL
+
+file, ids, out = sys.argv[1:]
+weights = {key: value.float() for key, value in load_file(file).items()}
+shapes = Shapes({key: tuple(value.shape) for key, value in weights.items()})
+
+def network(make, name):
+    made = make(below(shapes, name))
+    made.load_state_dict({key: weights[f"{name}.{key}"] for key in made.state_dict()})
+    return made.eval()
+
+with torch.no_grad():
+    encoder, unet, vae = (network(make, name) for make, name in (
+        (text_encoder, SD1.towers[0].name), (UNet, UNET), (AutoencoderKL, VAE)))
+    context = encoder.final_norm(encoder.hidden_states(torch.tensor(json.loads(ids)))[-1])
+    schedule = scaled_linear()
+    told = [Timeline(((0, Conditioning(each)),)) for each in context.split(1)]
+    denoise = Denoiser(Network(unet, schedule), told, ClassifierFree(7.5))
+    way = levels(schedule, "linspace", 20, AS_THEY_COME)
+    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1)) * way.start_scale
+    *_, (x, _) = euler(denoise, x, way.sigmas, lambda *_: None)
+    torch.save(vae.decode(x / SD1.latent_scale), out)
+assert not any(name.split(".")[0] in ("minisd", "diffusers", "transformers") for name in sys.modules)
+"""
+
+
+def test_models_and_diffusion_can_be_copied_out_and_draw(tmp_path, tiny):
+    """With errors.py alone, in an empty folder: the picture of by_hand.py."""
+    house = tmp_path / "house"
+    house.mkdir()
+    for room in ("models", "diffusion"):
+        shutil.copytree(PACKAGE / room, house / room)
+    shutil.copy(PACKAGE / "errors.py", house)
+    script = tmp_path / "alone.py"
+    script.write_text(ALONE)
+    prompt = "a red circle on a blue background"
+    arguments = [str(tiny_checkpoint()), json.dumps(ids_of(["", prompt])), str(tmp_path / "x.pt")]
+    subprocess.run([sys.executable, str(script), *arguments], check=True, cwd=tmp_path)
+    assert np.array_equal(np.asarray(to_pil(torch.load(tmp_path / "x.pt")[0])), np.asarray(draw(prompt, seed=1)))
+
+
+def test_by_hand_is_the_picture_of_the_pipeline():
+    prompt = "a red circle on a blue background"
+    whole = minisd.load(device="cpu", dtype="float32")(prompt, seed=1).images[0]
+    assert np.array_equal(np.asarray(draw(prompt, seed=1)), np.asarray(whole))
+
+
+# Kernels of Triton aside, and what is a user's own interface: (parameters), where they are as many as there are options.
+INTERFACES = {"merge", "load", "compare", "linear_step", "group_norm", "reference"}
+
+
+def functions(folder: Path):
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and not any("jit" in ast.unparse(each) for each in node.decorator_list):
+                yield f"{path.relative_to(ROOT)} {node.name}", node
+
+
+def test_functions_are_short_and_take_little():
+    """At most 40 lines, without the docstring, and 8 parameters."""
+    for name, node in [*functions(PACKAGE), *functions(ROOT / "kernels")]:
+        documented = ast.get_docstring(node, clean=False)
+        lines = node.end_lineno - node.lineno + 1 - (len(documented.splitlines()) if documented else 0)
+        arguments = [each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        assert lines <= 40, f"{name}: {lines} lines"
+        if node.name not in INTERFACES and not any(ast.unparse(each) == "jit" for each in node.decorator_list):
+            assert len([each for each in arguments if each not in ("self", "cls")]) <= 8, name
+
+
 def test_readme_line_counts_are_real():
     rows = re.findall(r"^\| \[`([\w/]+\.py)`\]\([^)]*\) \| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert len(rows) >= 10
@@ -124,7 +236,7 @@ def test_readme_links_lead_somewhere():
 
 
 def test_kernels_are_found_from_the_checkout_itself():
-    """`python -m minisd.cli` in the checkout takes its minisd/, installed or not."""
+    """`python -m minisd` in the checkout takes its minisd/, installed or not."""
     code = "import minisd.kernels, minisd.weights; print(minisd.__file__, minisd.kernels.__file__)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert run.stdout.split() == [str(ROOT / "minisd" / "__init__.py"), str(ROOT / "kernels" / "__init__.py")]

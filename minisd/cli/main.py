@@ -69,11 +69,12 @@ def help_text() -> str:
     rows = [(f"minisd {name} {command.usage}", command.summary) for name, command in COMMANDS.items()]
     wide = max(len(usage) for usage, _ in rows)
     commands = "\n".join(f"  {usage.ljust(wide)}  {summary}" for usage, summary in rows)
-    _, _, options = draw.parser().format_help().partition("\n\n")
+    version = f"{'minisd -V, --version'.ljust(wide)}  which minisd this is"
+    drawing = draw.parser().format_help().partition("options:\n")[2]
     return (
         'usage: minisd "PROMPT" [options], or minisd COMMAND …  (minisd COMMAND --help)\n\n'
         f"minisd {__version__}: opens a raw Stable Diffusion checkpoint and draws.\n\n"
-        f"commands:\n{commands}\n\noptions of a drawing:\n{options.partition('options:')[2].lstrip()}\n{EXAMPLES}"
+        f"commands:\n{commands}\n  {version}\n\noptions of a drawing:\n{drawing}\n{EXAMPLES}"
     )
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..diffusion.denoiser import Conditioning
 from ..models.clip import OpenTextTransformer, TextEncoder
 from ..models.family import Family, Tower, text_skip
 from ..models.unet import timestep_embedding
-from ..system.device import visiting
 from .tokenizer import LENGTH, tokenize
 
 SIZE_CHANNELS = 256  # of the sinusoids of one number in SDXL's vector (sd_xl_base.yaml, ConcatTimestepEmbedderND)
@@ -30,6 +30,7 @@ class Conditioner:
     encoders: Sequence[TextEncoder]
     device: torch.device
     run: Callable[[TextEncoder, Tensor], Sequence[Tensor]] = hidden_states  # ids (B, 77) -> every layer's output, (B, 77, D)
+    visit: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext  # brings an encoder to the device while it works
 
     def encode(self, prompts: Sequence[str], clip_skip: int | None = None, chunks: int = 1) -> Conditioning:
         """Texts -> context (B, 77*k, D), the encoders' channels side by side, and the pooled vector (B, P) where there is one.
@@ -40,7 +41,7 @@ class Conditioner:
         contexts, pooled = [], None
         for tower, encoder in zip(self.family.towers, self.encoders, strict=True):
             ids = torch.tensor(tokenize(prompts, tower.pad, chunks), device=self.device)  # (B, 77*k)
-            with visiting(encoder, self.device):
+            with self.visit(encoder):
                 states = self.run(encoder, ids.view(-1, LENGTH))  # (B*k, 77): every chunk is a text of its own
                 context, vector = read_states(tower, encoder, ids, states, clip_skip)
             contexts.append(context)

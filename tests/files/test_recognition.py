@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import SMALL
-from helpers import assert_close, manifest, recognised
+from helpers import assert_close, built, manifest, recognised
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -74,8 +74,6 @@ DISTILLED = {  # transformer blocks by level on the way down, and block by block
 @pytest.mark.parametrize("name", DISTILLED)
 def test_distilled_unets_are_named_and_built(name, tmp_path):
     """SDXL with fewer transformer blocks and none in the middle."""
-    from test_keys import built
-
     small = blueprint.assemble(
         FAMILIES[2],
         distilled(*DISTILLED[name]),
@@ -197,8 +195,6 @@ def test_broken_markers_are_named(key, values, message, tmp_path):
 @given(st.data())
 def test_any_width_and_depth_of_every_family(tmp_path: Path, data: st.DataObject):
     """Whatever the widths: the family is recognised, and the module has the file's keys."""
-    from test_keys import built
-
     family = data.draw(st.sampled_from(FAMILIES))
     levels = data.draw(st.integers(1, 3))
     multipliers = tuple(data.draw(st.lists(st.integers(1, 3), min_size=levels, max_size=levels)))

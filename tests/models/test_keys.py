@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from helpers import manifest, recognised
+from helpers import built, manifest, recognised
 
 from minisd.files.checkpoint import CheckpointError
-from minisd.files.model import StableDiffusion
 from minisd.files.recognition import is_spare
 from minisd.models.family import FAMILIES, SD1
-from minisd.models.shapes import Shapes
 from minisd.workbench import blueprint
 
 DRAWS = {
@@ -30,12 +27,6 @@ REFUSED = {
     "taesd": "a tiny autoencoder (TAESD)",
 }
 NEEDED = {key: shape for key, shape in manifest("sd15").items() if not is_spare(key)}
-
-
-def built(shapes: dict[str, tuple[int, ...]], family=SD1) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        model = StableDiffusion(Shapes(shapes), family)
-    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", DRAWS)

@@ -533,7 +533,7 @@ def test_bombs_are_refused_in_little_memory_and_time(tmp_path, archives):
     harmless = {"a memo at 2 billion", "2^60 references as a key", "deep tuples as a key"}  # weights stand beside them
     for name, content in contents.items():
         written(tmp_path, content, name)
-    command, folder = [sys.executable, "-c", MEASURE, str(tmp_path)], Path(__file__).parent
+    command, folder = [sys.executable, "-c", MEASURE, str(tmp_path)], Path(__file__).parents[1] / "support"
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(folder)})
     print(done.stdout)
     rows = [line.split(" ", 3) for line in done.stdout.splitlines()]

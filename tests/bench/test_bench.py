@@ -36,7 +36,7 @@ def main(argv):
 
 
 CLOCK = Clock(torch.device("cpu"), torch.float32, 2)
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = ["--device", "cpu", "--dtype", "float32", "--repeats", "1"]
 
 
@@ -202,7 +202,7 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 # Of the kernels' own lists: what stands for another size, another use or another model.
-ELSEWHERE = ("two chunks", "no guidance", "8 pictures", "refiner", "no residual")
+ELSEWHERE = ("two chunks", "no guidance", "three prompts", "mask", "two calls", "8 pictures", "refiner", "no residual")
 
 
 @pytest.mark.parametrize("model", ["SD 1.5", "SDXL"])
@@ -350,7 +350,7 @@ bench(parsed(["roofline", "--device", "cpu", "--dtype", "float32", "--repeats", 
 
 def test_roofline_leaves_the_terminal_alone():
     """What C++ code prints goes past Python's sys.stderr."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "tests", "scripts"))}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "tests/support", "scripts"))}
     command = [sys.executable, "-P", "-c", SMALL_ROOFLINE]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert run.stderr == ""

@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import save_file
 
 from minisd.files.checkpoint import open_checkpoint
+from minisd.files.model import StableDiffusion
 from minisd.files.recognition import recognise
 from minisd.models.family import SD1
+from minisd.models.shapes import Shapes
 from minisd.text.tokenizer import bpe, byte_letters, merges_text
 from minisd.workbench import blueprint
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -36,8 +38,15 @@ def assert_close(found: torch.Tensor, wanted: torch.Tensor, limit: float) -> Non
 
 def manifest(name: str) -> dict[str, tuple[int, ...]]:
     """Keys and shapes of a published checkpoint."""
-    text = lzma.decompress((HERE / "checkpoints" / "manifests.json.xz").read_bytes())
+    text = lzma.decompress((TESTS / "checkpoints" / "manifests.json.xz").read_bytes())
     return {key: tuple(shape) for key, (_, shape) in json.loads(text)[name].items()}
+
+
+def built(shapes: dict[str, tuple[int, ...]], family=SD1) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the module that is made of these."""
+    with torch.device("meta"):
+        model = StableDiffusion(Shapes(shapes), family)
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
 def recognised(folder: Path, shapes: dict[str, tuple[int, ...]], values: dict[str, list[float]] | None = None, **metadata: str):

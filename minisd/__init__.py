@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .pipeline import load as load
     from .request import Request as Request
     from .result import Result as Result
+    from .result import Step as Step
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "Pipeline",
     "Request",
     "Result",
+    "Step",
     "UsageError",
     "load",
 ]
@@ -36,7 +38,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """These bring torch along, which takes seconds to import: only when somebody asks."""
-    if name in ("load", "Pipeline", "Request", "Result"):
+    if name in ("load", "Pipeline", "Request", "Result", "Step"):
         from . import pipeline
 
         return getattr(pipeline, name)

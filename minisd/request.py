@@ -48,7 +48,7 @@ class Request:
     steps: 1 … 999.  guidance_scale: 1 takes the prompt as trained and half the time, more follows it harder.
     sampler: "euler", "ddim", or a function (denoise, x, sigmas, noise) that yields (latents, estimate): diffusion/samplers.
     seed: picture i uses seed + i and equals the single run with that seed; None or -1 draws one.
-    seeds: "rising" so, or "same": every prompt gets the same ones.
+    seeds: "rising" so, or "same": every prompt gets the same ones; or a list of them, as `seed` takes it.
     latents: starting noise (B, C, h, w) of unit variance instead of a seed.
     sigmas: noise levels (N + 1,) of one's own, falling, instead of steps and spacing.
     guide: a function (answers, x, call) -> mixed, or a diffusion.denoiser.Guide, in the place of classifier-free guidance.
@@ -79,7 +79,7 @@ class Request:
     seed: int | Sequence[int] | None = None
     num_images: int = 1
     latents: Tensor | None = None
-    seeds: Literal["rising", "same"] = "rising"
+    seeds: Literal["rising", "same"] | Sequence[int] = "rising"
     sigmas: Tensor | Sequence[float] | None = None
     guide: Guide | Callable[..., Tensor] | None = None
     high_noise_frac: float = 0.8
@@ -204,6 +204,10 @@ class Capabilities:
 def settle(request: Request, model: Capabilities) -> Plan:
     """Checks a request for a model.  Raises UsageError, which names the argument, what was expected and what was found."""
     texts = texts_of(request, model)
+    if not isinstance(request.seeds, str):
+        if request.seed is not None:
+            raise UsageError("seed and seeds: expected a list in one of the two, found both")
+        request = replace(request, seed=request.seeds, seeds="rising")
     plain = {name: checked(name, getattr(request, name)) for name in OPTIONS if name != "negative_prompt"}
     request = replace(request, **plain)
     sampler = sampler_of(request.sampler)
@@ -277,7 +281,8 @@ def by_picture(request: Request, prompts: list[str], negatives: list[str]) -> tu
             return values * count if len(values) == 1 else values
         if len(values) == len(prompts):
             return [one for one in values for _ in range(each)]
-        known = f"one, {len(prompts)} (one a prompt) or {count} (one a picture)" if len(prompts) > 1 else f"one or {count}"
+        by_prompt = f"{len(prompts)}, one for each prompt" if len(prompts) > 1 else ""
+        known = ", or ".join(filter(None, ["one", by_prompt, f"{count}, one for each picture" if each > 1 else ""]))
         raise UsageError(f"{name}: expected {known}, found {len(values)}")
 
     return (

@@ -37,6 +37,7 @@ class Step:
     timestep: float  # the same as the network is told it
     picture: int  # the number of the first of its pictures in the call
     seeds: tuple[int | None, ...]  # of its B pictures
+    way: str  # how it was computed: recorded, network or plain (fast/ways.py)
 
     @property
     def seed(self) -> int | None:

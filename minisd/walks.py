@@ -135,7 +135,7 @@ class Progress:
         timestep = float(self.leg.pipe.network.schedule.timestep(torch.tensor(sigma, dtype=torch.float64)))
         seeds = tuple(self.plan.seeds[self.part])
         at = (moment.latents, moment.denoised, moment.before, sigma, timestep)
-        return Step(self.index, self.total, *at, self.part.start, seeds)
+        return Step(self.index, self.total, *at, self.part.start, seeds, moment.way)
 
 
 def guidance(plan: Plan, part: slice, pipe: Pipeline) -> tuple[Guide, list[Timeline]]:

@@ -148,6 +148,11 @@ def test_no_option_is_made_up(capsys):
                 assert set(re.findall(r"(?<=[ `])--[a-z-]+", text)) <= known, (name(page), written)
 
 
+def test_readme_shows_by_hand_as_it_stands():
+    code = (ROOT / "minisd" / "by_hand.py").read_text().partition("from __future__ import annotations\n\n")[2]
+    assert f"```python\n{code}```\n" in PAGES[0].read_text()
+
+
 def test_readme_is_short():
     assert len(PAGES[0].read_text().splitlines()) <= 200
 

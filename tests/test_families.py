@@ -248,7 +248,7 @@ def test_instruct_pix2pix(opened, pictures, tmp_path):
         ("sd1", {"init_image": True, "strength": 1.5}, "strength: expected a number from 0 to 1"),
         ("sd1", {"init_image": "none.png"}, "init_image none.png: does not exist"),
         ("sd1", {"init_image": __file__}, "is no PNG, JPEG, WEBP picture"),
-        ("sd1", {"init_image": 3}, "init_image: expected a PIL image or the path of one, found int"),
+        ("sd1", {"init_image": 3}, "init_image: expected a PIL image, an array, a tensor or a path, found int"),
         ("sd1", {"clip_skip": 9}, "clip_skip: expected a whole number from 1 to 3, found 9"),
         ("sd1", {"zero_negative": True}, "zero_negative: only SDXL was trained so"),
         ("sd1", {"stepz": 3}, "stepz: unknown; did you mean steps"),

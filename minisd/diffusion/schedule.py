@@ -17,11 +17,15 @@ BETA_START, BETA_END = 0.00085, 0.0120  # CompVis v1-inference.yaml, linear_star
 LAST_ALPHA = 2.0**-24  # in place of zero, which has no sigma (diffusers scheduling_euler_discrete.py, rescale_betas_zero_snr)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Discrete:
     """The noise of every training timestep: alphas_cumprod (1000,), float64, falling."""
 
     alphas_cumprod: Tensor
+
+    def __repr__(self) -> str:
+        low, high = self.range
+        return f"Discrete({len(self.alphas_cumprod)} timesteps, sigma {low:.4g} to {high:.4g})"
 
     @property
     def sigmas(self) -> Tensor:

@@ -17,15 +17,17 @@ from ..errors import UsageError
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 16 << 20  # a small file can unpack to gigabytes; the header tells before it does
 
-Picture = Image.Image | str | os.PathLike[str]
+Picture = Image.Image | np.ndarray | Tensor | str | os.PathLike[str]
 
 
 def open_picture(name: str, source: Picture) -> Image.Image:
     """The picture that the argument `name` gives, upright.  Raises UsageError."""
     if isinstance(source, Image.Image):
-        return source
+        return ImageOps.exif_transpose(source)
+    if isinstance(source, np.ndarray | Tensor):
+        return from_numbers(name, source)
     if not isinstance(source, str | os.PathLike):
-        raise UsageError(f"{name}: expected a PIL image or the path of one, found {type(source).__name__}")
+        raise UsageError(f"{name}: expected a PIL image, an array, a tensor or a path, found {type(source).__name__}")
     path = Path(source)
     try:
         with warnings.catch_warnings():
@@ -41,6 +43,30 @@ def open_picture(name: str, source: Picture) -> Image.Image:
         raise UsageError(f"{name} {path}: expected a picture, found a folder") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UsageError(f"{name} {path}: is no {', '.join(FORMATS)} picture that can be read: {error}") from None
+
+
+def from_numbers(name: str, source: np.ndarray | Tensor) -> Image.Image:
+    """A picture from an array (H, W) or (H, W, C), or a tensor (C, H, W) or (1, C, H, W), with 1, 3 or 4 channels.
+
+    Whole numbers go from 0 to 255; others from 0 to 1, or from -1 to 1 where one is below 0, as diffusers takes them.
+    """
+    x = (
+        source.detach().float().cpu()
+        if isinstance(source, Tensor) and source.is_floating_point()
+        else torch.as_tensor(source).cpu()
+    )
+    shape = tuple(x.shape)
+    x = x[0] if x.dim() == 4 and len(x) == 1 else x
+    x = x.permute(1, 2, 0) if isinstance(source, Tensor) and x.dim() == 3 else x  # (H, W, C)
+    if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[2] not in (1, 3, 4)) or x.numel() == 0:
+        expected = "a tensor (C, H, W)" if isinstance(source, Tensor) else "an array (H, W, C)"
+        raise UsageError(f"{name}: expected {expected} with 1, 3 or 4 channels, found shape {shape}")
+    low, high = (0, 255) if not x.is_floating_point() and x.dtype != torch.bool else (-1 if x.min() < 0 else 0, 1)
+    if not bool(x.isfinite().all()) or x.min() < low or x.max() > high:
+        found = f"numbers from {float(x.min()):.4g} to {float(x.max()):.4g}"
+        raise UsageError(f"{name}: expected numbers from 0 to 1, -1 to 1, or whole ones from 0 to 255, found {found}")
+    levels = ((x.double() - low) * (255 / (high - low))).round().byte().numpy()
+    return Image.fromarray(levels[:, :, 0] if levels.ndim == 3 and levels.shape[2] == 1 else levels)
 
 
 def to_pixels(image: Image.Image, width: int, height: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from dataclasses import fields, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -188,7 +189,7 @@ def test_a_conditioning_is_what_its_prompt_is(tiny):
 
 def test_own_levels_guides_and_samplers_in_a_recipe(tiny):
     def mine(denoise, x, sigmas, noise):
-        for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for sigma, following in pairwise(sigmas):
             denoised = denoise(x, sigma)
             x = denoised + following * (x - denoised) / sigma
             yield x, denoised

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,8 @@ from PIL import Image
 
 import minisd
 from minisd.cli import main
+from minisd.cli.main import COMMANDS
+from minisd.library.places import tiny_checkpoint
 
 FAST = ["--steps", "2", "--device", "cpu"]
 
@@ -197,3 +201,86 @@ def test_help_and_inspect_do_not_import_torch(reduced_file):
 def test_version(capsys):
     assert main(["--version"]) == main(["-V"]) == 0
     assert capsys.readouterr().out == f"minisd {minisd.__version__}\n" * 2
+
+
+def test_python_m_minisd_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "minisd", "-V"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"minisd {minisd.__version__}\n"
+
+
+def test_help_begins_with_the_commands(capsys):
+    assert main(["--help"]) == main(["help"]) == 0
+    text = capsys.readouterr().out
+    assert text.index("minisd inspect FILE") < text.index("--steps N") < text.index("examples:")
+    assert all(f"\n  minisd {name} " in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("word", ["inspct", "merg", "model", "comparee", "agian"])
+def test_a_lone_word_that_is_nearly_a_command_asks(word, capsys, monkeypatch):
+    monkeypatch.setattr("minisd.models.unet.UNet.forward", lambda *_: pytest.fail("something was drawn"))
+    assert exit_code([word]) == exit_code([word, "x.safetensors"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("did you mean the command ") == 2
+    assert f"if '{word}' is a prompt: minisd draw '{word}'" in said
+
+
+def test_draw_is_the_long_form(capsys):
+    assert main(["draw", "model", "--seed", "1", "-o", "x.png", *FAST]) == 0
+    assert main(["draw", "a red circle", "--seed", "1", "-o", "y.png", *FAST]) == 0
+    assert main(["a red circle", "--seed", "1", "-o", "z.png", *FAST]) == 0
+    assert Path("y.png").read_bytes() == Path("z.png").read_bytes() != Path("x.png").read_bytes()
+
+
+def test_again_elsewhere(capsys, tmp_path, monkeypatch):
+    """The picture lies in a folder that is not written to, and all its files have moved."""
+    lit = tiny_checkpoint().with_name("tiny-lit.safetensors")
+    for name in ("vae", "refiner"):
+        shutil.copy(lit, f"{name}.safetensors")
+    Image.new("RGB", (64, 64), "red").save("init.png")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save("mask.png")
+    files = ["--vae", "vae.safetensors", "--refiner", "refiner.safetensors", "--init", "init.png", "--mask", "mask.png"]
+    Path("album").mkdir()
+    assert main(["a star", *files, "--seed", "1", "--steps", "4", "--device", "cpu", "-o", "album/x.png"]) == 0
+    Path("moved").mkdir()
+    for name in ("vae.safetensors", "refiner.safetensors", "init.png", "mask.png"):
+        Path(name).rename(f"moved/{name}")
+    assert exit_code(["again", "album/x.png"]) != 0
+    moved = [word if word.startswith("--") else f"moved/{word}" for word in files]
+    capsys.readouterr()
+    assert main(["again", "album/x.png", *moved]) == 0
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("x-again.png\n", "")
+    with Image.open("album/x.png") as first, Image.open("x-again.png") as second:
+        assert first.tobytes() == second.tobytes()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_what_the_parsers_say(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for command in COMMANDS.values():
+        for action in command.parser()._actions:
+            for flag in action.option_strings:
+                if action.help != argparse.SUPPRESS:
+                    assert (f"-l {flag[2:]} " if shell == "fish" and flag.startswith("--") else flag.lstrip("-")) in script
+    if shutil.which(shell):
+        check = [shell, "-n"] if shell != "fish" else [shell, "--no-execute"]
+        subprocess.run([*check, "/dev/stdin"], input=script, text=True, check=True)
+
+
+def test_bash_completes(capsys):
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+
+    def completed(*words):
+        asked = (
+            f"COMP_WORDS=({' '.join(map(repr, ['minisd', *words]))}); COMP_CWORD={len(words)}; _minisd; echo ${{COMPREPLY[@]}}"
+        )
+        done = subprocess.run(["bash", "-c", f"{script}\n{asked}"], capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    assert completed("mo") == ["models"]
+    assert completed("inspect", "--t") == ["--tree"]
+    assert set(completed("a castle", "--s")) == {"--steps", "--sampler", "--seed", "--size", "--strength", "--spacing"}

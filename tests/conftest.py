@@ -28,6 +28,19 @@ if os.environ.get("TRITON_INTERPRET"):
 torch.backends.cudnn.allow_tf32 = False  # float32 is compared to five digits; by default a GPU convolves with three
 
 
+# What most changes break first, in under a minute: pytest -m quick.
+QUICK = ("models", "diffusion", "text", "pictures", "library", "test_cli", "test_request", "test_pipeline", "test_layout", "test_ways")
+NOT_QUICK = ("triton", "test_every_sampler_and_guide", "test_six_sizes", "test_every_published_checkpoint")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        among = {*item.path.relative_to(Path(__file__).parent).with_suffix("").parts} & {*QUICK}
+        elsewhere = item.get_closest_marker("slow") or item.get_closest_marker("gpu")
+        if among and not elsewhere and not any(name in item.name for name in NOT_QUICK):
+            item.add_marker("quick")
+
+
 @pytest.fixture(scope="session")
 def reduced_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SD 1.x at a tenth of the width, random weights, float32."""

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from ..result import Result, Step
 
 
+# What the checkpoint in the box was taught to draw (scripts/tiny_world.py).
+KNOWN = {"circle", "square", "triangle", "star", "heart", "cross", "ring", "diamond"}
+
+
 def parser() -> Parser:
     made = Parser(prog="minisd draw", description="Draw a picture with a Stable Diffusion checkpoint.")
     made.add_argument("prompt", metavar="PROMPT", help="what the picture should show")
@@ -67,6 +71,12 @@ def draw(args: argparse.Namespace) -> int:
     from ..pipeline import load
     from ..result import Interrupted, with_bar
 
+    if args.model is None and not KNOWN & set(re.findall(r"\w+", args.prompt.lower())):
+        print(
+            "minisd: the tiny checkpoint in the box knows eight shapes (a circle, a star, …) in ten colours and nothing else; "
+            "-m FILE draws with another",
+            file=sys.stderr,
+        )
     pipe = load(args.model, args.device, args.dtype, args.vae, args.prediction, args.offload, args.ema)
     args.refiner = load(args.refiner, args.device, args.dtype, offload=args.offload) if args.refiner else None
     look = Preview(pipe, args.preview) if args.preview else None

@@ -140,8 +140,10 @@ class Affine(ABC):
 def mix(weights: Tensor, answers: Sequence[Tensor]) -> Tensor:
     """sum_k w_k e_k of K tensors (B, C, h, w), for weights (K, B or 1) that sum to 1: e_0 + sum_k w_k (e_k - e_0)."""
     total = answers[0]
-    for weight, answer in zip(weights[1:].to(total.device), answers[1:], strict=True):
-        total = total + weight[:, None, None, None] * (answer - answers[0])
+    for weight, answer in zip(weights[1:], answers[1:], strict=True):
+        # A number where it is the same for all pictures: a GPU need not be told it by a copy.
+        factor = float(weight) if len(weight) == 1 else weight.to(total.device)[:, None, None, None]
+        total = total + factor * (answer - answers[0])
     return total
 
 

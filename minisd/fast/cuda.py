@@ -34,7 +34,7 @@ from .engine import moments
 from .graphs import KEPT, NetworkRecorder, Recorder, Recording, addresses, record, versions
 from .tiling import decode_bytes
 from .unet import FusedUNet
-from .ways import Moment, Walk, Way, as_built, touched, way
+from .ways import Moment, Walk, Way, structure, touched, way
 
 AHEAD = 2  # calls that the host may be ahead of the GPU
 Roles = tuple[int, ...]
@@ -92,7 +92,7 @@ class Cuda:
 
     def __init__(self, unet: UNet, graphs: bool) -> None:
         self.unet, self.graphs = unet, graphs
-        self.built: dict[nn.Module, dict[str, type]] = {unet: as_built(unet)}
+        self.built: dict[nn.Module, dict[str, type]] = {unet: structure(unet)}
         self.fused: FusedUNet | None = None
         self.weights: tuple[object, object] = (None, None)  # where they lie, and how often each was written to
         self.shapes: dict[tuple[object, ...], Buffers] = {}
@@ -252,7 +252,7 @@ class Cuda:
     def recorder(self, network: nn.Module, make: Any) -> NetworkRecorder | None:
         """What records this network, unless somebody has touched it."""
         if network not in self.recorders:
-            self.built[network], self.recorders[network] = as_built(network), make()
+            self.built[network], self.recorders[network] = structure(network), make()
         if why := touched(network, self.built[network]):
             self.say(f"{type(network).__name__}: {why}")
             return None

@@ -6,6 +6,7 @@ go the plain way.
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 import weakref
@@ -33,7 +34,7 @@ from minisd.fast.graphs import NetworkRecorder, Recording
 from minisd.fast.unet import FusedUNet
 from minisd.fast.ways import Moment
 from minisd.models.shapes import below
-from minisd.models.unet import UNet
+from minisd.models.unet import CrossAttention, UNet
 from minisd.models.vae import AutoencoderKL
 from minisd.request import Request, settle
 from minisd.walks import Progress, course, known_latents, start, walk
@@ -346,6 +347,13 @@ def test_a_patched_class_and_a_hook_on_all_modules_are_noticed(files, monkeypatc
         patch.setattr(nn.SiLU, "forward", lambda self, x: usual(self, x) * 1.1)
         with pytest.warns(UserWarning, match="has a forward of its own"):
             assert steps(pipe, request, engine)[0].way == "plain"
+    wrapped = functools.wraps(CrossAttention.forward)(lambda self, *given: usual_attention(self, *given) * 1.1)
+    usual_attention = CrossAttention.forward
+    with monkeypatch.context() as patch:  # before the model is loaded, and under the old name
+        patch.setattr(CrossAttention, "forward", wrapped)
+        other = load(files["sd1"], DEVICE)
+        with pytest.warns(UserWarning, match="has a forward of its own"):
+            assert steps(other, request, fast(other))[0].way == "plain"
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
         with pytest.warns(UserWarning, match="a hook on all modules"):

@@ -26,7 +26,7 @@ from .diffusion.levels import AS_THEY_COME, levels
 from .diffusion.schedule import Continuous, Schedule, scaled_linear, zero_terminal
 from .errors import CheckpointError, UsageError
 from .fast.choice import chosen
-from .fast.engine import engine
+from .fast.cuda import engine
 from .files.checkpoint import Checkpoint, open_checkpoint
 from .files.model import StableDiffusion, averaged, load_model, load_vae
 from .files.saving import save_model
@@ -37,7 +37,9 @@ from .models.taesd import TinyAutoencoder
 from .options import SPACINGS, one_of
 from .pictures.image import to_pil
 from .pictures.preview import LinearDecoder, fit_decoder
-from .request import Capabilities, Plan, Request, pasted, recipe_of, settle, taking_options
+from .plan import Capabilities, Plan, pasted, settle
+from .recipe import recipe_of
+from .request import Request, taking_options
 from .result import Drawn, Result, Step, finish, keeping_finished, with_bar
 from .system.device import name_of, to_device, to_dtype, visiting
 from .system.memory import memory_errors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,19 +20,17 @@ from .errors import UsageError
 from .fast.ways import Moment, Walk
 from .models.family import REFINER
 from .pictures.masks import at_latents, without_masked
-from .request import Plan
+from .plan import Plan
 from .result import Step
+from .stations import Stations
 from .text.conditioner import halves, with_sizes, zeroed
-
-if TYPE_CHECKING:
-    from .pipeline import Pipeline
 
 
 @dataclass(frozen=True)
 class Leg:
     """Who draws which noise levels."""
 
-    pipe: Pipeline
+    pipe: Stations
     levels: Levels
     program: Program | None  # of the sampler over these levels, where it has one
 
@@ -41,7 +39,7 @@ class Leg:
         return len(self.program.done) if self.program else None
 
 
-def course(plan: Plan, base: Pipeline) -> list[Leg]:
+def course(plan: Plan, base: Stations) -> list[Leg]:
     """The way of a picture: all of it by the base, or the rest of it by a refiner.
 
     The base draws the noise levels of the first timesteps, the refiner goes on from there (Podell et al. 2023, arXiv 2307.01952,
@@ -57,7 +55,7 @@ def course(plan: Plan, base: Pipeline) -> list[Leg]:
     return [Leg(pipe, part, program(run, part.sigmas, **plan.options)) for pipe, part in parts if part.steps > 0]
 
 
-def plan_levels(plan: Plan, base: Pipeline) -> Levels:
+def plan_levels(plan: Plan, base: Stations) -> Levels:
     """The noise levels of the way, falling; a strength below 1 leaves out the first (diffusers, get_timesteps)."""
     request = plan.request
     if request.sigmas is not None:
@@ -67,12 +65,12 @@ def plan_levels(plan: Plan, base: Pipeline) -> Levels:
     return found.tail(int(found.steps * plan.init.strength)) if plan.init else found
 
 
-def kept(plan: Plan, pipe: Pipeline) -> Tensor | None:
+def kept(plan: Plan, pipe: Stations) -> Tensor | None:
     """The mask (1, 1, H, W) outside of which the init image is kept; a model that is trained to inpaint is told it instead."""
     return plan.init.mask if plan.init and pipe.recognition.task == "draw" else None
 
 
-def known_latents(plan: Plan, pipe: Pipeline) -> Tensor | None:
+def known_latents(plan: Plan, pipe: Stations) -> Tensor | None:
     """The latents of the init image (1, C, h, w), where it is drawn over; an editing model starts from noise alone."""
     return pipe.codec.encode(plan.init.pixels) if plan.init and pipe.recognition.task != "edit" else None
 
@@ -138,7 +136,7 @@ class Progress:
         return Step(self.index, self.total, *at, self.part.start, seeds, moment.way)
 
 
-def guidance(plan: Plan, part: slice, pipe: Pipeline) -> tuple[Guide, list[Timeline]]:
+def guidance(plan: Plan, part: slice, pipe: Stations) -> tuple[Guide, list[Timeline]]:
     """How the network's answers become one, and what it is told in each role."""
     request, scales = plan.request, plan.scales[part]
     scale = scales[0] if len(set(scales)) == 1 else tuple(scales)
@@ -159,7 +157,7 @@ def guidance(plan: Plan, part: slice, pipe: Pipeline) -> tuple[Guide, list[Timel
     return guide, [roles[role] for role in guide.roles]
 
 
-def conditionings(plan: Plan, part: slice, pipe: Pipeline) -> dict[str, Timeline]:
+def conditionings(plan: Plan, part: slice, pipe: Stations) -> dict[str, Timeline]:
     """What the network is told of some of the pictures, by role, with what the model's task wants to see beside the latents."""
     positive, negative = positive_and_negative(plan, part, pipe)
     count, task, init = len(plan.seeds[part]), pipe.recognition.task, plan.init
@@ -186,7 +184,7 @@ def each_entry(told: Timeline, change: Callable[[Conditioning], Conditioning]) -
     return Timeline(tuple((last, change(conditioning)) for last, conditioning in told.entries))
 
 
-def positive_and_negative(plan: Plan, part: slice, pipe: Pipeline) -> tuple[Timeline, Timeline]:
+def positive_and_negative(plan: Plan, part: slice, pipe: Stations) -> tuple[Timeline, Timeline]:
     """The conditionings of the positive and of the negative prompts, equally many chunks long, with SDXL's sizes."""
     request, family = plan.request, pipe.family
     handed = [value for value in (request.prompt, request.negative_prompt) if isinstance(value, Conditioning | Timeline)]
@@ -205,7 +203,7 @@ def positive_and_negative(plan: Plan, part: slice, pipe: Pipeline) -> tuple[Time
     return each_entry(positive, lambda told: with_sizes(told, good)), each_entry(negative, lambda told: with_sizes(told, bad))
 
 
-def handed_over(told: Conditioning, plan: Plan, part: slice, pipe: Pipeline) -> Conditioning:
+def handed_over(told: Conditioning, plan: Plan, part: slice, pipe: Stations) -> Conditioning:
     """Some of the pictures' rows of a user's own conditioning, where and in the dtype that the network takes them."""
 
     def rows(x: Tensor) -> Tensor:
@@ -218,7 +216,7 @@ def timeline(told: Conditioning | Timeline) -> Timeline:
     return told if isinstance(told, Timeline) else Timeline(((0, told),))
 
 
-def sizes(plan: Plan, pipe: Pipeline) -> tuple[list[float], list[float]]:
+def sizes(plan: Plan, pipe: Stations) -> tuple[list[float], list[float]]:
     """The numbers that SDXL's UNet is told of the picture that is wanted, and of the one that is not."""
     request, size = plan.request, (plan.width, plan.height)
     (width, height), (left, top) = request.original_size or size, request.crop
@@ -229,7 +227,7 @@ def sizes(plan: Plan, pipe: Pipeline) -> tuple[list[float], list[float]]:
     return good, good
 
 
-def check_refiner(base: Pipeline, refiner: Pipeline) -> None:
+def check_refiner(base: Stations, refiner: Stations) -> None:
     """Raises UsageError unless the two can share latents and noise levels."""
     if base.recognition.task != "draw" or refiner.recognition.task != "draw":
         raise UsageError("refiner: expected two models that draw from text, found one that edits or inpaints")

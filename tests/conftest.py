@@ -29,7 +29,18 @@ torch.backends.cudnn.allow_tf32 = False  # float32 is compared to five digits; b
 
 
 # What most changes break first, in under a minute: pytest -m quick.
-QUICK = ("models", "diffusion", "text", "pictures", "library", "test_cli", "test_request", "test_pipeline", "test_layout", "test_ways")
+QUICK = (
+    "models",
+    "diffusion",
+    "text",
+    "pictures",
+    "library",
+    "test_cli",
+    "test_request",
+    "test_pipeline",
+    "test_layout",
+    "test_ways",
+)
 NOT_QUICK = ("triton", "test_every_sampler_and_guide", "test_six_sizes", "test_every_published_checkpoint")
 
 

@@ -13,7 +13,8 @@ from PIL import Image, PngImagePlugin
 import minisd
 from minisd.pictures.init import to_mask, to_pixels
 from minisd.pictures.metadata import parameters_text, read_recipe
-from minisd.request import Request, settle
+from minisd.plan import settle
+from minisd.request import Request
 from minisd.result import finish
 
 FAST = {"steps": 2, "width": 64, "height": 64}

@@ -16,7 +16,9 @@ import minisd
 from minisd.diffusion.denoiser import Conditioning
 from minisd.errors import UsageError
 from minisd.options import AXES, OPTIONS, RECIPE, RECORDED
-from minisd.request import Request, repeat, settle
+from minisd.plan import settle
+from minisd.recipe import repeat
+from minisd.request import Request
 from minisd.result import Step
 
 FAST = {"steps": 2, "width": 32, "height": 32}

@@ -37,7 +37,7 @@ def again(args: argparse.Namespace) -> int:
         return compare_again(recipe, output, args)
     from ..pictures.grids import grid
     from ..pipeline import load
-    from ..request import repeat
+    from ..recipe import repeat
     from ..result import with_bar
 
     common: dict[str, Any] = {"device": args.device or recipe.get("device"), "dtype": args.dtype or recipe.get("dtype")}

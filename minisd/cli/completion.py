@@ -9,9 +9,11 @@ Made from the very parsers, so it cannot say anything else than they do:
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 
 from .options import Parser
 
+Known = Mapping[str, tuple[str, list[tuple[str, str]]]]  # what each command does, and its options
 SHELLS = ("bash", "zsh", "fish")
 
 
@@ -22,28 +24,20 @@ def parser() -> Parser:
     return made
 
 
-def completion(args: argparse.Namespace) -> int:
-    print({"bash": bash, "zsh": zsh, "fish": fish}[args.shell](options_by_command()))
+def completion(args: argparse.Namespace, commands: Mapping[str, tuple[str, Parser]]) -> int:
+    """commands: what each does, and its parser."""
+    known = {name: (summary, flags(parser)) for name, (summary, parser) in commands.items()}
+    print({"bash": bash, "zsh": zsh, "fish": fish}[args.shell](known))
     return 0
 
 
-def options_by_command() -> dict[str, tuple[str, list[tuple[str, str]]]]:
-    """For each command what it does, and its options with what they are for."""
-    from .main import COMMANDS
-
-    found = {}
-    for name, command in COMMANDS.items():
-        flags = [
-            (flag, (action.help or "").replace("%%", "%"))
-            for action in command.parser()._actions
-            for flag in action.option_strings
-            if action.help != argparse.SUPPRESS
-        ]
-        found[name] = (command.summary, flags)
-    return found
+def flags(parser: Parser) -> list[tuple[str, str]]:
+    """A parser's options, with what they are for."""
+    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    return [(flag, (action.help or "").replace("%%", "%")) for action in shown for flag in action.option_strings]
 
 
-def bash(commands: dict[str, tuple[str, list[tuple[str, str]]]]) -> str:
+def bash(commands: Known) -> str:
     cases = "\n".join(f'    {name}) words="{" ".join(flag for flag, _ in flags)}" ;;' for name, (_, flags) in commands.items())
     drawing = " ".join(flag for flag, _ in commands["draw"][1])
     return f"""\
@@ -59,7 +53,7 @@ _minisd() {{
 complete -o default -F _minisd minisd"""
 
 
-def zsh(commands: dict[str, tuple[str, list[tuple[str, str]]]]) -> str:
+def zsh(commands: Known) -> str:
     def described(pairs: list[tuple[str, str]]) -> str:
         return " ".join(quoted(f"{name}:{text}") for name, text in pairs)
 
@@ -78,7 +72,7 @@ _minisd() {{
 compdef _minisd minisd"""
 
 
-def fish(commands: dict[str, tuple[str, list[tuple[str, str]]]]) -> str:
+def fish(commands: Known) -> str:
     lines = []
     for name, (summary, flags) in commands.items():
         lines.append(f"complete -c minisd -n __fish_use_subcommand -a {name} -d {quoted(summary)}")

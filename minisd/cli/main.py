@@ -59,9 +59,13 @@ COMMANDS = {
         "WHAT", "how fast this machine draws, beside its limits and diffusers", bench.parser, bench.bench, bench.parsed
     ),
     "completion": Command(
-        "SHELL", "what teaches bash, zsh or fish these commands and options", completion.parser, completion.completion
+        "SHELL", "what teaches bash, zsh or fish these commands and options", completion.parser, lambda args: complete(args)
     ),
 }
+
+
+def complete(args: argparse.Namespace) -> int:
+    return completion.completion(args, {name: (command.summary, command.parser()) for name, command in COMMANDS.items()})
 
 
 def help_text() -> str:

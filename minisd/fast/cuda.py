@@ -12,6 +12,7 @@ plain way.  Text encoders and the VAE's decoder are recorded, too, from the seco
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -23,14 +24,15 @@ from torch import Tensor, nn
 
 from ..diffusion.denoiser import Affine, Call, Conditioning, Noise, Unet, stacked
 from ..diffusion.program import Program
+from ..errors import UsageError
 from ..models.clip import TextEncoder
 from ..models.unet import UNet
 from ..models.vae import AutoencoderKL
 from ..system.memory import free_memory
 from . import operations
-from .choice import chosen, kernels
+from .choice import chosen, kernels, wants
 from .decoder import FusedDecoder
-from .engine import moments
+from .engine import Engine, Plain, moments
 from .graphs import KEPT, NetworkRecorder, Recorder, Recording, addresses, record, versions
 from .tiling import decode_bytes
 from .unet import FusedUNet
@@ -365,3 +367,17 @@ def decoder_recorder(network: AutoencoderKL, graphs: bool) -> NetworkRecorder:
 def text_recorder(encoder: TextEncoder, graphs: bool) -> NetworkRecorder:
     """A text encoder's hidden states, stacked: ids (B, 77) -> (layers, B, 77, D)."""
     return NetworkRecorder(encoder, lambda: lambda ids: torch.stack(encoder.hidden_states(ids)), graphs)
+
+
+def engine(model: nn.Module, unet: UNet, fast: bool | None = None) -> Engine:
+    """What draws with a model and its UNet; fast: False for the modules as they stand, None as MINISD_FAST (0 or 1) says."""
+    if fast is None:
+        said = os.environ.get("MINISD_FAST") or "1"
+        if said not in ("0", "1"):
+            raise UsageError(f"MINISD_FAST: expected 0 or 1, found {said!r}")
+        fast = said == "1"
+    if wants("group_norm", next(unet.parameters()).device):  # which wants its maps so, as cuDNN does
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if not fast or next(unet.parameters()).device.type != "cuda":
+        return Plain()
+    return Cuda(unet, graphs=True)

@@ -1,21 +1,17 @@
-"""Who computes: the modules as they stand, or what is fast on a device.  Nothing above `engine` knows which."""
+"""Who computes: the modules as they stand, or what is fast on a device.  Nothing above `cuda.engine`, which chooses, knows
+which."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..diffusion.denoiser import Denoise, Denoiser, Noise
-from ..errors import UsageError
 from ..models.clip import TextEncoder
-from ..models.unet import UNet
 from ..models.vae import AutoencoderKL
 from ..system.device import visiting
-from .choice import wants
 from .ways import Moment, Walk, Way
 
 
@@ -69,19 +65,3 @@ def moments(walk: Walk, denoise: Denoiser, x: Tensor, noise: Noise, way: Way, as
                 latents.copy_(walk.transform(moment))  # in the sampler's own memory, so that it goes on from there
             yield moment
             asked, before, denoise.step = len(denoise.calls), latents, denoise.step + 1
-
-
-def engine(model: nn.Module, unet: UNet, fast: bool | None = None) -> Engine:
-    """What draws with a model and its UNet; fast: False for the modules as they stand, None as MINISD_FAST (0 or 1) says."""
-    if fast is None:
-        said = os.environ.get("MINISD_FAST") or "1"
-        if said not in ("0", "1"):
-            raise UsageError(f"MINISD_FAST: expected 0 or 1, found {said!r}")
-        fast = said == "1"
-    if wants("group_norm", next(unet.parameters()).device):  # which wants its maps so, as cuDNN does
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if not fast or next(unet.parameters()).device.type != "cuda":
-        return Plain()
-    from .cuda import Cuda  # which no other machine has a use for
-
-    return Cuda(unet, graphs=True)

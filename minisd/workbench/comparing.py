@@ -25,7 +25,9 @@ from ..options import AXES, MAX_IMAGES, TEXT, checked
 from ..pictures.grids import labelled_grid
 from ..pictures.image import save_png
 from ..pipeline import Pipeline, file_facts, load
-from ..request import RANDOM_SEEDS, Request, repeat, request_of, settle
+from ..plan import RANDOM_SEEDS, settle
+from ..recipe import repeat
+from ..request import Request, request_of
 from ..result import Result, Step, finish
 
 MAX_PIXELS = 150_000_000  # of all cells; Pillow refuses to open a picture of more than 179 million

@@ -36,7 +36,8 @@ from minisd.fast.ways import Moment
 from minisd.models.shapes import below
 from minisd.models.unet import CrossAttention, UNet
 from minisd.models.vae import AutoencoderKL
-from minisd.request import Request, settle
+from minisd.plan import settle
+from minisd.request import Request
 from minisd.walks import Progress, course, known_latents, start, walk
 from minisd.workbench import blueprint
 

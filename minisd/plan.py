@@ -1,0 +1,310 @@
+"""What becomes of a request once it is checked for a model: everything settled that it left open."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .diffusion.denoiser import Conditioning, Timeline
+from .diffusion.levels import BY_SIGMA
+from .diffusion.samplers import SAMPLERS, Sampler
+from .errors import UsageError
+from .models.family import Recognition
+from .options import MAX_IMAGES, OPTIONS, checked, one_of, whole
+from .pictures.init import Picture, fingerprint, open_picture, to_mask, to_pixels
+from .pictures.masks import paste
+from .request import Request
+
+MAX_PROMPT = 10_000  # characters; the text encoder reads about 300 of them
+
+
+STRENGTH = 0.8  # of img2img where nobody says (diffusers' and OctoAI's default)
+
+
+RANDOM_SEEDS = 4_294_967_294  # A1111 processing.py, get_fixed_seed
+
+
+@dataclass(frozen=True)
+class InitImage:
+    """What is known of the picture before it is drawn."""
+
+    pixels: Tensor  # (1, 3, H, W) in [-1, 1]
+    mask: Tensor | None  # (1, 1, H, W), 1 where to paint, 0 where to keep
+    strength: float
+    sources: dict[str, str | None]  # the init image and the mask: their paths where they have one, and fingerprints
+
+
+def pasted(picture: Image.Image, init: InitImage | None) -> Image.Image:
+    """A finished picture, with what the mask keeps of the init image exactly as it was."""
+    return picture if init is None or init.mask is None else paste(picture, init.pixels, init.mask)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request that was checked, everything settled that it left open.  Lists go by picture."""
+
+    request: Request
+    prompts: list[str]
+    negatives: list[str]
+    scales: list[float]  # of guidance
+    seeds: list[int | None]  # None where the caller gave the noise
+    latents: Tensor | None  # (B, C, h, w), the caller's starting noise, float32
+    shape: tuple[int, int, int]  # (C, h, w) of the latents
+    width: int
+    height: int
+    sampler: Sampler
+    options: dict[str, Any]  # of the sampler
+    spacing: str
+    zero_negative: list[bool]
+    init: InitImage | None
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What must be known of a model to check a request for it."""
+
+    recognition: Recognition
+    channels: int  # of its latents
+    downscale: int  # how many times smaller than the picture they are
+    text_layers: int  # of its shallowest text encoder
+    context: int  # channels of what its UNet reads of a prompt
+
+    @property
+    def spacing(self) -> str | None:
+        """The noise levels that the model asks for; None leaves them to the sampler."""
+        training = self.recognition.training
+        if training.sigmas:
+            return "karras" if training.prediction == "edm" else "exponential"  # Playground 2.5's and CosXL's own
+        return "trailing" if training.zero_terminal else None
+
+
+def settle(request: Request, model: Capabilities) -> Plan:
+    """Checks a request for a model.  Raises UsageError, which names the argument, what was expected and what was found."""
+    texts = texts_of(request, model)
+    if not isinstance(request.seeds, str):
+        if request.seed is not None:
+            raise UsageError("seed and seeds: expected a list in one of the two, found both")
+        request = replace(request, seed=request.seeds, seeds="rising")
+    plain = {name: checked(name, getattr(request, name)) for name in OPTIONS if name != "negative_prompt"}
+    request = replace(request, **plain)
+    sampler = sampler_of(request.sampler)
+    check_for_model(request, model, sampler)
+    spacing = request.spacing or model.spacing or sampler.wish.spacing
+    if model.recognition.training.sigmas:
+        one_of(*BY_SIGMA).check("spacing", spacing)
+    init = open_picture("init_image", request.init_image) if request.init_image is not None else None
+    width, height = picture_size(request, model, init)
+    shape = (model.channels, height // model.downscale, width // model.downscale)
+    prompts, negatives, scales, seeds = by_picture(request, *texts)
+    latents = own_latents(request, (len(prompts), *shape))
+    options = {name: value for name in sampler.options if (value := getattr(request, name, None)) is not None}
+    zero = model.recognition.family.zero_negative if request.zero_negative is None else request.zero_negative
+    zeros = [zero and not negative and isinstance(request.negative_prompt, str | Sequence) for negative in negatives]
+    return Plan(
+        request, prompts, negatives, scales, [None] * len(seeds) if latents is not None else list(seeds), latents, shape,
+        width, height, sampler, options, spacing, zeros, settle_init(request, model, init, width, height),
+    )  # fmt: skip
+
+
+def texts_of(request: Request, model: Capabilities) -> tuple[list[str], list[str]]:
+    """The prompts, and the negative ones; empty texts where conditionings are given in their place."""
+    found = []
+    for name in ("prompt", "negative_prompt"):
+        value = getattr(request, name)
+        if name == "negative_prompt" and value is None:  # as diffusers has it
+            value = ""
+        if isinstance(value, Conditioning | Timeline):
+            count = check_conditioning(name, value, model)
+            texts = [""] * (count if name == "prompt" else 1)
+        else:
+            texts = [value] if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
+        for text in texts:
+            check_text(name, text)
+        if not texts:
+            raise UsageError(f"{name}: expected at least one, found an empty list")
+        found.append(texts)
+    return found[0], found[1]
+
+
+def check_conditioning(name: str, given: Conditioning | Timeline, model: Capabilities) -> int:
+    """How many pictures a conditioning is for."""
+    entries = given.entries if isinstance(given, Timeline) else ((0, given),)
+    for _, each in entries:
+        if each.context.dim() != 3 or each.context.shape[2] != model.context or each.context.shape[1] % 77:
+            expected = f"context (B, 77*k, {model.context})"
+            raise UsageError(f"{name}: expected a conditioning with {expected}, found {tuple(each.context.shape)}")
+        if model.recognition.family.vector and each.pooled is None:
+            raise UsageError(f"{name}: expected a conditioning with a pooled vector (B, P), found none")
+    counts = {len(each.context) for _, each in entries}
+    if len(counts) > 1:
+        raise UsageError(f"{name}: expected as many pictures at all times, found {sorted(counts)}")
+    return counts.pop()
+
+
+def by_picture(request: Request, prompts: list[str], negatives: list[str]) -> tuple[list[str], list[str], list[float], list[int]]:
+    """Prompts, negative prompts, guidance scales and seeds, one for each picture."""
+    given = {"negative_prompt": negatives, "guidance_scale": request.guidance_scale, "seed": request.seed}
+    lists = {name: list(value) for name, value in given.items() if isinstance(value, list | tuple) and len(value) != 1}
+    each = request.num_images
+    if len(prompts) == 1 and each == 1:
+        each = max([1, *map(len, lists.values())])
+    count = len(prompts) * each
+    if count > MAX_IMAGES:
+        raise UsageError(f"num_images: expected at most {MAX_IMAGES:,} pictures in one call, found {count:,}")
+
+    def spread(name: str, value: Any) -> list[Any]:
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        if len(values) in (1, count):
+            return values * count if len(values) == 1 else values
+        if len(values) == len(prompts):
+            return [one for one in values for _ in range(each)]
+        by_prompt = f"{len(prompts)}, one for each prompt" if len(prompts) > 1 else ""
+        known = ", or ".join(filter(None, ["one", by_prompt, f"{count}, one for each picture" if each > 1 else ""]))
+        raise UsageError(f"{name}: expected {known}, found {len(values)}")
+
+    return (
+        [prompt for prompt in prompts for _ in range(each)],
+        spread("negative_prompt", negatives),
+        spread("guidance_scale", request.guidance_scale),
+        settle_seeds(request, len(prompts), each, spread),
+    )
+
+
+def settle_seeds(request: Request, prompts: int, each: int, spread: Callable[[str, Any], list[Any]]) -> list[int]:
+    """The seed of every picture, of `each` pictures of each prompt."""
+
+    def drawn(seed: int | None) -> int:
+        return secrets.randbelow(RANDOM_SEEDS) if seed in (None, -1) else seed  # type: ignore[return-value]
+
+    given = request.seed
+    if isinstance(given, list | tuple):
+        if request.seeds == "same" and len(given) == each:
+            return [drawn(seed) for seed in given] * prompts
+        seeds = [drawn(seed) for seed in spread("seed", given)]
+        rises = prompts > 1 and len(given) == prompts  # a seed for each prompt: its pictures go on from there
+        return [seed + i % each if rises else seed for i, seed in enumerate(seeds)]
+    first = drawn(given)  # type: ignore[arg-type]
+    return [first + (i % each if request.seeds == "same" else i) for i in range(prompts * each)]
+
+
+def own_latents(request: Request, shape: tuple[int, ...]) -> Tensor | None:
+    if request.latents is None:
+        return None
+    if request.seed is not None:
+        raise UsageError("latents and seed: expected one of the two, found both")
+    found = tuple(getattr(request.latents, "shape", ()))
+    if found != shape:
+        raise UsageError(f"latents: expected a tensor of shape {shape}, found {found}")
+    return torch.as_tensor(request.latents).detach().float().cpu()
+
+
+def sampler_of(given: object) -> Sampler:
+    """The sampler of a name, or of a user's own function."""
+    if isinstance(given, Sampler):
+        return given
+    if callable(given):
+        return Sampler(given, getattr(given, "__name__", type(given).__name__))
+    return SAMPLERS[one_of(*SAMPLERS).check("sampler", given)]
+
+
+def check_for_model(request: Request, model: Capabilities, sampler: Sampler) -> None:
+    """What one option says of another, or the model of it."""
+    if request.eta and "eta" not in sampler.options:
+        takes = ", ".join(name for name, each in SAMPLERS.items() if "eta" in each.options)
+        raise UsageError(f"eta: expected 0 with sampler {sampler.label!r}, found {request.eta}; only {takes} adds noise")
+    if request.clip_skip is not None:
+        whole(1, model.text_layers).check("clip_skip", request.clip_skip)
+    if request.zero_negative and not model.recognition.family.vector:
+        raise UsageError(f"zero_negative: only SDXL was trained so, found {model.recognition.family.title}")
+    if request.sigmas is not None:
+        sigmas = torch.as_tensor(request.sigmas)
+        falling = sigmas.dim() == 1 and len(sigmas) > 1 and bool((sigmas.diff() < 0).all()) and bool(sigmas[-1] >= 0)
+        if not falling:
+            found = f"shape {tuple(sigmas.shape)}" if sigmas.dim() != 1 else str(sigmas.tolist())[:80]
+            raise UsageError(f"sigmas: expected two or more numbers (N + 1,), falling, not below 0, found {found}")
+
+
+def picture_size(request: Request, model: Capabilities, init: Image.Image | None) -> tuple[int, int]:
+    """(width, height): as asked for, else that of the init image in whole eights, else the model's own."""
+    default = tuple(max(8, side // 8 * 8) for side in init.size) if init else model.recognition.size
+    width, height = (
+        side if side is not None else own for side, own in zip((request.width, request.height), default, strict=True)
+    )
+    for name, side in (("width", width), ("height", height)):
+        checked(name, side)
+        if side % 8:
+            near = side // 8 * 8
+            raise UsageError(f"{name}: expected a multiple of 8, found {side}; the nearest are {near} and {near + 8}")
+    return width, height
+
+
+def settle_init(request: Request, model: Capabilities, init: Image.Image | None, width: int, height: int) -> InitImage | None:
+    """The pictures that the request gives, which must be those that the model's task asks for."""
+    check_task(request, model.recognition.task, init)
+    if init is None:
+        return None
+    drawing = model.recognition.task == "draw" and request.mask is None
+    strength = request.strength if request.strength is not None else STRENGTH if drawing else 1.0
+    if int(request.steps * strength) < 1:
+        raise UsageError(f"strength: {strength} of {request.steps} steps is less than one; give more of either")
+    sources = {"init_image": path_of(request.init_image), "init_sha256": fingerprint(init), "mask": None}
+    mask = None
+    if request.mask is not None:
+        picture = open_picture("mask", request.mask)
+        mask = to_mask(picture, width, height)
+        sources |= {"mask": path_of(request.mask), "mask_sha256": fingerprint(picture)}
+        if not mask.any():
+            raise UsageError("mask: expected white where to paint, found none")
+    return InitImage(to_pixels(init, width, height), mask, float(strength), sources)
+
+
+def check_task(request: Request, task: str, init: Image.Image | None) -> None:
+    if init is None:
+        if task != "draw":
+            needs = "a picture" if task == "edit" else "a picture and a mask"
+            raise UsageError(f"init_image: this checkpoint is trained to {task}; it needs {needs}, found none")
+        for name in ("mask", "strength"):
+            if getattr(request, name) is not None:
+                raise UsageError(f"{name}: expected an init_image to go with it, found none")
+    elif task == "inpaint" and request.mask is None:
+        raise UsageError("mask: this checkpoint is trained to inpaint; it needs a mask, found none")
+    elif task == "edit" and request.mask is not None:
+        raise UsageError("mask: this checkpoint edits the whole picture; expected no mask")
+    elif task == "edit" and request.strength not in (None, 1):
+        raise UsageError(f"strength: this checkpoint edits by image_guidance_scale; expected 1, found {request.strength}")
+
+
+def path_of(picture: Picture | None) -> str | None:
+    return os.path.abspath(picture) if isinstance(picture, str | os.PathLike) else None
+
+
+# What other programs understand in a prompt: (red:1.2), <lora:name:0.8>.
+SYNTAX = re.compile(r"\([^()]*[^\W\d][^()]*:\s*(\d?\.\d+|\d)\s*\)|<(lora|lyco|hypernet):[^<>]*>")
+
+
+def check_text(name: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise UsageError(f"{name}: expected a text or a list of texts, found {type(text).__name__}")
+    if len(text) > MAX_PROMPT:
+        raise UsageError(
+            f"{name}: expected at most {MAX_PROMPT:,} characters, found {len(text):,}; the text encoder reads about 300"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{name}: expected text in UTF-8, found bytes that are not") from None
+    if "\0" in text:
+        raise UsageError(f"{name}: expected a text, found a NUL character in it")
+    if found := SYNTAX.search(text):
+        warnings.warn(
+            f"{name}: {found[0]!r} is read as plain words: weights and LoRAs in a prompt are not known yet", stacklevel=2
+        )

@@ -12,7 +12,6 @@ import warnings
 import weakref
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ import pytest
 import torch
 from families import SMALL
 from helpers import relative_error
+from own_samplers import LINEAR, NOT_LINEAR, dpmpp_2m, euler_ancestral, heun
 from PIL import Image
 from torch import nn
 
@@ -68,14 +68,14 @@ def fast(pipe: minisd.Pipeline, graphs: bool = CUDA) -> Cuda:
     return Cuda(pipe.unet, graphs)
 
 
-def begun(pipe: minisd.Pipeline, request: Request, engine, dtype: torch.dtype = torch.float32):
-    """All the pictures of a request at once, from an engine; dtype: of the sampler's arithmetic."""
+def begun(pipe: minisd.Pipeline, request: Request, engine, dtype: torch.dtype = torch.float32, factor: float = 1.0):
+    """All the pictures of a request at once, from an engine; dtype: of the sampler's arithmetic; factor: of the start."""
     with torch.no_grad():
         plan = settle(request, pipe.capabilities())
         (leg,) = course(plan, pipe)
         part, known = slice(0, len(plan.seeds)), known_latents(plan, pipe)
         x, source = start(plan, part, leg, known)
-        return engine.walk(walk(plan, part, leg, known, Progress(plan, [leg], 1)), x.to(dtype), source)
+        return engine.walk(walk(plan, part, leg, known, Progress(plan, [leg], 1)), (x * factor).to(dtype), source)
 
 
 def steps(pipe: minisd.Pipeline, request: Request, engine=None, dtype: torch.dtype = torch.float32) -> list[Moment]:
@@ -134,82 +134,7 @@ def test_every_step_equals_the_plain_way(case, files):
         compare(load(files[case.split(",")[0]], DEVICE), Request(**options))
 
 
-# --- samplers that no one here wrote for the fast way ------------------------------------------------------------------------
-
-
-def heun(denoise, x, sigmas, noise):
-    """Two calls a step (Karras et al. 2022, algorithm 1 without churn)."""
-    for sigma, following in pairwise(sigmas):
-        denoised = denoise(x, sigma)
-        d = (x - denoised) / sigma
-        euler = x + (following - sigma) * d
-        if following > 0:
-            again = (euler - denoise(euler, following)) / following
-            x = x + (following - sigma) * (d + again) / 2
-        else:
-            x = euler
-        yield x, denoised
-
-
-def dpmpp_2m(denoise, x, sigmas, noise):
-    """Several steps (Lu et al. 2022, arXiv 2211.01095, algorithm 2)."""
-    old = None
-    for i, (sigma, following) in enumerate(pairwise(sigmas)):
-        denoised = denoise(x, sigma)
-        if following == 0:
-            x = denoised
-        else:
-            h = sigma.log() - following.log()
-            mixed = denoised
-            if old is not None:
-                r = (sigmas[i - 1].log() - sigma.log()) / h
-                mixed = (1 + 1 / (2 * r)) * denoised - old / (2 * r)
-            x = following / sigma * x - (-h).expm1() * mixed
-        old = denoised
-        yield x, denoised
-
-
-def euler_ancestral(denoise, x, sigmas, noise, *, eta: float = 1.0):
-    """Fresh noise (k-diffusion sampling.py, sample_euler_ancestral)."""
-    for sigma, following in pairwise(sigmas):
-        denoised = denoise(x, sigma)
-        up = min(float(following), eta * float(following * (1 - (following / sigma) ** 2).sqrt()))
-        down = (float(following) ** 2 - up**2) ** 0.5
-        x = x + (down - sigma) * (x - denoised) / sigma
-        if up > 0:
-            x = x + up * noise(float(sigma), float(following))
-        yield x, denoised
-
-
-def restarting(denoise, x, sigmas, noise):
-    """Goes back up once, and yields a step for each way down: more steps than levels."""
-    for sigma, following in [*pairwise(sigmas), (sigmas[-2], sigmas[-1])]:
-        if following == 0 and sigma == sigmas[-2]:
-            x = x + sigma * 0.1 * noise(0.0, float(sigma))
-        denoised = denoise(x, sigma)
-        x = denoised + following * (x - denoised) / sigma
-        yield x, denoised
-
-
-def thresholded(denoise, x, sigmas, noise):
-    """Not linear: what it does depends on what it sees."""
-    for sigma, following in pairwise(sigmas):
-        denoised = denoise(x, sigma).clamp(-1, 1)
-        x = denoised + following * (x - denoised) / sigma
-        yield x, denoised
-
-
-def by_norm(denoise, x, sigmas, noise):
-    """As many calls as it pleases."""
-    for sigma, following in pairwise(sigmas):
-        denoised = denoise(x, sigma)
-        if float((x - denoised).abs().max()) > 5:
-            denoised = (denoised + denoise(x, sigma)) / 2
-        x = denoised + following * (x - denoised) / sigma
-        yield x, denoised
-
-
-LINEAR = {"heun": heun, "dpmpp_2m": dpmpp_2m, "euler_ancestral": euler_ancestral, "restarting": restarting}
+# --- samplers and guides that no one here wrote for the fast way ------------------------------------------------------------
 
 
 class DynamicGuidance(ClassifierFree):
@@ -246,7 +171,24 @@ def test_every_sampler_and_guide_both_ways(sampler, guide, files):
         compare(pipe, Request("a red circle", num_images=2, **options), way)
 
 
-@pytest.mark.parametrize("sampler", [thresholded, by_norm])
+@pytest.mark.parametrize("sampler", ["euler", "ddim", *LINEAR])
+def test_over_many_steps_the_ways_part_no_further_than_rounding_takes_them(sampler, files):
+    """By no more than three times what it makes on the plain way alone to round the start otherwise."""
+    pipe = load(files["sd1"], DEVICE)
+    options = {"steps": 20, "sampler": LINEAR.get(sampler, sampler), "spacing": "trailing", "width": 64, "height": 64, "seed": 1}
+    request = Request("a red circle", **options)
+    with choice.using("torch"):
+        plain, recorded = (steps(pipe, request, engine)[-1] for engine in (Plain(), fast(pipe)))
+        rounded = []
+        for factor in (1 + 2**-23, 1 - 2**-23):  # an ulp, more or less
+            with torch.no_grad():
+                *_, last = begun(pipe, request, Plain(), factor=factor)
+            rounded.append(relative_error(last.latents, plain.latents))
+    assert recorded.way == "recorded"
+    assert relative_error(recorded.latents, plain.latents) <= 3 * max(rounded)
+
+
+@pytest.mark.parametrize("sampler", NOT_LINEAR)
 def test_what_is_not_linear_goes_by_its_own_generator_and_says_so_once(sampler, files):
     pipe = load(files["sd1"], DEVICE)
     engine, request = fast(pipe), Request("a red circle", sampler=sampler, **SMALLEST)

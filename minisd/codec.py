@@ -17,7 +17,7 @@ from .fast.engine import Engine, Plain
 from .models.family import Recognition, Training
 from .models.taesd import TinyAutoencoder
 from .models.vae import AutoencoderKL
-from .system.device import name_of, visiting
+from .system.device import name_of, on_device
 
 Autoencoder = AutoencoderKL | TinyAutoencoder
 
@@ -70,7 +70,7 @@ class Codec:
 
     def run(self, half: Callable[[Any, Tensor], Tensor], x: Tensor) -> Tensor:
         """One half of the VAE on x, float32; where it overflows in a smaller dtype, again by a copy in float32."""
-        with visiting(self.vae, self.device):
+        with on_device(self.vae, self.device):
             out = half(self.vae, x.to(self.dtype)).float()
             if not out.isfinite().all() and self.dtype != torch.float32:
                 warnings.warn(f"the VAE overflowed in {name_of(self.dtype)}; running it again in float32", stacklevel=4)

@@ -37,11 +37,11 @@ from .models.taesd import TinyAutoencoder
 from .options import SPACINGS, one_of
 from .pictures.image import to_pil
 from .pictures.preview import LinearDecoder, fit_decoder
-from .plan import Capabilities, Plan, pasted, settle
+from .plan import Capabilities, Plan, pasted, planned
 from .recipe import recipe_of
 from .request import Request, taking_options
 from .result import Drawn, Result, Step, finish, keeping_finished, with_bar
-from .system.device import name_of, to_device, to_dtype, visiting
+from .system.device import name_of, on_device, to_device, to_dtype
 from .system.memory import memory_errors
 from .text.conditioner import Conditioner
 from .walks import Progress, check_refiner, course, in_parts, known_latents, start, walk
@@ -107,7 +107,7 @@ class Pipeline:
         self.network = Network(model.unet, schedule_of(self.training), self.training.prediction, self.training.sigma_data)
         self.engine = engine(model, model.unet, fast)
         self.conditioner = Conditioner(
-            self.family, self.text_encoders, device, self.engine.read, partial(visiting, device=device)
+            self.family, self.text_encoders, device, self.engine.read, partial(on_device, device=device)
         )
         self.codec, self.vae_checkpoint = Codec(model.vae, recognition, device, dtype, self.engine), checkpoint
 
@@ -145,7 +145,7 @@ class Pipeline:
 
         Takes the same arguments as the call, and checks them at once.
         """
-        plan = settle(request, self.capabilities())
+        plan = planned(request, self.capabilities())
         if request.refiner is not None:
             check_refiner(self, request.refiner)
         return self.draw(plan)

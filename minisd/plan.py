@@ -87,7 +87,7 @@ class Capabilities:
         return "trailing" if training.zero_terminal else None
 
 
-def settle(request: Request, model: Capabilities) -> Plan:
+def planned(request: Request, model: Capabilities) -> Plan:
     """Checks a request for a model.  Raises UsageError, which names the argument, what was expected and what was found."""
     texts = texts_of(request, model)
     if not isinstance(request.seeds, str):

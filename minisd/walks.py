@@ -95,14 +95,14 @@ def start(plan: Plan, part: slice, leg: Leg, known: Tensor | None) -> tuple[Tens
 
 def walk(plan: Plan, part: slice, leg: Leg, known: Tensor | None, progress: Progress) -> Walk:
     """What one model does for some of the pictures.  known: the latents of the init image (1, C, h, w), where there is one."""
-    guide, told = guidance(plan, part, leg.pipe)
-    for timeline in told:
-        for _, conditioning in timeline.entries:
-            check_finite(conditioning.context, leg.pipe.dtype, "text encoder")
+    guide, conditioning = guidance(plan, part, leg.pipe)
+    for each in conditioning:
+        for _, conditioned in each.entries:
+            check_finite(conditioned.context, leg.pipe.dtype, "text encoder")
     mask = kept(plan, leg.pipe)
     region = Known(at_latents(mask, known), known) if mask is not None and known is not None else None
     transform = progress.begin(part, leg)
-    how = (leg.levels, told, guide, leg.program, plan.options, region, transform, plan.request.observe)
+    how = (leg.levels, conditioning, guide, leg.program, plan.options, region, transform, plan.request.observe)
     return Walk(leg.pipe.network, plan.sampler, *how)
 
 
@@ -176,54 +176,54 @@ def conditionings(plan: Plan, part: slice, pipe: Stations) -> dict[str, Timeline
     return {"negative": beside(negative, extra), "positive": beside(positive, extra)}
 
 
-def beside(told: Timeline, extra: Tensor) -> Timeline:
-    return each_entry(told, lambda conditioning: replace(conditioning, extra=extra))
+def beside(timeline: Timeline, extra: Tensor) -> Timeline:
+    return each_entry(timeline, lambda each: replace(each, extra=extra))
 
 
-def each_entry(told: Timeline, change: Callable[[Conditioning], Conditioning]) -> Timeline:
-    return Timeline(tuple((last, change(conditioning)) for last, conditioning in told.entries))
+def each_entry(timeline: Timeline, change: Callable[[Conditioning], Conditioning]) -> Timeline:
+    return Timeline(tuple((last, change(each)) for last, each in timeline.entries))
 
 
 def positive_and_negative(plan: Plan, part: slice, pipe: Stations) -> tuple[Timeline, Timeline]:
     """The conditionings of the positive and of the negative prompts, equally many chunks long, with SDXL's sizes."""
     request, family = plan.request, pipe.family
     handed = [value for value in (request.prompt, request.negative_prompt) if isinstance(value, Conditioning | Timeline)]
-    chunks = max([1, *(told.context.shape[1] // 77 for value in handed for _, told in timeline(value).entries)])
+    chunks = max([1, *(each.context.shape[1] // 77 for value in handed for _, each in timeline_of(value).entries)])
     prompts, negatives = plan.prompts[part], plan.negatives[part]
     both = pipe.conditioner.encode([*prompts, *negatives], request.clip_skip, chunks)
-    positive, negative = (timeline(half) for half in halves(both))
+    positive, negative = (timeline_of(half) for half in halves(both))
     if isinstance(request.prompt, Conditioning | Timeline):
-        positive = each_entry(timeline(request.prompt), lambda told: handed_over(told, plan, part, pipe))
+        positive = each_entry(timeline_of(request.prompt), lambda each: handed_over(each, plan, part, pipe))
     if isinstance(request.negative_prompt, Conditioning | Timeline):
-        negative = each_entry(timeline(request.negative_prompt), lambda told: handed_over(told, plan, part, pipe))
+        negative = each_entry(timeline_of(request.negative_prompt), lambda each: handed_over(each, plan, part, pipe))
     if not family.vector:
         return positive, negative
-    negative = each_entry(negative, lambda told: zeroed(told, plan.zero_negative[part]))
+    negative = each_entry(negative, lambda each: zeroed(each, plan.zero_negative[part]))
     good, bad = sizes(plan, pipe)
-    return each_entry(positive, lambda told: with_sizes(told, good)), each_entry(negative, lambda told: with_sizes(told, bad))
+    return each_entry(positive, lambda each: with_sizes(each, good)), each_entry(negative, lambda each: with_sizes(each, bad))
 
 
-def handed_over(told: Conditioning, plan: Plan, part: slice, pipe: Stations) -> Conditioning:
+def handed_over(given: Conditioning, plan: Plan, part: slice, pipe: Stations) -> Conditioning:
     """Some of the pictures' rows of a user's own conditioning, where and in the dtype that the network takes them."""
 
     def rows(x: Tensor) -> Tensor:
         return x.expand(len(plan.seeds), *x.shape[1:])[part].to(pipe.device, pipe.dtype)
 
-    return Conditioning(rows(told.context), None if told.pooled is None else rows(told.pooled))
+    return Conditioning(rows(given.context), None if given.pooled is None else rows(given.pooled))
 
 
-def timeline(told: Conditioning | Timeline) -> Timeline:
-    return told if isinstance(told, Timeline) else Timeline(((0, told),))
+def timeline_of(given: Conditioning | Timeline) -> Timeline:
+    return given if isinstance(given, Timeline) else Timeline(((0, given),))
 
 
 def sizes(plan: Plan, pipe: Stations) -> tuple[list[float], list[float]]:
     """The numbers that SDXL's UNet is told of the picture that is wanted, and of the one that is not."""
     request, size = plan.request, (plan.width, plan.height)
     (width, height), (left, top) = request.original_size or size, request.crop
-    told: list[float] = [height, width, top, left]
+    numbers: list[float] = [height, width, top, left]
     if pipe.family is REFINER:
-        return [*told, request.aesthetic_score], [*told, request.negative_aesthetic_score]
-    good = [*told, *reversed(request.target_size or size)]
+        return [*numbers, request.aesthetic_score], [*numbers, request.negative_aesthetic_score]
+    good = [*numbers, *reversed(request.target_size or size)]
     return good, good
 
 

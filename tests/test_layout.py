@@ -174,8 +174,8 @@ with torch.no_grad():
         (text_encoder, SD1.towers[0].name), (UNet, UNET), (AutoencoderKL, VAE)))
     context = encoder.final_norm(encoder.hidden_states(torch.tensor(json.loads(ids)))[-1])
     schedule = scaled_linear()
-    told = [Timeline(((0, Conditioning(each)),)) for each in context.split(1)]
-    denoise = Denoiser(Network(unet, schedule), told, ClassifierFree(7.5))
+    conditioning = [Timeline(((0, Conditioning(each)),)) for each in context.split(1)]
+    denoise = Denoiser(Network(unet, schedule), conditioning, ClassifierFree(7.5))
     way = levels(schedule, "linspace", 20, AS_THEY_COME)
     x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1)) * way.start_scale
     *_, (x, _) = euler(denoise, x, way.sigmas, lambda *_: None)

@@ -13,7 +13,7 @@ from PIL import Image, PngImagePlugin
 import minisd
 from minisd.pictures.init import to_mask, to_pixels
 from minisd.pictures.metadata import parameters_text, read_recipe
-from minisd.plan import settle
+from minisd.plan import planned
 from minisd.request import Request
 from minisd.result import finish
 
@@ -47,7 +47,7 @@ def test_picture_i_of_a_batch_equals_the_single_run(tiny, options):
 
 def test_batch_in_one_go_equals_the_single_run_within_rounding(reduced, monkeypatch):
     """What a GPU does, done here: the network runs on all pictures at once."""
-    plan = settle(Request("a star", seed=3, num_images=2, **FAST), reduced.capabilities())
+    plan = planned(Request("a star", seed=3, num_images=2, **FAST), reduced.capabilities())
     monkeypatch.setattr("minisd.pipeline.in_parts", lambda plan, device: [slice(0, 2)])
     both = finish(reduced.draw(plan)).latents
     monkeypatch.undo()
@@ -235,14 +235,14 @@ def test_recipe_says_no_more_about_this_machine_than_the_user_did(tiny, reduced_
 
 
 def test_a_visitor_goes_home_even_after_an_error():
-    from minisd.system.device import visiting
+    from minisd.system.device import on_device
 
     places: list[str] = []
     part = torch.nn.Linear(1, 1)
     part.to = lambda place: places.append(str(place))
 
     def fail() -> None:
-        with visiting(part, torch.device("cuda")):
+        with on_device(part, torch.device("cuda")):
             assert places == ["cuda"]
             raise KeyError
 
@@ -266,7 +266,7 @@ def test_every_part_visits_the_device_only_while_it_works(monkeypatch):
         inside.remove(module)
 
     for name in ("fast.engine", "pipeline", "codec"):
-        monkeypatch.setattr(f"minisd.{name}.visiting", recorded)
+        monkeypatch.setattr(f"minisd.{name}.on_device", recorded)
     tiny = minisd.load(device="cpu")
     tiny("a star", seed=0, **FAST)
     assert order == ["CLIPTextModel", "UNet", "AutoencoderKL"]
@@ -275,12 +275,12 @@ def test_every_part_visits_the_device_only_while_it_works(monkeypatch):
 @pytest.mark.parametrize("prompt", ["a (red:1.3) star", "(a b:.5)", "<lora:style:0.8> a star", "(star:2)"])
 def test_weights_and_loras_in_a_prompt_are_told(tiny, prompt):
     with pytest.warns(UserWarning, match="is read as plain words"):
-        settle(minisd.Request(prompt), tiny.capabilities())
+        planned(minisd.Request(prompt), tiny.capabilities())
 
 
 @pytest.mark.parametrize("prompt", ["a star (16:9)", "a clock (at 10:30)", "a <star>", "(red) star: big", "a ((star))"])
 def test_what_only_looks_like_weights_is_not(tiny, prompt, recwarn):
-    settle(minisd.Request(prompt), tiny.capabilities())
+    planned(minisd.Request(prompt), tiny.capabilities())
     assert not [each for each in recwarn if "plain words" in str(each.message)]
 
 

@@ -16,7 +16,7 @@ import minisd
 from minisd.diffusion.denoiser import Conditioning
 from minisd.errors import UsageError
 from minisd.options import AXES, OPTIONS, RECIPE, RECORDED
-from minisd.plan import settle
+from minisd.plan import planned
 from minisd.recipe import repeat
 from minisd.request import Request
 from minisd.result import Step
@@ -29,7 +29,7 @@ def same(one, other) -> bool:
 
 
 def plan(pipe, prompt="a star", **options):
-    return settle(Request(prompt, **(FAST | options)), pipe.capabilities())
+    return planned(Request(prompt, **(FAST | options)), pipe.capabilities())
 
 
 def test_the_table_and_the_request_are_one():
@@ -206,7 +206,7 @@ def test_own_levels_guides_and_samplers_in_a_recipe(tiny):
     with pytest.raises(UsageError, match="guide: the picture was drawn with one of its caller's own"):
         repeat(own.metadata[0], tiny.checkpoint.path)
     with pytest.raises(UsageError, match="sampler: expected one of euler, ddim, found 'mine'"):
-        settle(repeat(replace_guide(own.metadata[0]), tiny.checkpoint.path), tiny.capabilities())
+        planned(repeat(replace_guide(own.metadata[0]), tiny.checkpoint.path), tiny.capabilities())
 
 
 def replace_guide(recipe):

@@ -66,9 +66,9 @@ def whole_step(report: Report, network: UNet, given: StepInput, ours: float) -> 
     ]
     schedule, sampler = scaled_linear(), SAMPLERS["euler"]
     way = levels(schedule, "linspace", 20, sampler.wish)
-    told = [Timeline(((0, half),)) for half in halves]
+    conditioning = [Timeline(((0, half),)) for half in halves]
     steps = program(sampler.run, way.sigmas)
-    walk = Walk(Network(network, schedule), sampler, way, told, ClassifierFree(7.5), steps)
+    walk = Walk(Network(network, schedule), sampler, way, conditioning, ClassifierFree(7.5), steps)
 
     def draw() -> None:
         for _ in engine.walk(walk, given.x[:1].float(), lambda *_: torch.zeros_like(given.x[:1]).float()):

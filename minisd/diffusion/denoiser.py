@@ -59,7 +59,7 @@ class Timeline:
     entries: tuple[tuple[int, Conditioning], ...]  # (the last call that it holds for, conditioning); the last holds to the end
 
     def at(self, call: Call) -> Conditioning:
-        return next((told for last, told in self.entries if call.index <= last), self.entries[-1][1])
+        return next((conditioning for last, conditioning in self.entries if call.index <= last), self.entries[-1][1])
 
 
 Observer = Callable[[Call, Tensor, Sequence[Tensor]], None]
@@ -166,19 +166,21 @@ class ClassifierFree(Affine):
 class Denoiser:
     """denoise(x, sigma) -> x_0, for the length of one walk: it counts its calls.
 
-    told: a timeline for each role of the guide.  observe: is shown every call, x and the estimates of the roles that were asked.
+    conditioning: a timeline for each role of the guide.
+    observe: is shown every call, x and the estimates of the roles that were asked.
     """
 
     def __init__(
         self,
         network: Network,
-        told: Sequence[Timeline],
+        conditioning: Sequence[Timeline],
         guide: Guide,
         known: Known | None = None,
         observe: Observer | None = None,
         total: int | None = None,
     ) -> None:
-        self.network, self.told, self.guide, self.known, self.observe, self.total = network, told, guide, known, observe, total
+        self.network, self.conditioning, self.guide, self.known = network, conditioning, guide, known
+        self.observe, self.total = observe, total
         self.calls: list[Call] = []
         self.step = 0
         self.joined: tuple[list[Conditioning], Conditioning] | None = None  # the conditions asked with last, as one batch
@@ -191,11 +193,11 @@ class Denoiser:
 
     def estimate(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
         guide, weights = self.guide, None
-        asked = list(range(len(self.told)))
+        asked = list(range(len(self.conditioning)))
         if is_affine(guide):
             weights = guide.weights(call)
             asked = [k for k in asked if weights[k].any()]
-        outputs = self.predict(x, sigma, [self.told[k].at(call) for k in asked])
+        outputs = self.predict(x, sigma, [self.conditioning[k].at(call) for k in asked])
         if self.observe:
             self.observe(call, x, [self.x_0(output, x, sigma) for output in outputs])
         if weights is not None:
@@ -211,13 +213,13 @@ class Denoiser:
         """The network's output for each of the conditions, (B, C, h, w) each, in float32."""
         if self.joined is None or self.joined[0] != conditions:
             self.joined = conditions, stacked(conditions)
-        told = self.joined[1]
+        batch = self.joined[1]
         x = torch.cat([x / (sigma**2 + self.network.sigma_data**2).sqrt()] * len(conditions))  # of unit variance, as in training
-        if told.extra is not None:
-            x = torch.cat([x, told.extra], dim=1)
+        if batch.extra is not None:
+            x = torch.cat([x, batch.extra], dim=1)
         t = self.network.schedule.timestep(sigma).float()  # between two trained timesteps, too: their sinusoids are smooth in t
         times = torch.full((len(x),), float(t), device=x.device)  # a copy from the CPU would wait for the GPU
-        return self.network.unet(x.to(told.context.dtype), times, told.context, told.vector).float().chunk(len(conditions))
+        return self.network.unet(x.to(batch.context.dtype), times, batch.context, batch.vector).float().chunk(len(conditions))
 
 
 def stacked(conditions: Sequence[Conditioning]) -> Conditioning:

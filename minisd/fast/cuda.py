@@ -66,7 +66,7 @@ class Course:
     calls: Sequence[Call]
     roles: Sequence[Roles]  # of each call: those whose weights are not all 0
     weights: Tensor  # (calls, K, B)
-    told: Sequence[Conditioning]  # of each call: the conditions of all roles as one batch, the same object while they stay
+    conditioning: Sequence[Conditioning]  # of each call, all roles in one batch: the same object while they stay
 
 
 def course_of(walk: Walk, count: int) -> Course:
@@ -79,14 +79,14 @@ def course_of(walk: Walk, count: int) -> Course:
     weights = torch.stack([guide.weights(call).expand(-1, count) for call in calls])
     roles = [tuple(k for k, weight in enumerate(row) if weight.any()) for row in weights]
     batches: dict[tuple[int, ...], Conditioning] = {}
-    told = []
+    batched = []
     for call in calls:
-        conditions = [each.at(call) for each in walk.told]
+        conditions = [each.at(call) for each in walk.conditioning]
         key = tuple(map(id, conditions))
         if key not in batches:
             batches[key] = stacked(conditions)
-        told.append(batches[key])
-    return Course(program, calls, roles, weights, told)
+        batched.append(batches[key])
+    return Course(program, calls, roles, weights, batched)
 
 
 class Cuda:
@@ -162,7 +162,7 @@ class Cuda:
         shape = tuple(1 << max(5, (size - 1).bit_length()) for size in program.questions.shape)  # so that a few steps more need
         key = self.key(walk, x, course, shape)  # no other recording
         # Taken out of the row while in use: two streams of one pipeline may run in turns.
-        buffers = self.shapes.pop(key, None) or self.new_buffers(walk, x, course.told[0], shape)
+        buffers = self.shapes.pop(key, None) or self.new_buffers(walk, x, course.conditioning[0], shape)
         kept = [(torch.empty_like(buffers.asked), torch.empty_like(buffers.asked)) for _ in program.done]
         try:
             fill(buffers, fused, walk, course, vectors)
@@ -170,8 +170,8 @@ class Cuda:
             first, before = 0, x
             for step, (latents, denoised) in enumerate(kept):
                 for i in range(first, program.done[step]):
-                    if i and course.told[i] is not course.told[i - 1]:
-                        tell(buffers, fused, course.told[i], x.shape[1])
+                    if i and course.conditioning[i] is not course.conditioning[i - 1]:
+                        set_conditioning(buffers, fused, course.conditioning[i], x.shape[1])
                     self.run(fused, buffers, course.roles[i])
                     keep_pace(ahead, x.device)
                 write_moment(buffers, program, step, latents, denoised)
@@ -221,24 +221,25 @@ class Cuda:
         yield from again
 
     def key(self, walk: Walk, x: Tensor, course: Course, shape: tuple[int, ...]) -> tuple[object, ...]:
-        told = course.told[0]
-        vector = None if told.vector is None else told.vector.shape
-        return x.shape, told.context.shape, told.context.dtype, vector, shape, len(walk.told), walk.known is not None, chosen()
+        """Of what buffers of one shape serve: everything but numbers."""
+        first, roles = course.conditioning[0], len(walk.conditioning)
+        vector = None if first.vector is None else first.vector.shape
+        return x.shape, first.context.shape, first.context.dtype, vector, shape, roles, walk.known is not None, chosen()
 
-    def new_buffers(self, walk: Walk, x: Tensor, told: Conditioning, shape: tuple[int, ...]) -> Buffers:
+    def new_buffers(self, walk: Walk, x: Tensor, conditioning: Conditioning, shape: tuple[int, ...]) -> Buffers:
         calls, rows = shape
-        batch, here = len(told.context), x.device
+        batch, here = len(conditioning.context), x.device
         assert self.fused is not None
-        wide, dtype = (batch, self.unet.in_channels, *x.shape[2:]), told.context.dtype
+        wide, dtype = (batch, self.unet.in_channels, *x.shape[2:]), conditioning.context.dtype
         masked = {"known": torch.zeros(x.shape, device=here), "mask": torch.zeros(len(x), 1, *x.shape[2:], device=here)}
         return Buffers(
             history=torch.zeros(rows, *x.shape, device=here),
             asked=torch.zeros(x.shape, device=here),
             model_input=torch.empty(wide, dtype=dtype, memory_format=torch.channels_last, device=here),
             table=torch.zeros(calls, 4 + rows, device=here),
-            weights=torch.zeros(calls, len(walk.told), len(x), device=here),
-            shifts=torch.zeros(calls, batch if told.vector is not None else 1, len(self.fused.shift_bias), device=here),
-            keys_values=torch.empty(*told.context.shape[:2], len(self.fused.kv), dtype=dtype, device=here),
+            weights=torch.zeros(calls, len(walk.conditioning), len(x), device=here),
+            shifts=torch.zeros(calls, batch if conditioning.vector is not None else 1, len(self.fused.shift_bias), device=here),
+            keys_values=torch.empty(*conditioning.context.shape[:2], len(self.fused.kv), dtype=dtype, device=here),
             known=masked if walk.known else {},
             call=torch.zeros(1, dtype=torch.int64, device=here),
         )
@@ -285,7 +286,7 @@ def fill(buffers: Buffers, fused: FusedUNet, walk: Walk, course: Course, vectors
     channels = buffers.asked.shape[1]
     copies = len(buffers.model_input) // len(buffers.asked)
     buffers.model_input[:, :channels].copy_((buffers.asked * float(c_in[0])).repeat(copies, 1, 1, 1))
-    tell(buffers, fused, course.told[0], channels)
+    set_conditioning(buffers, fused, course.conditioning[0], channels)
 
 
 def fill_shifts(buffers: Buffers, fused: FusedUNet, walk: Walk, course: Course) -> None:
@@ -293,16 +294,16 @@ def fill_shifts(buffers: Buffers, fused: FusedUNet, walk: Walk, course: Course) 
     times = walk.network.schedule.timestep(course.program.sigmas).float().to(buffers.shifts.device)
     start = 0
     for end in range(1, len(times) + 1):
-        if end == len(times) or course.told[end] is not course.told[start]:
-            buffers.shifts[start:end].copy_(fused.shifts(times[start:end], course.told[start].vector))
+        if end == len(times) or course.conditioning[end] is not course.conditioning[start]:
+            buffers.shifts[start:end].copy_(fused.shifts(times[start:end], course.conditioning[start].vector))
             start = end
 
 
-def tell(buffers: Buffers, fused: FusedUNet, told: Conditioning, channels: int) -> None:
+def set_conditioning(buffers: Buffers, fused: FusedUNet, conditioning: Conditioning, channels: int) -> None:
     """The conditioning from the next call on."""
-    buffers.keys_values.copy_(fused.keys_values(told.context))
-    if told.extra is not None:
-        buffers.model_input[:, channels:].copy_(told.extra)
+    buffers.keys_values.copy_(fused.keys_values(conditioning.context))
+    if conditioning.extra is not None:
+        buffers.model_input[:, channels:].copy_(conditioning.extra)
 
 
 def call(fused: FusedUNet, buffers: Buffers, roles: Roles) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..diffusion.denoiser import Denoise, Denoiser, Noise
 from ..models.clip import TextEncoder
 from ..models.vae import AutoencoderKL
-from ..system.device import visiting
+from ..system.device import on_device
 from .ways import Moment, Walk, Way
 
 
@@ -55,7 +55,7 @@ class Plain:
 
 def moments(walk: Walk, denoise: Denoiser, x: Tensor, noise: Noise, way: Way, ask: Denoise | None = None) -> Iterator[Moment]:
     """A walk by its sampler's own generator; ask: what the sampler calls in the place of the denoiser."""
-    with visiting(walk.network.unet, x.device):  # type: ignore[arg-type]
+    with on_device(walk.network.unet, x.device):  # type: ignore[arg-type]
         asked, before = 0, x
         steps = walk.sampler.run(ask or denoise, x, walk.levels.sigmas, noise, **walk.options)
         for latents, denoised in steps:

@@ -45,7 +45,7 @@ class Walk:
     network: Network
     sampler: Sampler
     levels: Levels
-    told: Sequence[Timeline]  # for each role of the guide
+    conditioning: Sequence[Timeline]  # for each role of the guide
     guide: Guide
     program: Program | None = None  # of the sampler over these levels, where it has one
     options: Mapping[str, object] = field(default_factory=dict)  # of the sampler
@@ -57,7 +57,7 @@ class Walk:
         """For this walk; unet: what computes the network in its place."""
         network = replace(self.network, unet=unet or self.network.unet)
         total = len(self.program.sigmas) if self.program else None
-        return Denoiser(network, self.told, self.guide, self.known, self.observe, total)
+        return Denoiser(network, self.conditioning, self.guide, self.known, self.observe, total)
 
 
 def way(walk: Walk, x: Tensor, built: Mapping[str, type]) -> tuple[Way, str]:
@@ -71,7 +71,7 @@ def way(walk: Walk, x: Tensor, built: Mapping[str, type]) -> tuple[Way, str]:
         return "network", f"{name_of(walk.guide)} is not a weighted sum of what the network answers"
     if walk.program is None:
         return "network", f"the steps of {walk.sampler.label} depend on what the network answers"
-    if len({told.context.shape for each in walk.told for _, told in each.entries}) > 1:
+    if len({each.context.shape for timeline in walk.conditioning for _, each in timeline.entries}) > 1:
         return "network", "the conditioning changes its length"
     if walk.program.questions.shape[1] * x.numel() * 4 > HISTORY_BYTES:
         return "network", "the history of so many steps would take too much memory"

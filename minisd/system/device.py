@@ -56,7 +56,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 @contextmanager
-def visiting(module: nn.Module, device: torch.device) -> Iterator[None]:
+def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Has a module on `device` while it works; one whose home is elsewhere goes back there, to make room for the next."""
     home = next(module.parameters()).device
     module.to(device)

@@ -25,7 +25,7 @@ from ..options import AXES, MAX_IMAGES, TEXT, checked
 from ..pictures.grids import labelled_grid
 from ..pictures.image import save_png
 from ..pipeline import Pipeline, file_facts, load
-from ..plan import RANDOM_SEEDS, settle
+from ..plan import RANDOM_SEEDS, planned
 from ..recipe import repeat
 from ..request import Request, request_of
 from ..result import Result, Step, finish
@@ -143,7 +143,7 @@ def draw(
     """
     pipe = open_model(model)
     for request in requests.values():  # a wrong one is told before any is drawn
-        settle(request, pipe.capabilities())
+        planned(request, pipe.capabilities())
     found: dict[int, Result | MinisdError] = {}
     for i, request in requests.items():
         try:

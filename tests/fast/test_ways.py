@@ -36,7 +36,7 @@ from minisd.fast.ways import Moment
 from minisd.models.shapes import below
 from minisd.models.unet import CrossAttention, UNet
 from minisd.models.vae import AutoencoderKL
-from minisd.plan import settle
+from minisd.plan import planned
 from minisd.request import Request
 from minisd.walks import Progress, course, known_latents, start, walk
 from minisd.workbench import blueprint
@@ -71,7 +71,7 @@ def fast(pipe: minisd.Pipeline, graphs: bool = CUDA) -> Cuda:
 def begun(pipe: minisd.Pipeline, request: Request, engine, dtype: torch.dtype = torch.float32, factor: float = 1.0):
     """All the pictures of a request at once, from an engine; dtype: of the sampler's arithmetic; factor: of the start."""
     with torch.no_grad():
-        plan = settle(request, pipe.capabilities())
+        plan = planned(request, pipe.capabilities())
         (leg,) = course(plan, pipe)
         part, known = slice(0, len(plan.seeds)), known_latents(plan, pipe)
         x, source = start(plan, part, leg, known)

@@ -32,7 +32,7 @@ class Codec:
         self, vae: Autoencoder, recognition: Recognition, device: torch.device, dtype: torch.dtype, engine: Engine | None = None
     ) -> None:
         self.vae, self.device, self.engine = vae, device, engine or Plain()
-        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self.dtype = vae_dtype(dtype, recognition.family.vector and isinstance(vae, AutoencoderKL), has_bfloat16)
         vae.to(self.dtype)
         training = Training() if isinstance(vae, TinyAutoencoder) else recognition.training

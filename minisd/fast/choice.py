@@ -94,7 +94,7 @@ def triton_builds() -> bool:
     if not has_triton():
         return False
     try:
-        kernels().geglu(torch.zeros(1, 16, device="cuda", dtype=torch.float16))
+        kernels().geglu(torch.zeros(1, 64, device="cuda", dtype=torch.float16))  # a variant that drawing needs, too
     except Exception as error:  # whatever it is, drawing goes on without
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         warnings.warn(f"Triton cannot build kernels here, so PyTorch's own operations take their place: {reason}", stacklevel=2)

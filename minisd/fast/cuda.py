@@ -175,11 +175,11 @@ class Cuda:
                     self.run(fused, buffers, course.roles[i])
                     keep_pace(ahead, x.device)
                 write_moment(buffers, program, step, latents, denoised)
-                written = latents._version
+                written = latents._version, denoised._version
                 yield Moment(latents, denoised, before, course.calls[first] if first < program.done[step] else None, "recorded")
-                if latents._version != written:
+                if (latents._version, denoised._version) != written:
                     self.say("a caller edits the steps; only the network is recorded")
-                    yield from self.edited(walk, program, buffers.history.clone(), step, latents)
+                    yield from self.edited(walk, program, buffers.history.clone(), step, (latents, denoised))
                     return
                 first, before = program.done[step], latents
         finally:
@@ -198,8 +198,8 @@ class Cuda:
             others = (each for held in (buffers, *self.shapes.values()) for each in held.recordings.values())
             buffers.recordings[roles] = record(lambda: call(fused, buffers, roles), others)
 
-    def edited(self, walk: Walk, program: Program, history: Tensor, step: int, latents: Tensor) -> Iterator[Moment]:
-        """Goes on by the sampler's own generator from latents that a caller has written to, after this step.
+    def edited(self, walk: Walk, program: Program, history: Tensor, step: int, edited: tuple[Tensor, Tensor]) -> Iterator[Moment]:
+        """Goes on by the sampler's own generator from what a caller has written to after this step: latents and estimate.
 
         The generator takes its way up to there once more, over the answers and the noise that it had.
         """
@@ -217,7 +217,9 @@ class Cuda:
         again = moments(walk, denoise, history[0], lambda *_: next(draws), "network", ask)
         for _ in range(step):
             next(again)
-        next(again).latents.copy_(latents)
+        moment = next(again)
+        moment.latents.copy_(edited[0])
+        moment.denoised.copy_(edited[1])
         yield from again
 
     def key(self, walk: Walk, x: Tensor, course: Course, shape: tuple[int, ...]) -> tuple[object, ...]:

@@ -105,7 +105,7 @@ class Pipeline:
         self.family, self.training = recognition.family, recognition.training
         self.unet, self.text_encoders = model.unet, model.text_encoders
         self.network = Network(model.unet, schedule_of(self.training), self.training.prediction, self.training.sigma_data)
-        self.engine = engine(model, model.unet, fast)
+        self.engine = engine(model, fast)
         self.conditioner = Conditioner(
             self.family, self.text_encoders, device, self.engine.read, partial(on_device, device=device)
         )

@@ -25,6 +25,7 @@ from torch import Tensor
 from .denoiser import Steps
 
 MAX_ROWS = 4096  # of history: four calls a step at the most steps that may be asked for
+SHAPE = (2, 3, 4, 5)  # of the latents that it is tried on
 SCALES = (1e-3, 1.0, 1e4)  # of the random vectors: what is cut off somewhere in between is found out
 TOLERANCE = 1e-9  # in float64, relative to the largest of the vectors
 # What tells a program the numbers of a tensor, so that it can depend on them other than by arithmetic.
@@ -92,18 +93,19 @@ class Course:
 def program(sampler: Callable[..., Steps], sigmas: Tensor, **options: object) -> Program | None:
     """The sampler's program for these noise levels (N + 1,), or None where it has none.
 
-    None where coefficients depend on what the network says, where noise comes from elsewhere, or where the run fails.
+    None where coefficients depend on what the network says, where numbers of a picture mix with each other, where noise comes
+    from elsewhere, or where the run fails.
     """
     levels = sigmas.detach().double().cpu()
-    generator = torch.Generator().manual_seed(0)
-    # Four numbers a vector, and not one, so that what looks at norms or quantiles of x is found out.
-    numbers = torch.randn(MAX_ROWS, 4, generator=generator, dtype=torch.float64)
+    # Several pictures, channels and pixels, all of them different: what looks at norms, neighbours or channels is found out.
+    numbers = torch.randn(MAX_ROWS, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     try:
-        by_chance = {scale: run(sampler, levels, numbers * scale, options) for scale in SCALES}
-        by_unit = run(sampler, levels, torch.eye(len(by_chance[1.0].rows) + 1, dtype=torch.float64), options)
+        by_chance = [(numbers * scale, run(sampler, levels, numbers * scale, options)) for scale in SCALES]
+        rows = len(by_chance[0][1].rows) + 1
+        by_unit = run(sampler, levels, torch.eye(rows, dtype=torch.float64).view(rows, 1, 1, 1, rows), options)
+        if not by_unit.latents or not all(follows(course, by_unit, vectors) for vectors, course in by_chance):
+            return None
     except Exception:  # whatever it is: the plain way meets it again, and says so
-        return None
-    if not by_unit.latents or not all(follows(course, by_unit, numbers * scale) for scale, course in by_chance.items()):
         return None
     draws = tuple((row, each) for row, each in enumerate(by_unit.rows, start=1) if isinstance(each, Draw))
     estimates = tuple(row for row, each in enumerate(by_unit.rows, start=1) if not isinstance(each, Draw))
@@ -112,22 +114,23 @@ def program(sampler: Callable[..., Steps], sigmas: Tensor, **options: object) ->
 
 
 def follows(course: Course, by_unit: Course, vectors: Tensor) -> bool:
-    """Whether a run over these vectors (R, n) did what the coefficients say."""
+    """Whether a run over these vectors (R, B, C, h, w) did what the coefficients say."""
     if not course.same(by_unit):
         return False
+    flat = vectors.flatten(1)
     for coefficients, values in zip(tables(by_unit), tables(course), strict=True):
-        told = coefficients @ vectors[: coefficients.shape[1]]
-        if not (told - values).abs().max() <= TOLERANCE * vectors.abs().max() * coefficients.abs().max().clamp(min=1.0):
+        expected = coefficients @ flat[: coefficients.shape[1]]
+        if not (expected - values).abs().max() <= TOLERANCE * flat.abs().max() * coefficients.abs().max().clamp(min=1.0):
             return False
     return True
 
 
 def run(sampler: Callable[..., Steps], sigmas: Tensor, vectors: Tensor, options: dict[str, object]) -> Course:
-    """One run over vectors (R, n), taken one after the other as latents (1, 1, 1, n)."""
+    """One run over vectors (R, B, C, h, w), taken one after the other as latents."""
     course = Course()
 
     def blind(row: int) -> Tensor:
-        return vectors[row].view(1, 1, 1, -1).clone().as_subclass(Blind)
+        return vectors[row].clone().as_subclass(Blind)
 
     def following(what: Draw | int) -> Tensor:
         course.rows.append(what)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from ..diffusion.denoiser import Affine, Call, Conditioning, Noise, Unet, stacked
 from ..diffusion.program import Program
 from ..errors import UsageError
+from ..files.model import StableDiffusion
 from ..models.clip import TextEncoder
 from ..models.unet import UNet
 from ..models.vae import AutoencoderKL
+from ..system.device import make_current
 from ..system.memory import free_memory
 from . import operations
 from .choice import chosen, kernels, wants
@@ -92,9 +94,9 @@ def course_of(walk: Walk, count: int) -> Course:
 class Cuda:
     """Draws with one model.  `graphs`: record calls, which only a GPU can."""
 
-    def __init__(self, unet: UNet, graphs: bool) -> None:
+    def __init__(self, unet: UNet, graphs: bool, others: Iterable[nn.Module] = ()) -> None:
         self.unet, self.graphs = unet, graphs
-        self.built: dict[nn.Module, dict[str, type]] = {unet: structure(unet)}
+        self.built = {network: structure(network) for network in (unet, *others)}  # before anybody touches them
         self.fused: FusedUNet | None = None
         self.weights: tuple[object, object] = (None, None)  # where they lie, and how often each was written to
         self.shapes: dict[tuple[object, ...], Buffers] = {}
@@ -141,17 +143,24 @@ class Cuda:
     @torch.no_grad()
     def network(self) -> Unet:
         """The UNet for any sampler, to be called at one timestep for the whole batch."""
-        fused, calls = self.prepared(), self.network_calls
-        assert calls is not None
-        held: list[Tensor] = []  # the context of the call before, and its keys and values
+        held: list[Any] = [None, None, None]  # the context of the call before, the weights, and its keys and values
 
         @torch.no_grad()
         def predict(x: Tensor, t: Tensor, context: Tensor, y: Tensor | None) -> Tensor:
-            if not held or held[0] is not context:
-                held[:] = context, fused.keys_values(context)
-            return calls(x, t[:1], y, held[1])
+            if why := self.touched():  # since the walk began
+                self.say(why)
+                return self.unet(x, t, context, y)
+            fused, calls = self.prepared(), self.network_calls
+            assert calls is not None
+            if held[0] is not context or held[1] != self.weights:
+                held[:] = context, self.weights, fused.keys_values(context)
+            return calls(x, t[:1], y, held[2])
 
         return predict
+
+    def touched(self) -> str | None:
+        make_current(next(self.unet.parameters()).device)
+        return touched(self.unet, self.built[self.unet])
 
     @torch.no_grad()
     def recorded(self, walk: Walk, x: Tensor, noise: Noise) -> Iterator[Moment]:
@@ -175,10 +184,12 @@ class Cuda:
                     self.run(fused, buffers, course.roles[i])
                     keep_pace(ahead, x.device)
                 write_moment(buffers, program, step, latents, denoised)
-                written = latents._version, denoised._version
+                written, weights = (latents._version, denoised._version), self.weights
                 yield Moment(latents, denoised, before, course.calls[first] if first < program.done[step] else None, "recorded")
-                if (latents._version, denoised._version) != written:
-                    self.say("a caller edits the steps; only the network is recorded")
+                edited = (latents._version, denoised._version) != written
+                if edited or self.touched() or weights != (addresses(self.unet), versions(self.unet)):
+                    if edited:
+                        self.say("a caller edits the steps; only the network is recorded")
                     yield from self.edited(walk, program, buffers.history.clone(), step, (latents, denoised))
                     return
                 first, before = program.done[step], latents
@@ -256,8 +267,10 @@ class Cuda:
 
     def recorder(self, network: nn.Module, make: Any) -> NetworkRecorder | None:
         """What records this network, unless somebody has touched it."""
+        make_current(next(network.parameters()).device)
+        self.built.setdefault(network, structure(network))
         if network not in self.recorders:
-            self.built[network], self.recorders[network] = structure(network), make()
+            self.recorders[network] = make()
         if why := touched(network, self.built[network]):
             self.say(f"{type(network).__name__}: {why}")
             return None
@@ -372,15 +385,15 @@ def text_recorder(encoder: TextEncoder, graphs: bool) -> NetworkRecorder:
     return NetworkRecorder(encoder, lambda: lambda ids: torch.stack(encoder.hidden_states(ids)), graphs)
 
 
-def engine(model: nn.Module, unet: UNet, fast: bool | None = None) -> Engine:
-    """What draws with a model and its UNet; fast: False for the modules as they stand, None as MINISD_FAST (0 or 1) says."""
+def engine(model: StableDiffusion, fast: bool | None = None) -> Engine:
+    """What draws with a model; fast: False for the modules as they stand, None as MINISD_FAST (0 or 1) says."""
     if fast is None:
         said = os.environ.get("MINISD_FAST") or "1"
         if said not in ("0", "1"):
             raise UsageError(f"MINISD_FAST: expected 0 or 1, found {said!r}")
         fast = said == "1"
-    if wants("group_norm", next(unet.parameters()).device):  # which wants its maps so, as cuDNN does
+    if wants("group_norm", next(model.parameters()).device):  # which wants its maps so, as cuDNN does
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if not fast or next(unet.parameters()).device.type != "cuda":
+    if not fast or next(model.parameters()).device.type != "cuda":
         return Plain()
-    return Cuda(unet, graphs=True)
+    return Cuda(model.unet, True, (*model.text_encoders, model.vae))

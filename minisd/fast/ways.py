@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class Walk:
         return Denoiser(network, self.conditioning, self.guide, self.known, self.observe, total)
 
 
-def way(walk: Walk, x: Tensor, built: Mapping[str, type]) -> tuple[Way, str]:
+def way(walk: Walk, x: Tensor, built: Settings) -> tuple[Way, str]:
     """The fastest way that computes exactly this walk from x (B, C, h, w), and why none faster."""
     assert isinstance(walk.network.unet, nn.Module)
     if why := touched(walk.network.unet, built):
@@ -82,12 +82,20 @@ def name_of(guide: Guide) -> str:
     return getattr(getattr(guide, "function", guide), "__name__", type(guide).__name__)
 
 
-def structure(network: nn.Module) -> dict[str, type]:
-    """The class of every module, by its name."""
-    return {name: type(module) for name, module in network.named_modules()}
-
-
+Settings = dict[str, tuple[type, dict[str, Any]]]
+OURS = ("torch", "minisd")  # whose classes the fused forms know
 OWN = ("forward", "hidden_states", "final_norm", "pooled", "encode", "decode", "embed", "down")  # what a module may be asked
+
+
+def structure(network: nn.Module) -> Settings:
+    """The class of every module, by its name, and what it was built with."""
+    return {name: (type(module), settings(module)) for name, module in network.named_modules()}
+
+
+def settings(module: nn.Module) -> dict[str, Any]:
+    """Numbers and words of a module, such as eps, heads, padding_mode."""
+    known = vars(module).items()
+    return {name: value for name, value in known if name != "training" and isinstance(value, int | float | str | tuple)}
 
 
 def patched(kind: type) -> bool:
@@ -99,8 +107,8 @@ def patched(kind: type) -> bool:
     return hasattr(forward, "__wrapped__") or (forward.__module__, forward.__qualname__) not in written
 
 
-def touched(network: nn.Module, built: Mapping[str, type]) -> str | None:
-    """What keeps a network from being computed in another form than its modules': the first of them that is not as built."""
+def touched(network: nn.Module, built: Settings) -> str | None:
+    """What keeps a network from being computed in another form than its modules: the first of them that is not as built."""
     hooks = torch.nn.modules.module
     if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
         return "there is a hook on all modules"
@@ -108,10 +116,15 @@ def touched(network: nn.Module, built: Mapping[str, type]) -> str | None:
     for name, module in network.named_modules():
         kind, count = type(module), count + 1
         where = name or "the network"
-        if built.get(name) is not kind:
-            return f"{where} is a {kind.__name__}" if name in built else f"{where} is new"
+        if name not in built:
+            return f"{where} is new"
+        if built[name][0] is not kind or kind.__module__.split(".")[0] not in OURS:
+            return f"{where} is a {kind.__name__}"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{where} has a hook"
         if not vars(module).keys().isdisjoint(OWN) or patched(kind):
             return f"{where} has a forward of its own"
+        if built[name][1] != settings(module):
+            changed = [key for key, value in settings(module).items() if built[name][1].get(key) != value]
+            return f"{where} was given another {', '.join(changed)}"
     return None if count == len(built) else "a module is gone"

@@ -25,9 +25,14 @@ def to_device(device: str | None) -> torch.device:
         raise UsageError(f"device: expected one that this machine has, found {device!r}: {first_line(error)}") from None
     if found.type == "meta":
         raise UsageError("device: expected one that computes, found 'meta'")
-    if found.type == "cuda":
-        torch.cuda.set_device(found)
+    make_current(found)
     return found
+
+
+def make_current(device: torch.device) -> None:
+    """Kernels and graphs are launched on the current GPU, whatever the tensors say."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def to_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

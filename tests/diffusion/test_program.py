@@ -80,6 +80,33 @@ def test_calls_draws_and_steps_are_counted():
     assert program(euler_ancestral, SIGMAS, eta=0.0).draws == ()
 
 
+def channels_apart(denoise, x, sigmas, noise):
+    denoised = denoise(x, sigmas[0])
+    yield denoised - 0.1 * denoised.mean(1, keepdim=True), denoised
+
+
+def upside_down(denoise, x, sigmas, noise):
+    yield denoise(x.flip(2), sigmas[0]), x
+
+
+def by_position(denoise, x, sigmas, noise):
+    denoised = denoise(x, sigmas[0])
+    denoised[:, 0] *= 0.8
+    yield denoised, denoised
+
+
+def pictures_mixed(denoise, x, sigmas, noise):
+    yield denoise(x.roll(1, 0), sigmas[0]), x
+
+
+def by_size(denoise, x, sigmas, noise):
+    yield denoise(x / x.shape[2], sigmas[0]), x
+
+
+def other_shape(denoise, x, sigmas, noise):
+    yield denoise(x.mT, sigmas[0]), x
+
+
 def own_noise(denoise, x, sigmas, noise):
     for sigma in sigmas[:-1]:
         denoised = denoise(x, sigma)
@@ -119,7 +146,24 @@ def broken(denoise, x, sigmas, noise):
 
 
 @pytest.mark.parametrize(
-    "sampler", [*NOT_LINEAR, own_noise, with_an_offset, by_sign, rare, asking_how_large, without_end, broken, lambda *_: iter(())]
+    "sampler",
+    [
+        *NOT_LINEAR,
+        own_noise,
+        with_an_offset,
+        by_sign,
+        rare,
+        asking_how_large,
+        without_end,
+        broken,
+        channels_apart,
+        upside_down,
+        by_position,
+        pictures_mixed,
+        by_size,
+        other_shape,
+        lambda *_: iter(()),
+    ],
 )
 def test_what_has_no_program_is_found_out(sampler):
     assert program(sampler, SIGMAS) is None

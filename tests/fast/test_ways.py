@@ -254,12 +254,26 @@ def other_activation(unet: UNet) -> None:
     unet.middle_block[0].emb_layers[0] = nn.Identity()
 
 
+def seamless(unet: UNet) -> None:
+    """What makes pictures that can be tiled."""
+    for module in unet.modules():
+        if isinstance(module, nn.Conv2d):
+            module.padding_mode = "circular"
+            module._reversed_padding_repeated_twice = [*(module.padding[1],) * 2, *(module.padding[0],) * 2]
+
+
+def other_heads(unet: UNet) -> None:
+    unet.middle_block[1].transformer_blocks[0].attn1.heads = 2
+
+
 TRAPS = {
     swapped: "to_v is a Louder",
     own_forward: r"middle_block\.0 has a forward of its own",
     hooked: r"middle_block\.0 has a hook",
     hooked_before: "out has a hook",
     parametrised: r"out\.2 is a ParametrizedConv2d",
+    seamless: r"input_blocks\.0\.0 was given another padding_mode",
+    other_heads: r"attn1 was given another heads",
     other_activation: r"emb_layers\.0 is a Identity",
 }
 
@@ -279,6 +293,35 @@ def test_a_touched_network_goes_the_plain_way_and_says_so_once(trap, files):
         assert {moment.way for moment in moments} == {"plain"}
         assert torch.equal(moments[-1].latents, wanted[-1].latents)
     assert relative_error(wanted[-1].latents, before[-1].latents) > 1e-3
+
+
+CHANGES = {
+    hooked: "has a hook",
+    swapped: "is a Louder",
+    lambda unet: unet.out[2].weight.mul_(1.5): None,
+    lambda unet: unet.middle_block[1].transformer_blocks[0].attn2.to_k.weight.mul_(1.5): None,
+    lambda unet: unet.load_state_dict({key: x * 1.1 for key, x in unet.state_dict().items()}, assign=True): None,
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance_rescale": 0.7}])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_on_the_way_changes_the_rest_of_it(change, options, files, recording):
+    """Between two steps, as on the plain way: a strength by step, a hook that comes late."""
+    request = Request("a star", **(SMALLEST | {"steps": 5, "sampler": dpmpp_2m} | options))
+    found = []
+    for make in (lambda pipe: Plain(), lambda pipe: fast(pipe, graphs=True)):
+        pipe, kept = load(files["sd1"], DEVICE), []
+        with choice.using("torch"), torch.no_grad(), warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for i, moment in enumerate(begun(pipe, request, make(pipe))):
+                kept.append(moment.latents.clone())
+                if i == 2:
+                    change(pipe.unet)
+        found.append(kept)
+    assert CHANGES[change] is None or any(CHANGES[change] in str(each.message) for each in said)
+    for x, true in zip(*found, strict=True):
+        assert relative_error(x, true) <= LIMIT
 
 
 def test_a_patched_class_and_a_hook_on_all_modules_are_noticed(files, monkeypatch):

@@ -188,6 +188,7 @@ class Pipeline:
         if vae.downscale != self.vae.downscale:
             expected = f"expected a VAE whose latents are {self.vae.downscale} times smaller than the picture"
             raise CheckpointError(files[0].path, f"{expected}, found {vae.downscale} times")
+        self.engine.replace(self.vae, vae)
         self.model.first_stage_model, self.vae_checkpoint = vae, files[0]
         self.codec = Codec(vae, self.recognition, self.device, self.dtype, self.engine)
         self.__dict__.pop("previewer", None)

@@ -51,8 +51,8 @@ def course(plan: Plan, base: Stations) -> list[Leg]:
         cutoff = round(TRAINING_STEPS * (1 - plan.request.high_noise_frac))
         turn = int((base.network.schedule.timestep(whole.sigmas[:-1]) >= cutoff).sum())
         parts = list(zip((base, refiner), whole.split(turn), strict=True))
-    run = plan.sampler.run
-    return [Leg(pipe, part, program(run, part.sigmas, **plan.options)) for pipe, part in parts if part.steps > 0]
+    run, shape = plan.sampler.run, (len(plan.seeds), *plan.shape)
+    return [Leg(pipe, part, program(run, part.sigmas, shape, **plan.options)) for pipe, part in parts if part.steps > 0]
 
 
 def plan_levels(plan: Plan, base: Stations) -> Levels:

@@ -186,6 +186,7 @@ class Denoiser:
         self.joined: tuple[list[Conditioning], Conditioning] | None = None  # the conditions asked with last, as one batch
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:  # (B, C, h, w), () -> (B, C, h, w)
+        sigma = level(sigma)
         call = Call(len(self.calls), self.step, float(sigma), self.total)
         self.calls.append(call)
         estimate = self.estimate(x, sigma, call)
@@ -220,6 +221,13 @@ class Denoiser:
         t = self.network.schedule.timestep(sigma).float()  # between two trained timesteps, too: their sinusoids are smooth in t
         times = torch.full((len(x),), float(t), device=x.device)  # a copy from the CPU would wait for the GPU
         return self.network.unet(x.to(batch.context.dtype), times, batch.context, batch.vector).float().chunk(len(conditions))
+
+
+def level(sigma: Tensor | float) -> Tensor:
+    """A noise level (), on the CPU, from what samplers hand over: a number, one for each picture, on any device."""
+    if isinstance(sigma, Tensor) and sigma.dim() == 0 and sigma.device.type == "cpu":
+        return sigma
+    return torch.as_tensor(sigma, dtype=torch.float64).flatten()[0].cpu()
 
 
 def stacked(conditions: Sequence[Conditioning]) -> Conditioning:

@@ -15,6 +15,7 @@ a case of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .denoiser import Steps
+from .denoiser import Steps, level
 
 MAX_ROWS = 4096  # of history: four calls a step at the most steps that may be asked for
 SHAPE = (2, 3, 4, 5)  # of the latents that it is tried on
+MAX_NUMBERS = 1 << 23  # of a history in the shape that it is used for: beyond, it is not tried on that as well
 SCALES = (1e-3, 1.0, 1e4)  # of the random vectors: what is cut off somewhere in between is found out
 TOLERANCE = 1e-9  # in float64, relative to the largest of the vectors
 # What tells a program the numbers of a tensor, so that it can depend on them other than by arithmetic.
@@ -44,14 +46,19 @@ TELLING = {
 }
 
 
+FRESH = {"new_ones", "new_zeros", "new_full", "new_tensor", "ones_like", "zeros_like", "full_like"}  # says nothing of its numbers
+
+
 class Blind(Tensor):
     """A tensor that is added to and scaled, and does not say what its numbers are; nor does what is made of it."""
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(function, "__name__", "") in TELLING:
+        name = getattr(function, "__name__", "")
+        if name in TELLING:
             raise ValueError("the steps depend on what the network answers")
-        return super().__torch_function__(function, types, args, kwargs or {})
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        return result.as_subclass(Tensor) if name in FRESH else result
 
 
 @dataclass(frozen=True)
@@ -90,8 +97,12 @@ class Course:
         return (self.sigmas, self.done, self.rows) == (other.sigmas, other.done, other.rows)
 
 
-def program(sampler: Callable[..., Steps], sigmas: Tensor, **options: object) -> Program | None:
+def program(
+    sampler: Callable[..., Steps], sigmas: Tensor, shape: tuple[int, ...] | None = None, **options: object
+) -> Program | None:
     """The sampler's program for these noise levels (N + 1,), or None where it has none.
+
+    shape: of the latents (B, C, h, w) that it will be used for.
 
     None where coefficients depend on what the network says, where numbers of a picture mix with each other, where noise comes
     from elsewhere, or where the run fails.
@@ -100,9 +111,13 @@ def program(sampler: Callable[..., Steps], sigmas: Tensor, **options: object) ->
     # Several pictures, channels and pixels, all of them different: what looks at norms, neighbours or channels is found out.
     numbers = torch.randn(MAX_ROWS, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     try:
-        by_chance = [(numbers * scale, run(sampler, levels, numbers * scale, options)) for scale in SCALES]
-        rows = len(by_chance[0][1].rows) + 1
-        by_unit = run(sampler, levels, torch.eye(rows, dtype=torch.float64).view(rows, 1, 1, 1, rows), options)
+        with torch.random.fork_rng([]):  # the sampler's own, if it has one, is not moved
+            by_chance = [(numbers * scale, run(sampler, levels, numbers * scale, options)) for scale in SCALES]
+            rows = len(by_chance[0][1].rows) + 1
+            by_unit = run(sampler, levels, torch.eye(rows, dtype=torch.float64).view(rows, 1, 1, 1, rows), options)
+            if shape and rows * math.prod(shape) <= MAX_NUMBERS:
+                real = torch.randn(rows, 1, 1, 1, 1, dtype=torch.float64) * torch.randn(shape, dtype=torch.float64)
+                by_chance.append((real, run(sampler, levels, real, options)))
         if not by_unit.latents or not all(follows(course, by_unit, vectors) for vectors, course in by_chance):
             return None
     except Exception:  # whatever it is: the plain way meets it again, and says so
@@ -137,7 +152,7 @@ def run(sampler: Callable[..., Steps], sigmas: Tensor, vectors: Tensor, options:
         return blind(len(course.rows))
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        course.sigmas.append(float(sigma))
+        course.sigmas.append(float(level(sigma)))
         course.questions.append(seen(x))
         return following(len(course.sigmas) - 1)
 

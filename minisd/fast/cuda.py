@@ -38,7 +38,7 @@ from .engine import Engine, Plain, moments
 from .graphs import KEPT, NetworkRecorder, Recorder, Recording, addresses, record, versions
 from .tiling import decode_bytes
 from .unet import FusedUNet
-from .ways import Moment, Walk, Way, structure, touched, way
+from .ways import Moment, Snapshot, Walk, Way, structure, touched, way
 
 AHEAD = 2  # calls that the host may be ahead of the GPU
 Roles = tuple[int, ...]
@@ -69,6 +69,13 @@ class Course:
     roles: Sequence[Roles]  # of each call: those whose weights are not all 0
     weights: Tensor  # (calls, K, B)
     conditioning: Sequence[Conditioning]  # of each call, all roles in one batch: the same object while they stay
+
+    def still(self, walk: Walk, following: int) -> bool:
+        """Whether the guide says of the next call what it said before the first."""
+        if following == len(self.calls):
+            return True
+        assert isinstance(walk.guide, Affine)
+        return torch.equal(walk.guide.weights(self.calls[following]).expand_as(self.weights[0]), self.weights[following])
 
 
 def course_of(walk: Walk, count: int) -> Course:
@@ -105,9 +112,12 @@ class Cuda:
         self.said: set[str] = set()
 
     def way(self, walk: Walk, x: Tensor) -> tuple[Way, str]:
+        if walk.network.unet is not self.unet:
+            return "plain", "the network is not the pipeline's own"
         return way(walk, x, self.built[self.unet])
 
     def walk(self, walk: Walk, x: Tensor, noise: Noise) -> Iterator[Moment]:
+        make_current(x.device)
         taken, why = self.way(walk, x)
         if why:
             self.say(why if taken == "plain" else f"{why}; only the network is recorded")
@@ -126,7 +136,8 @@ class Cuda:
         """The fused network: made anew if weights were replaced; if they were written to, with what follows from them renewed."""
         if self.fused is None or self.weights[0] != addresses(self.unet):
             self.shapes.clear()
-            self.fused = fused = FusedUNet(self.unet)
+            with torch.inference_mode(False):  # or nobody could tell when they are written to
+                self.fused = fused = FusedUNet(self.unet)
             self.network_calls = Recorder(lambda x, t, y, prompt: fused(x, fused.shifts(t, y)[0], prompt), self.graphs)
         elif self.weights[1] != versions(self.unet):
             self.fused.refresh()
@@ -143,36 +154,38 @@ class Cuda:
     @torch.no_grad()
     def network(self) -> Unet:
         """The UNet for any sampler, to be called at one timestep for the whole batch."""
-        held: list[Any] = [None, None, None]  # the context of the call before, the weights, and its keys and values
+        held: list[Any] = [None, None, None]  # the network as it was, the context of the call before, its keys and values
 
         @torch.no_grad()
         def predict(x: Tensor, t: Tensor, context: Tensor, y: Tensor | None) -> Tensor:
-            if why := self.touched():  # since the walk began
-                self.say(why)
-                return self.unet(x, t, context, y)
-            fused, calls = self.prepared(), self.network_calls
+            if held[0] is None or not held[0].still():  # at first, and where somebody has changed it since
+                if why := touched(self.unet, self.built[self.unet]):
+                    self.say(why)
+                    return self.unet(x, t, context, y)
+                self.prepared()
+                held[:] = Snapshot(self.unet), None, None
+            fused, calls = self.fused, self.network_calls
+            assert fused is not None
             assert calls is not None
-            if held[0] is not context or held[1] != self.weights:
-                held[:] = context, self.weights, fused.keys_values(context)
+            if held[1] is not context:
+                held[1:] = context, fused.keys_values(context)
+            make_current(x.device)
             return calls(x, t[:1], y, held[2])
 
         return predict
 
-    def touched(self) -> str | None:
-        make_current(next(self.unet.parameters()).device)
-        return touched(self.unet, self.built[self.unet])
-
     @torch.no_grad()
     def recorded(self, walk: Walk, x: Tensor, noise: Noise) -> Iterator[Moment]:
         """A walk by its program."""
-        fused, course = self.prepared(), course_of(walk, len(x))
+        fused, course, snapshot = self.prepared(), course_of(walk, len(x)), Snapshot(self.unet)
         program = course.program
         vectors = {0: x} | {row: noise(draw.sigma, draw.following) for row, draw in program.draws}
         shape = tuple(1 << max(5, (size - 1).bit_length()) for size in program.questions.shape)  # so that a few steps more need
         key = self.key(walk, x, course, shape)  # no other recording
         # Taken out of the row while in use: two streams of one pipeline may run in turns.
         buffers = self.shapes.pop(key, None) or self.new_buffers(walk, x, course.conditioning[0], shape)
-        kept = [(torch.empty_like(buffers.asked), torch.empty_like(buffers.asked)) for _ in program.done]
+        with torch.inference_mode(False):
+            kept = [(torch.empty_like(buffers.asked), torch.empty_like(buffers.asked)) for _ in program.done]
         try:
             fill(buffers, fused, walk, course, vectors)
             ahead: deque[Any] = deque()
@@ -184,15 +197,16 @@ class Cuda:
                     self.run(fused, buffers, course.roles[i])
                     keep_pace(ahead, x.device)
                 write_moment(buffers, program, step, latents, denoised)
-                written, weights = (latents._version, denoised._version), self.weights
+                written = latents._version, denoised._version
                 yield Moment(latents, denoised, before, course.calls[first] if first < program.done[step] else None, "recorded")
-                edited = (latents._version, denoised._version) != written
-                if edited or self.touched() or weights != (addresses(self.unet), versions(self.unet)):
-                    if edited:
-                        self.say("a caller edits the steps; only the network is recorded")
-                    yield from self.edited(walk, program, buffers.history.clone(), step, (latents, denoised))
-                    return
+                edits = [x if x._version != version else None for x, version in zip((latents, denoised), written, strict=True)]
+                edited = any(x is not None for x in edits)
+                if edited:
+                    self.say("a caller edits the steps; only the network is recorded")
                 first, before = program.done[step], latents
+                if edited or not snapshot.still() or not course.still(walk, first):
+                    yield from self.edited(walk, program, buffers.history.clone(), step, edits)
+                    return
         finally:
             if self.fused is fused:
                 self.shapes[key] = buffers  # the last of the row is the one used last
@@ -200,6 +214,7 @@ class Cuda:
                 del self.shapes[next(iter(self.shapes))]
 
     def run(self, fused: FusedUNet, buffers: Buffers, roles: Roles) -> None:
+        make_current(buffers.asked.device)
         recording = buffers.recordings.get(roles)
         if recording is not None:
             recording.replay()
@@ -209,7 +224,9 @@ class Cuda:
             others = (each for held in (buffers, *self.shapes.values()) for each in held.recordings.values())
             buffers.recordings[roles] = record(lambda: call(fused, buffers, roles), others)
 
-    def edited(self, walk: Walk, program: Program, history: Tensor, step: int, edited: tuple[Tensor, Tensor]) -> Iterator[Moment]:
+    def edited(
+        self, walk: Walk, program: Program, history: Tensor, step: int, edits: Sequence[Tensor | None]
+    ) -> Iterator[Moment]:
         """Goes on by the sampler's own generator from what a caller has written to after this step: latents and estimate.
 
         The generator takes its way up to there once more, over the answers and the noise that it had.
@@ -229,8 +246,9 @@ class Cuda:
         for _ in range(step):
             next(again)
         moment = next(again)
-        moment.latents.copy_(edited[0])
-        moment.denoised.copy_(edited[1])
+        for target, edit in ((moment.denoised, edits[1]), (moment.latents, edits[0])):  # which may be one and the same
+            if edit is not None:
+                target.copy_(edit)
         yield from again
 
     def key(self, walk: Walk, x: Tensor, course: Course, shape: tuple[int, ...]) -> tuple[object, ...]:
@@ -265,10 +283,16 @@ class Cuda:
         recorder = self.recorder(vae, lambda: decoder_recorder(vae, self.graphs))
         return recorder(latents) if recorder else vae.decode(latents)
 
+    def replace(self, old: nn.Module, new: nn.Module) -> None:
+        self.recorders.pop(old, None)
+        self.built.pop(old, None)
+        self.built[new] = structure(new)
+
     def recorder(self, network: nn.Module, make: Any) -> NetworkRecorder | None:
         """What records this network, unless somebody has touched it."""
         make_current(next(network.parameters()).device)
-        self.built.setdefault(network, structure(network))
+        if network not in self.built:
+            self.built[network] = structure(network)
         if network not in self.recorders:
             self.recorders[network] = make()
         if why := touched(network, self.built[network]):

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..diffusion.denoiser import Denoise, Denoiser, Noise
 from ..models.clip import TextEncoder
@@ -30,6 +30,9 @@ class Engine(Protocol):
     def decode(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
         """`vae.decode`."""
 
+    def replace(self, old: nn.Module, new: nn.Module) -> None:
+        """Another network stands in the place of one: what is kept of the old one goes."""
+
     def refresh(self) -> None:
         """To be called after weights were written to in a way that nothing shows (through `.data`)."""
 
@@ -48,6 +51,9 @@ class Plain:
 
     def decode(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
         return vae.decode(latents)
+
+    def replace(self, old: nn.Module, new: nn.Module) -> None:
+        pass
 
     def refresh(self) -> None:
         pass

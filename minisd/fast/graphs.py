@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import OutOfMemoryError
 from ..system.memory import memory_errors
 from .choice import chosen
+from .ways import version_of
 
 KEPT = 4  # recordings of one function; each holds the memory of its intermediate results, in a pool that they share
 
@@ -145,4 +146,4 @@ def addresses(network: nn.Module) -> tuple[int, ...]:
 
 def versions(network: nn.Module) -> tuple[int, ...]:
     """Changes when a weight is written to, other than through `.data`."""
-    return tuple(weight._version for weight in network.parameters())
+    return tuple(version_of(weight) for weight in network.parameters())

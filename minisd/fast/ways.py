@@ -60,11 +60,13 @@ class Walk:
         return Denoiser(network, self.conditioning, self.guide, self.known, self.observe, total)
 
 
-def way(walk: Walk, x: Tensor, built: Settings) -> tuple[Way, str]:
+def way(walk: Walk, x: Tensor, built: Built) -> tuple[Way, str]:
     """The fastest way that computes exactly this walk from x (B, C, h, w), and why none faster."""
     assert isinstance(walk.network.unet, nn.Module)
     if why := touched(walk.network.unet, built):
         return "plain", why
+    if torch.is_autocast_enabled(x.device.type):
+        return "plain", "autocast is on"
     if walk.transform or walk.observe:
         return "network", "a caller watches or edits the steps"
     if not is_affine(walk.guide):
@@ -82,37 +84,43 @@ def name_of(guide: Guide) -> str:
     return getattr(getattr(guide, "function", guide), "__name__", type(guide).__name__)
 
 
-Settings = dict[str, tuple[type, dict[str, Any]]]
+Built = dict[str, tuple[type, list[tuple[str, Any]], list[str]]]
 OURS = ("torch", "minisd")  # whose classes the fused forms know
-OWN = ("forward", "hidden_states", "final_norm", "pooled", "encode", "decode", "embed", "down")  # what a module may be asked
+# What a module may be asked, and what the fused forms compute without asking it.
+OWN = ("forward", "hidden_states", "final_norm", "pooled", "encode", "decode", "embed", "down", "_conv_forward")
 
 
-def structure(network: nn.Module) -> Settings:
-    """The class of every module, by its name, and what it was built with."""
-    return {name: (type(module), settings(module)) for name, module in network.named_modules()}
+def structure(network: nn.Module) -> Built:
+    """The class of every module, by its name, and what it was built with: numbers and words such as eps, heads, padding_mode."""
 
+    def settings(module: nn.Module) -> list[tuple[str, Any]]:
+        known = vars(module).items()
+        return [(name, value) for name, value in known if name != "training" and isinstance(value, int | float | str | tuple)]
 
-def settings(module: nn.Module) -> dict[str, Any]:
-    """Numbers and words of a module, such as eps, heads, padding_mode."""
-    known = vars(module).items()
-    return {name: value for name, value in known if name != "training" and isinstance(value, int | float | str | tuple)}
+    def weights(module: nn.Module) -> list[str]:
+        return [name for name, weight in module._parameters.items() if weight is not None]
+
+    return {name: (type(module), settings(module), weights(module)) for name, module in network.named_modules()}
 
 
 def patched(kind: type) -> bool:
-    """Whether somebody has put another `forward` into a class since it was written."""
-    forward = kind.forward  # type: ignore[attr-defined]
-    if forward is nn.Module.forward:
-        return False
-    written = ((base.__module__, f"{base.__qualname__}.forward") for base in kind.__mro__)
-    return hasattr(forward, "__wrapped__") or (forward.__module__, forward.__qualname__) not in written
+    """Whether somebody has put another `forward` or the like into a class since it was written."""
+    for name in OWN:
+        found = getattr(kind, name, None)
+        if found is None or found is nn.Module.forward:
+            continue
+        written = ((base.__module__, f"{base.__qualname__}.{name}") for base in kind.__mro__)
+        if hasattr(found, "__wrapped__") or (found.__module__, found.__qualname__) not in written:
+            return True
+    return False
 
 
-def touched(network: nn.Module, built: Settings) -> str | None:
+def touched(network: nn.Module, built: Built) -> str | None:
     """What keeps a network from being computed in another form than its modules: the first of them that is not as built."""
     hooks = torch.nn.modules.module
     if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
         return "there is a hook on all modules"
-    count = 0
+    count, known = 0, set[type]()
     for name, module in network.named_modules():
         kind, count = type(module), count + 1
         where = name or "the network"
@@ -122,9 +130,39 @@ def touched(network: nn.Module, built: Settings) -> str | None:
             return f"{where} is a {kind.__name__}"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{where} has a hook"
-        if not vars(module).keys().isdisjoint(OWN) or patched(kind):
+        if not vars(module).keys().isdisjoint(OWN) or (kind not in known and patched(kind)):
             return f"{where} has a forward of its own"
-        if built[name][1] != settings(module):
-            changed = [key for key, value in settings(module).items() if built[name][1].get(key) != value]
-            return f"{where} was given another {', '.join(changed)}"
+        known.add(kind)
+        own = vars(module)
+        for setting, value in built[name][1]:
+            if own.get(setting) != value:
+                return f"{where} was given another {setting}"
+        if [name for name, weight in module._parameters.items() if weight is not None] != built[name][2]:
+            return f"{where} was given another weight"
     return None if count == len(built) else "a module is gone"
+
+
+def version_of(x: Tensor) -> int:
+    """Grows when a tensor is written to; those of inference mode do not count."""
+    return 0 if x.is_inference() else x._version
+
+
+class Snapshot:
+    """A network as it stands, and whether it still does: cheap enough to be asked between two steps."""
+
+    def __init__(self, network: nn.Module) -> None:
+        modules = list(network.modules())
+        self.children = [
+            (each._modules, name, child) for each in modules for name, child in each._modules.items() if child is not None
+        ]
+        weights = [(each._parameters, name, weight) for each in modules for name, weight in each._parameters.items()]
+        self.weights = [(own, name, x, x.data_ptr(), version_of(x)) for own, name, x in weights if x is not None]
+
+    def still(self) -> bool:
+        for branch, name, child in self.children:
+            if branch.get(name) is not child or child._forward_hooks or child._forward_pre_hooks or "forward" in vars(child):
+                return False
+        for leaves, name, weight, address, version in self.weights:
+            if leaves.get(name) is not weight or version_of(weight) != version or weight.data_ptr() != address:
+                return False
+        return True

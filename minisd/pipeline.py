@@ -34,10 +34,10 @@ from .library.names import resolve
 from .library.places import tiny_checkpoint
 from .models.family import Recognition, Training
 from .models.taesd import TinyAutoencoder
-from .options import SPACINGS, one_of
+from .options import FLAG, SPACINGS, checked, one_of, whole
 from .pictures.image import to_pil
 from .pictures.preview import LinearDecoder, fit_decoder
-from .plan import Capabilities, Plan, pasted, planned
+from .plan import Capabilities, Plan, check_text, pasted, planned
 from .recipe import recipe_of
 from .request import Request, taking_options
 from .result import Drawn, Result, Step, finish, keeping_finished, with_bar
@@ -71,6 +71,8 @@ def load(
     fast: False computes with the modules as they stand, always; by default as the environment's MINISD_FAST (1 or 0) says.
     Raises CheckpointError (the files), UsageError (the other arguments), OutOfMemoryError.
     """
+    if fast is not None:
+        FLAG.check("fast", fast)
     where = to_device(device)
     kind = to_dtype(dtype, where)
     chosen()  # a wrong MINISD_KERNELS is told before anything is read
@@ -109,7 +111,8 @@ class Pipeline:
         self.conditioner = Conditioner(
             self.family, self.text_encoders, device, self.engine.read, partial(on_device, device=device)
         )
-        self.codec, self.vae_checkpoint = Codec(model.vae, recognition, device, dtype, self.engine), checkpoint
+        self.codec = Codec(model.vae, recognition, device, dtype, self.engine)
+        self.vae_files: list[Checkpoint] = []  # of another VAE than the checkpoint\'s own
 
     def __repr__(self) -> str:
         where = f"{name_of(self.dtype)} on {self.device}"
@@ -123,11 +126,18 @@ class Pipeline:
     def encode_prompt(self, prompts: str | Sequence[str], clip_skip: int | None = None) -> Conditioning:
         """Texts -> what conditions the UNet: context (B, 77*k, D), pooled (B, P) or None.  May be given in a prompt's place."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(prompts, list | tuple) or not prompts:
+            raise UsageError(f"prompts: expected a text or a list of texts, found {repr(prompts)[:80]}")
+        for text in prompts:
+            check_text("prompts", text)
+        if clip_skip is not None:
+            whole(1, self.capabilities().text_layers).check("clip_skip", clip_skip)
         return self.conditioner.encode(prompts, clip_skip)
 
     def noise_levels(self, spacing: str = "linspace", steps: int = 20) -> Tensor:
         """The levels (steps + 1,) of a spacing of options.SPACINGS, float64, falling to 0: what `sigmas` takes."""
         one_of(*SPACINGS).check("spacing", spacing)
+        checked("steps", steps)
         return levels(self.network.schedule, spacing, steps, AS_THEY_COME).sigmas
 
     @taking_options(Request)
@@ -189,7 +199,7 @@ class Pipeline:
             expected = f"expected a VAE whose latents are {self.vae.downscale} times smaller than the picture"
             raise CheckpointError(files[0].path, f"{expected}, found {vae.downscale} times")
         self.engine.replace(self.vae, vae)
-        self.model.first_stage_model, self.vae_checkpoint = vae, files[0]
+        self.model.first_stage_model, self.vae_files = vae, files
         self.codec = Codec(vae, self.recognition, self.device, self.dtype, self.engine)
         self.__dict__.pop("previewer", None)
 
@@ -213,9 +223,11 @@ class Pipeline:
 
     def recipe(self, plan: Plan, i: int, way: str) -> dict[str, Any]:
         """What `minisd again` and other programs need to know about picture i."""
-        files = file_facts("model", self.checkpoint)
-        if self.vae_checkpoint is not self.checkpoint:
-            files |= file_facts("vae", self.vae_checkpoint)
+        files: dict[str, Any] = dict(file_facts("model", self.checkpoint))
+        if self.vae_files:
+            files |= file_facts("vae", self.vae_files[0])
+            if len(self.vae_files) > 1:
+                files |= {"vae_paths": [str(file.path) for file in self.vae_files]}
         if plan.request.refiner is not None:
             files |= file_facts("refiner", plan.request.refiner.checkpoint)
         how: dict[str, Any] = {"ema": self.checkpoint.ema, "way": way}

@@ -20,7 +20,7 @@ from .diffusion.samplers import SAMPLERS, Sampler
 from .errors import UsageError
 from .models.family import Recognition
 from .options import MAX_IMAGES, OPTIONS, checked, one_of, whole
-from .pictures.init import Picture, fingerprint, open_picture, to_mask, to_pixels
+from .pictures.init import Picture, as_tensor, fingerprint, open_picture, to_mask, to_pixels
 from .pictures.masks import paste
 from .request import Request
 
@@ -89,8 +89,10 @@ class Capabilities:
 
 def planned(request: Request, model: Capabilities) -> Plan:
     """Checks a request for a model.  Raises UsageError, which names the argument, what was expected and what was found."""
+    if request.refiner is not None and isinstance(request.prompt, Conditioning | Timeline):
+        raise UsageError("refiner: expected a prompt that is a text, found a conditioning, which one model alone can read")
     texts = texts_of(request, model)
-    if not isinstance(request.seeds, str):
+    if request.seeds is not None and not isinstance(request.seeds, str):
         if request.seed is not None:
             raise UsageError("seed and seeds: expected a list in one of the two, found both")
         request = replace(request, seed=request.seeds, seeds="rising")
@@ -124,7 +126,7 @@ def texts_of(request: Request, model: Capabilities) -> tuple[list[str], list[str
             value = ""
         if isinstance(value, Conditioning | Timeline):
             count = check_conditioning(name, value, model)
-            texts = [""] * (count if name == "prompt" else 1)
+            texts = [""] * count
         else:
             texts = [value] if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
         for text in texts:
@@ -138,16 +140,21 @@ def texts_of(request: Request, model: Capabilities) -> tuple[list[str], list[str
 def check_conditioning(name: str, given: Conditioning | Timeline, model: Capabilities) -> int:
     """How many pictures a conditioning is for."""
     entries = given.entries if isinstance(given, Timeline) else ((0, given),)
+    if not entries:
+        raise UsageError(f"{name}: expected at least one conditioning, found a timeline without")
     for _, each in entries:
-        if each.context.dim() != 3 or each.context.shape[2] != model.context or each.context.shape[1] % 77:
-            expected = f"context (B, 77*k, {model.context})"
-            raise UsageError(f"{name}: expected a conditioning with {expected}, found {tuple(each.context.shape)}")
-        if model.recognition.family.vector and each.pooled is None:
-            raise UsageError(f"{name}: expected a conditioning with a pooled vector (B, P), found none")
-    counts = {len(each.context) for _, each in entries}
-    if len(counts) > 1:
-        raise UsageError(f"{name}: expected as many pictures at all times, found {sorted(counts)}")
-    return counts.pop()
+        shape = tuple(getattr(each.context, "shape", ()))
+        if not isinstance(each.context, Tensor) or len(shape) != 3 or shape[2] != model.context or shape[1] % 77 or 0 in shape:
+            raise UsageError(f"{name}: expected a conditioning with context (B, 77*k, {model.context}), found {shape}")
+        if model.recognition.family.vector and (each.pooled is None or each.pooled.dim() != 2 or len(each.pooled) != shape[0]):
+            found = None if each.pooled is None else tuple(each.pooled.shape)
+            raise UsageError(f"{name}: expected a conditioning with a pooled vector ({shape[0]}, P), found {found}")
+        if not each.context.isfinite().all():
+            raise UsageError(f"{name}: expected a conditioning of numbers, found NaN or infinity")
+    sizes = {tuple(each.context.shape) for _, each in entries}
+    if len(sizes) > 1:
+        raise UsageError(f"{name}: expected conditionings of one shape at all times, found {sorted(sizes)}")
+    return sizes.pop()[0]
 
 
 def by_picture(request: Request, prompts: list[str], negatives: list[str]) -> tuple[list[str], list[str], list[float], list[int]]:
@@ -203,8 +210,11 @@ def own_latents(request: Request, shape: tuple[int, ...]) -> Tensor | None:
         raise UsageError("latents and seed: expected one of the two, found both")
     found = tuple(getattr(request.latents, "shape", ()))
     if found != shape:
-        raise UsageError(f"latents: expected a tensor of shape {shape}, found {found}")
-    return torch.as_tensor(request.latents).detach().float().cpu()
+        raise UsageError(f"latents: expected a tensor of shape {shape}, found {found or type(request.latents).__name__}")
+    latents = as_tensor("latents", request.latents).float()
+    if not latents.isfinite().all():
+        raise UsageError("latents: expected numbers, found NaN or infinity")
+    return latents
 
 
 def sampler_of(given: object) -> Sampler:
@@ -226,11 +236,18 @@ def check_for_model(request: Request, model: Capabilities, sampler: Sampler) -> 
     if request.zero_negative and not model.recognition.family.vector:
         raise UsageError(f"zero_negative: only SDXL was trained so, found {model.recognition.family.title}")
     if request.sigmas is not None:
-        sigmas = torch.as_tensor(request.sigmas)
-        falling = sigmas.dim() == 1 and len(sigmas) > 1 and bool((sigmas.diff() < 0).all()) and bool(sigmas[-1] >= 0)
-        if not falling:
-            found = f"shape {tuple(sigmas.shape)}" if sigmas.dim() != 1 else str(sigmas.tolist())[:80]
-            raise UsageError(f"sigmas: expected two or more numbers (N + 1,), falling, not below 0, found {found}")
+        check_sigmas(request.sigmas)
+
+
+def check_sigmas(given: object) -> None:
+    try:
+        sigmas = torch.as_tensor(given).double()
+    except (TypeError, ValueError, RuntimeError):
+        raise UsageError(f"sigmas: expected numbers (N + 1,), found {repr(given)[:80]}") from None
+    falling = sigmas.dim() == 1 and len(sigmas) > 1 and bool((sigmas.diff() < 0).all()) and bool(sigmas[-1] >= 0)
+    if not falling or not sigmas[0] < 1e6:
+        found = f"shape {tuple(sigmas.shape)}" if sigmas.dim() != 1 else str(sigmas.tolist())[:80]
+        raise UsageError(f"sigmas: expected two or more numbers (N + 1,), falling, not below 0, found {found}")
 
 
 def picture_size(request: Request, model: Capabilities, init: Image.Image | None) -> tuple[int, int]:
@@ -254,8 +271,9 @@ def settle_init(request: Request, model: Capabilities, init: Image.Image | None,
         return None
     drawing = model.recognition.task == "draw" and request.mask is None
     strength = request.strength if request.strength is not None else STRENGTH if drawing else 1.0
-    if int(request.steps * strength) < 1:
-        raise UsageError(f"strength: {strength} of {request.steps} steps is less than one; give more of either")
+    steps = request.steps if request.sigmas is None else len(torch.as_tensor(request.sigmas)) - 1
+    if int(steps * strength) < 1:
+        raise UsageError(f"strength: {strength} of {steps} steps is less than one; give more of either")
     sources = {"init_image": path_of(request.init_image), "init_sha256": fingerprint(init), "mask": None}
     mask = None
     if request.mask is not None:

@@ -152,6 +152,8 @@ def guidance(plan: Plan, part: slice, pipe: Stations) -> tuple[Guide, list[Timel
         guide = Rescaled(scale, request.guidance_rescale)
     else:
         guide = ClassifierFree(scale)
+    if not guide.roles or guide.on not in ("estimate", "output"):
+        raise UsageError(f"guide: expected roles, and to work on estimate or output, found {guide.roles} and {guide.on!r}")
     if unknown := [role for role in guide.roles if role not in roles]:
         raise UsageError(f"guide: expected some of the roles {', '.join(roles)}, found {unknown[0]!r}")
     return guide, [roles[role] for role in guide.roles]
@@ -206,8 +208,8 @@ def positive_and_negative(plan: Plan, part: slice, pipe: Stations) -> tuple[Time
 def handed_over(given: Conditioning, plan: Plan, part: slice, pipe: Stations) -> Conditioning:
     """Some of the pictures' rows of a user's own conditioning, where and in the dtype that the network takes them."""
 
-    def rows(x: Tensor) -> Tensor:
-        return x.expand(len(plan.seeds), *x.shape[1:])[part].to(pipe.device, pipe.dtype)
+    def rows(x: Tensor) -> Tensor:  # one for all, one a prompt, or one a picture
+        return x.repeat_interleave(len(plan.seeds) // len(x), 0)[part].to(pipe.device, pipe.dtype)
 
     return Conditioning(rows(given.context), None if given.pooled is None else rows(given.pooled))
 
@@ -231,6 +233,8 @@ def check_refiner(base: Stations, refiner: Stations) -> None:
     """Raises UsageError unless the two can share latents and noise levels."""
     if base.recognition.task != "draw" or refiner.recognition.task != "draw":
         raise UsageError("refiner: expected two models that draw from text, found one that edits or inpaints")
+    if base.device != refiner.device:
+        raise UsageError(f"refiner: expected a model on {base.device}, found one on {refiner.device}")
     same = (base.recognition.latent_scale, base.training.sigmas) == (refiner.recognition.latent_scale, refiner.training.sigmas)
     if not same or base.training.sigmas:
         raise UsageError(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import UsageError
 from .draw import as_grid, report
 from .models import compare_again
 from .options import Parser, add_device, check_output
@@ -35,15 +37,20 @@ def again(args: argparse.Namespace) -> int:
     output = check_output(args.output, Path(f"{args.picture.stem}-again.png"))
     if "compare" in recipe:
         return compare_again(recipe, output, args)
+    check_fits(recipe, args)
     from ..pictures.grids import grid
     from ..pipeline import load
     from ..recipe import repeat
     from ..result import with_bar
 
-    common: dict[str, Any] = {"device": args.device or recipe.get("device"), "dtype": args.dtype or recipe.get("dtype")}
+    device = args.device or recipe.get("device")
+    same = device == recipe.get("device")  # another kind of device has a number format of its own
+    common: dict[str, Any] = {"device": device, "dtype": args.dtype or (recipe.get("dtype") if same else None)}
     common |= {"offload": args.offload}
     how: dict[str, Any] = {"prediction": recipe.get("prediction"), "ema": recipe.get("ema") is True}
-    pipe = load(args.model or recipe.get("model_path"), vae=args.vae or recipe.get("vae_path"), **common, **how)
+    pipe = load(
+        args.model or recipe.get("model_path"), vae=args.vae or recipe.get("vae_paths") or recipe.get("vae_path"), **common, **how
+    )
     refiner = args.refiner or recipe.get("refiner_path")
     request = repeat(recipe, pipe.checkpoint.path, {"init_image": args.init_image, "mask": args.mask})
     result = with_bar(pipe.stream(request, refiner=load(refiner, **common) if refiner else None), hidden=None)
@@ -51,3 +58,12 @@ def again(args: argparse.Namespace) -> int:
         sheet = grid(result.images)
         result = replace(result, images=[sheet], seeds=result.seeds[:1], metadata=[as_grid(result)])
     return report(result, output, args)
+
+
+def check_fits(recipe: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """Raises UsageError where a file is given that the picture was drawn without: it would be another picture."""
+    known = {"--vae": ("vae", args.vae), "--refiner": ("refiner", args.refiner)}
+    known |= {"--init": ("init_sha256", args.init_image), "--mask": ("mask_sha256", args.mask)}
+    for flag, (name, given) in known.items():
+        if given and not recipe.get(name):
+            raise UsageError(f"{flag}: expected none, as the picture was drawn without, found {given}")

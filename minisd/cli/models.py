@@ -58,6 +58,9 @@ def compare(args: argparse.Namespace) -> int:
 def compare_again(recipe: dict[str, Any], output: Path, args: argparse.Namespace) -> int:
     from ..workbench.comparing import cells_again
 
+    given = [flag for flag, value in (("--vae", args.vae), ("--refiner", args.refiner), ("--init", args.init_image)) if value]
+    if given or args.mask:
+        raise UsageError(f"{(given or ['--mask'])[0]}: expected none, as the picture is a comparison")
     if args.model:
         raise UsageError("-m: expected none, as the picture is a comparison, which names its checkpoints itself")
     args.device, args.dtype = args.device or recipe.get("device"), args.dtype or recipe.get("dtype")

@@ -14,6 +14,7 @@ from typing import Literal, Protocol, TypeGuard
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from .schedule import Schedule
 
 Unet = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -147,6 +148,15 @@ def mix(weights: Tensor, answers: Sequence[Tensor]) -> Tensor:
     return total
 
 
+def checked(weights: Tensor, roles: int) -> Tensor:
+    """Weights (K, B or 1) as they must be: what sums to something else would be no mean of the answers.  Raises UsageError."""
+    if weights.dim() != 2 or len(weights) != roles or not bool(((weights.sum(0) - 1).abs() < 1e-4).all()):
+        raise UsageError(
+            f"guide: expected weights ({roles}, B or 1) that sum to 1 over the roles, found {weights.tolist()}"[:300]
+        )
+    return weights
+
+
 def is_affine(guide: Guide) -> TypeGuard[Affine]:
     """Whether a guide's weights are all there is to it: a class that mixes in a way of its own is not taken for its parent."""
     return isinstance(guide, Affine) and type(guide).__call__ is Affine.__call__
@@ -196,7 +206,7 @@ class Denoiser:
         guide, weights = self.guide, None
         asked = list(range(len(self.conditioning)))
         if is_affine(guide):
-            weights = guide.weights(call)
+            weights = checked(guide.weights(call), len(self.conditioning))
             asked = [k for k in asked if weights[k].any()]
         outputs = self.predict(x, sigma, [self.conditioning[k].at(call) for k in asked])
         if self.observe:

@@ -31,22 +31,9 @@ MAX_NUMBERS = 1 << 23  # of a history in the shape that it is used for: beyond, 
 SCALES = (1e-3, 1.0, 1e4)  # of the random vectors: what is cut off somewhere in between is found out
 TOLERANCE = 1e-9  # in float64, relative to the largest of the vectors
 # What tells a program the numbers of a tensor, so that it can depend on them other than by arithmetic.
-TELLING = {
-    "item",
-    "tolist",
-    "numpy",
-    "equal",
-    "allclose",
-    "is_nonzero",
-    "__bool__",
-    "__float__",
-    "__int__",
-    "__index__",
-    "__array__",
-}
-
-
-FRESH = {"new_ones", "new_zeros", "new_full", "new_tensor", "ones_like", "zeros_like", "full_like"}  # says nothing of its numbers
+TELLING = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero"}
+TELLING |= {"__bool__", "__float__", "__int__", "__index__", "__array__"}
+FRESH = {"new_ones", "new_zeros", "new_full", "new_tensor", "ones_like", "zeros_like", "full_like"}  # of its shape alone
 
 
 class Blind(Tensor):

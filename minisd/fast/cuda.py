@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.denoiser import Affine, Call, Conditioning, Noise, Unet, stacked
+from ..diffusion.denoiser import Affine, Call, Conditioning, Noise, Unet, checked, stacked
 from ..diffusion.program import Program
 from ..errors import UsageError
 from ..files.model import StableDiffusion
@@ -85,7 +85,7 @@ def course_of(walk: Walk, count: int) -> Course:
     assert isinstance(guide, Affine)
     steps = [sum(done <= i for done in program.done) for i in range(len(program.sigmas))]
     calls = [Call(i, step, float(program.sigmas[i]), len(steps)) for i, step in enumerate(steps)]
-    weights = torch.stack([guide.weights(call).expand(-1, count) for call in calls])
+    weights = torch.stack([checked(guide.weights(call), len(walk.conditioning)).expand(-1, count) for call in calls])
     roles = [tuple(k for k, weight in enumerate(row) if weight.any()) for row in weights]
     batches: dict[tuple[int, ...], Conditioning] = {}
     batched = []

@@ -62,7 +62,7 @@ class Plain:
 def moments(walk: Walk, denoise: Denoiser, x: Tensor, noise: Noise, way: Way, ask: Denoise | None = None) -> Iterator[Moment]:
     """A walk by its sampler's own generator; ask: what the sampler calls in the place of the denoiser."""
     with on_device(walk.network.unet, x.device):  # type: ignore[arg-type]
-        asked, before = 0, x
+        asked, before = 0, x.clone()  # as a sampler may work in place
         steps = walk.sampler.run(ask or denoise, x, walk.levels.sigmas, noise, **walk.options)
         for latents, denoised in steps:
             first = denoise.calls[asked] if asked < len(denoise.calls) else None
@@ -70,4 +70,4 @@ def moments(walk: Walk, denoise: Denoiser, x: Tensor, noise: Noise, way: Way, as
             if walk.transform:
                 latents.copy_(walk.transform(moment))  # in the sampler's own memory, so that it goes on from there
             yield moment
-            asked, before, denoise.step = len(denoise.calls), latents, denoise.step + 1
+            asked, before, denoise.step = len(denoise.calls), latents.clone(), denoise.step + 1

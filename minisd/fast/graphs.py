@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OutOfMemoryError
-from ..system.memory import memory_errors
+from ..system.memory import first_line, memory_errors
 from .choice import chosen
 from .ways import version_of
 
@@ -70,6 +70,9 @@ def record(run: Callable[[], Tensor], others: Iterable[Recording | None]) -> Rec
             result = run()
     except OutOfMemoryError:
         warnings.warn("no memory to record a CUDA graph: going on without, which is slower", stacklevel=2)
+        return None
+    except RuntimeError as error:  # something that no graph takes, put there by somebody else
+        warnings.warn(f"going on without a CUDA graph, which is slower: {first_line(error)}", stacklevel=2)
         return None
     return Recording(graph, result)
 

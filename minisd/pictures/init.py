@@ -50,11 +50,7 @@ def from_numbers(name: str, source: np.ndarray | Tensor) -> Image.Image:
 
     Whole numbers go from 0 to 255; others from 0 to 1, or from -1 to 1 where one is below 0, as diffusers takes them.
     """
-    x = (
-        source.detach().float().cpu()
-        if isinstance(source, Tensor) and source.is_floating_point()
-        else torch.as_tensor(source).cpu()
-    )
+    x = as_tensor(name, source)
     shape = tuple(x.shape)
     x = x[0] if x.dim() == 4 and len(x) == 1 else x
     x = x.permute(1, 2, 0) if isinstance(source, Tensor) and x.dim() == 3 else x  # (H, W, C)
@@ -67,6 +63,18 @@ def from_numbers(name: str, source: np.ndarray | Tensor) -> Image.Image:
         raise UsageError(f"{name}: expected numbers from 0 to 1, -1 to 1, or whole ones from 0 to 255, found {found}")
     levels = ((x.double() - low) * (255 / (high - low))).round().byte().numpy()
     return Image.fromarray(levels[:, :, 0] if levels.ndim == 3 and levels.shape[2] == 1 else levels)
+
+
+def as_tensor(name: str, source: np.ndarray | Tensor) -> Tensor:
+    """Numbers of any layout, on the CPU: floating-point, whole, or true and false.  Raises UsageError."""
+    if isinstance(source, np.ndarray):
+        kinds: dict[str, type] = {"f": np.float64, "i": np.int64, "u": np.int64, "b": np.bool_}
+        if source.dtype.kind not in kinds:
+            raise UsageError(f"{name}: expected an array of numbers, found {source.dtype}")
+        return torch.from_numpy(np.ascontiguousarray(source, kinds[source.dtype.kind]))
+    if source.is_complex():
+        raise UsageError(f"{name}: expected a tensor of real numbers, found {source.dtype}")
+    return source.detach().cpu().double() if source.is_floating_point() else source.detach().cpu()
 
 
 def to_pixels(image: Image.Image, width: int, height: int) -> Tensor:

@@ -420,7 +420,7 @@ def test_short_names_everywhere(tiny, capsys):
     assert main(["merge", "one", "two", "--base", "one", "-o", "four.safetensors"]) == 0
     out = capsys.readouterr().out
     assert "models/one.safetensors\n  Stable Diffusion 1.x (sd1)" in out
-    assert minisd.load("one", vae="two").vae_checkpoint.path == Path("models/two.safetensors")
+    assert minisd.load("one", vae="two").vae_files[0].path == Path("models/two.safetensors")
 
 
 def test_add(capsys, tiny):

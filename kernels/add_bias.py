@@ -56,13 +56,9 @@ def add_bias(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
 
 
 SHAPES = [
-    MapShape("SD 1.5 320@64x64", 2, 320, 64),
-    MapShape("SD 1.5 1280@8x8", 2, 1280, 8),
-    MapShape("SDXL 320@128x128", 2, 320, 128),
-    MapShape("SDXL 1280@32x32", 2, 1280, 32),
-    MapShape("VAE 512@64x64", 1, 512, 64),
-    MapShape("VAE 128@512x512", 1, 128, 512),
-    MapShape("VAE 128@1024x1024", 1, 128, 1024),
+    *MapShape.of("SD 1.5", 2, (320, 64), (1280, 8)),
+    *MapShape.of("SDXL", 2, (320, 128), (1280, 32)),
+    *MapShape.of("VAE", 1, (512, 64), (128, 512), (128, 1024)),
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -108,3 +108,8 @@ class MapShape:
     batch: int
     channels: int
     size: int
+
+    @classmethod
+    def of(cls, model: str, batch: int, *maps: tuple[int, int]) -> list[Self]:
+        """Those of a model, each by channels and size."""
+        return [cls(f"{model} {channels}@{size}x{size}", batch, channels, size) for channels, size in maps]

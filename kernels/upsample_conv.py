@@ -113,16 +113,9 @@ def upsample_conv(x: Tensor, phases: Tensor, bias: Tensor | None = None) -> Tens
 
 
 SHAPES = [
-    MapShape("SD 1.5 1280@8x8", 2, 1280, 8),
-    MapShape("SD 1.5 1280@16x16", 2, 1280, 16),
-    MapShape("SD 1.5 640@32x32", 2, 640, 32),
-    MapShape("SDXL 1280@32x32", 2, 1280, 32),
-    MapShape("SDXL 640@64x64", 2, 640, 64),
-    MapShape("VAE 512@64x64", 1, 512, 64),
-    MapShape("VAE 512@128x128", 1, 512, 128),
-    MapShape("VAE 256@256x256", 1, 256, 256),
-    MapShape("VAE 512@256x256", 1, 512, 256),
-    MapShape("VAE 256@512x512", 1, 256, 512),
+    *MapShape.of("SD 1.5", 2, (1280, 8), (1280, 16), (640, 32)),
+    *MapShape.of("SDXL", 2, (1280, 32), (640, 64)),
+    *MapShape.of("VAE", 1, (512, 64), (512, 128), (256, 256), (512, 256), (256, 512)),
 ]
 
 

@@ -205,8 +205,9 @@ def test_by_hand_is_the_picture_of_the_pipeline():
     assert np.array_equal(np.asarray(draw(prompt, seed=1)), np.asarray(whole))
 
 
-# Kernels of Triton aside, and what is a user's own interface: (parameters), where they are as many as there are options.
-INTERFACES = {"merge", "load", "compare", "linear_step", "group_norm", "reference"}
+# Kernels of Triton aside, and what is a user's own interface: (parameters), where they are as many as there are options; and
+# `unet`, whose parameters are the numbers that make an architecture.
+INTERFACES = {"merge", "load", "compare", "linear_step", "group_norm", "reference", "unet"}
 
 
 def functions(folder: Path):

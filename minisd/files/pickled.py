@@ -114,21 +114,33 @@ class Machine:
         return self.stack.pop()
 
     def step(self, name: str, argument: Any) -> None:
-        """One instruction, by its name in pickletools."""
+        """One instruction, by its name in pickletools: here those that bring or keep a value; `combine` has the others."""
         push = self.stack.append
         match name:
+            case "BINGET" | "LONG_BINGET":
+                push(self.memo[argument])
             case "BINPUT" | "LONG_BINPUT":
                 self.memo[argument] = self.stack[-1]
             case "MEMOIZE":
                 self.memo[len(self.memo)] = self.stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                push(self.memo[argument])
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "NONE":
+            case "BININT1" | "BININT2" | "BININT" | "LONG1" | "BINFLOAT" | "NONE":
                 push(argument)
             case "BINUNICODE" | "SHORT_BINUNICODE" | "BINBYTES" | "SHORT_BINBYTES":
                 push(argument)
             case "NEWTRUE" | "NEWFALSE":
                 push(name == "NEWTRUE")
+            case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT":
+                push({"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}[name]())
+            case "GLOBAL":
+                self.name(*argument.split(" ", 1))
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case _:
+                self.combine(name)
+
+    def combine(self, name: str) -> None:
+        """An instruction that works on what is on the stack already.  Raises UnreadableError for those that are not known."""
+        match name:
             case "MARK":
                 self.below.append(self.stack)
                 self.stack = []
@@ -136,9 +148,11 @@ class Machine:
                 items = self.to_mark()
                 self.stack.append(tuple(items))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                push(tuple(reversed([self.stack.pop() for _ in range(int(name[-1]))])))
-            case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT":
-                push({"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}[name]())
+                self.stack.append(tuple(reversed([self.stack.pop() for _ in range(int(name[-1]))])))
+            case "REDUCE" | "NEWOBJ":
+                self.call(self.stack.pop(-2), self.stack.pop())
+            case "BINPERSID":
+                self.refer(self.stack.pop())
             case "APPEND":
                 self.extend([self.stack.pop()])
             case "APPENDS":
@@ -147,19 +161,11 @@ class Machine:
                 self.update([self.stack.pop(-2), self.stack.pop()])
             case "SETITEMS":
                 self.update(self.to_mark())
-            case "GLOBAL":
-                self.name(*argument.split(" ", 1))
             case "STACK_GLOBAL":
                 self.name(self.stack.pop(-2), self.stack.pop())
-            case "REDUCE" | "NEWOBJ":
-                self.call(self.stack.pop(-2), self.stack.pop())
             case "BUILD":
                 self.stack.pop()  # attributes of a dict, such as the _metadata of a module's state, or of something UNUSED
                 self.accepts(self.stack[-1], dict)
-            case "BINPERSID":
-                self.refer(self.stack.pop())
-            case "PROTO" | "FRAME" | "STOP":
-                pass
             case _:
                 raise UnreadableError(f"its pickle uses the instruction {name}, which torch.save does not write", CONVERT)
 

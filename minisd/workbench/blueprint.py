@@ -6,7 +6,8 @@ Reference: CompVis/stable-diffusion, configs/stable-diffusion/v1-inference.yaml 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from math import prod
 
 import torch
@@ -132,6 +133,43 @@ def transformer(channels: int, context: int, depth: int, linear: bool) -> Names:
     return shapes
 
 
+Stage = Callable[[int, int, int], Names]  # of the channels before it, its own, and the depth of its transformer
+
+
+def stage(before: int, width: int, depth: int, embedding: int, context: int, linear: bool) -> Names:
+    """What the ways down and up are made of: a ResBlock and, unless `depth` is 0, a SpatialTransformer."""
+    shapes = under("0", resblock(before, width, embedding))
+    return shapes | (under("1", transformer(width, context, depth, linear)) if depth else {})
+
+
+def way_down(channels: int, levels: list[tuple[int, int]], blocks: int, make: Stage) -> tuple[Names, list[int]]:
+    """The input blocks after the first, by the width and depth of each level; and the channels that every input block has."""
+    shapes: Names = {}
+    skips = [channels]
+    for level, (width, depth) in enumerate(levels):
+        for _ in range(blocks):
+            shapes |= under(f"input_blocks.{len(skips)}", make(skips[-1], width, depth))
+            skips.append(width)
+        if level < len(levels) - 1:
+            shapes |= layer(f"input_blocks.{len(skips)}.0.op", skips[-1], skips[-1], 3, 3)
+            skips.append(skips[-1])
+    return shapes, skips
+
+
+def way_up(skips: list[int], levels: list[tuple[int, int]], blocks: int, make: Stage) -> Names:
+    """The output blocks, each of which takes the channels of an input block beside its own: the last first."""
+    shapes: Names = {}
+    before, number = skips[-1], 0
+    for level, (width, depth) in reversed(list(enumerate(levels))):
+        for block in range(blocks + 1):
+            shapes |= under(f"output_blocks.{number}", make(before + skips[-1 - number], width, depth))
+            before = width
+            if level > 0 and block == blocks:
+                shapes |= layer(f"output_blocks.{number}.{2 if depth else 1}.conv", width, width, 3, 3)
+            number += 1
+    return shapes
+
+
 def unet(
     channels: int,
     multipliers: tuple[int, ...],
@@ -155,35 +193,16 @@ def unet(
     if vector:
         shapes |= layer("label_emb.0.0", embedding, vector) | layer("label_emb.0.2", embedding, embedding)
     shapes |= layer("input_blocks.0.0", channels, latent_channels + extra_channels, 3, 3)
-    skips, width, number = [channels], channels, 1
-    for level, multiplier in enumerate(multipliers):
-        for _ in range(blocks):
-            shapes |= under(f"input_blocks.{number}.0", resblock(width, multiplier * channels, embedding))
-            width = multiplier * channels
-            if depths[level]:
-                shapes |= under(f"input_blocks.{number}.1", transformer(width, context, depths[level], linear))
-            skips.append(width)
-            number += 1
-        if level < len(multipliers) - 1:
-            shapes |= layer(f"input_blocks.{number}.0.op", width, width, 3, 3)
-            skips.append(width)
-            number += 1
-    resnet = resblock(width, width, embedding)
-    for i, part in enumerate((resnet, transformer(width, context, middle, linear), resnet)):
+    levels = [(multiplier * channels, depth) for multiplier, depth in zip(multipliers, depths, strict=True)]
+    make = partial(stage, embedding=embedding, context=context, linear=linear)
+    down, skips = way_down(channels, levels, blocks, make)
+    narrow, wide = levels[0][0], skips[-1]
+    resnet = resblock(wide, wide, embedding)
+    shapes |= down
+    for i, part in enumerate((resnet, transformer(wide, context, middle, linear), resnet)):
         shapes |= under(f"middle_block.{i}", part)
-    number = 0
-    for level, multiplier in reversed(list(enumerate(multipliers))):
-        for block in range(blocks + 1):
-            shapes |= under(f"output_blocks.{number}.0", resblock(width + skips.pop(), multiplier * channels, embedding))
-            width = multiplier * channels
-            slot = 1
-            if depths[level]:
-                shapes |= under(f"output_blocks.{number}.1", transformer(width, context, depths[level], linear))
-                slot = 2
-            if level > 0 and block == blocks:
-                shapes |= layer(f"output_blocks.{number}.{slot}.conv", width, width, 3, 3)
-            number += 1
-    return Shapes(shapes | norm("out.0", width) | layer("out.2", latent_channels, width, 3, 3))
+    shapes |= way_up(skips, levels, blocks, make)
+    return Shapes(shapes | norm("out.0", narrow) | layer("out.2", latent_channels, narrow, 3, 3))
 
 
 def assemble(family: Family, unet: Names, autoencoder: Names, *texts: Names) -> Shapes:

@@ -32,6 +32,8 @@ from ..result import Result, Step, finish
 
 MAX_PIXELS = 150_000_000  # of all cells; Pillow refuses to open a picture of more than 179 million
 
+Model = str | os.PathLike[str] | None  # path or name of a checkpoint; None: the tiny one in the box
+
 NAMES = ("model", *AXES)  # of what may be compared
 LEFT_OPEN = ("width", "height", "spacing")  # options that every checkpoint and sampler settles for itself where nobody does
 FAILED = {NonFiniteError: "NaN", OutOfMemoryError: "out of memory"}  # what stands in the place of a picture
@@ -96,7 +98,7 @@ class Cells:
 
 def compare(
     prompt: str,
-    models: Sequence[str | os.PathLike[str] | None] = (None,),
+    models: Sequence[Model] = (None,),
     seeds: Sequence[int] = (),
     x: Axis | None = None,
     y: Axis | None = None,
@@ -182,11 +184,7 @@ def finished(cells: Cells, drawn: Sequence[Result | MinisdError]) -> Comparison:
 
 
 def settle_cells(
-    request: Request,
-    models: Sequence[str | os.PathLike[str] | None] = (None,),
-    seeds: Sequence[int] = (),
-    x: Axis | None = None,
-    y: Axis | None = None,
+    request: Request, models: Sequence[Model], seeds: Sequence[int], x: Axis | None = None, y: Axis | None = None
 ) -> Cells:
     """Every combination of two axes, as `compare` explains them.  Raises UsageError, CheckpointError (files)."""
     if not isinstance(request.prompt, str) or request.num_images != 1:
@@ -221,7 +219,7 @@ def settle_axes(models: Axis, seeds: Axis, x: Axis | None, y: Axis | None) -> tu
     return chosen[0], chosen[1]
 
 
-def path_of(model: str | os.PathLike[str] | None) -> Path:
+def path_of(model: Model) -> Path:
     return tiny_checkpoint() if model is None else resolve(model)
 
 

@@ -97,10 +97,7 @@ def write_parts(
     if text is not None:
         origin |= text_of(open_checkpoint(text), checkpoint)
     entries = {key: file.entries[name] for key, (file, name) in origin.items()}
-    planned = {
-        key: (NAMES[stored_as(key, len(entry.shape), dtype)] if dtype and entry.dtype in TORCH else entry.dtype, entry.shape)
-        for key, entry in entries.items()
-    }
+    planned = {key: (stored_name(key, entry.dtype, entry.shape, dtype), entry.shape) for key, entry in entries.items()}
 
     def read(key: str) -> Iterator[Tensor]:
         file, name = origin[key]
@@ -113,10 +110,12 @@ def write_parts(
     return write_checkpoint(target, planned, read, described(checkpoint), progress, by_number)
 
 
-def stored_as(key: str, dimensions: int, dtype: torch.dtype) -> torch.dtype:
-    if dtype in FLOAT8 and (dimensions < 2 or part_of(key) == "vae"):
-        return torch.float16
-    return dtype
+def stored_name(key: str, stored: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> str:
+    """safetensors' name of the dtype that a tensor, `stored` as it is now, gets where `dtype` is asked for."""
+    if dtype is None or stored not in TORCH:
+        return stored
+    kept = dtype in FLOAT8 and (len(shape) < 2 or part_of(key) == "vae")
+    return NAMES[torch.float16 if kept else dtype]
 
 
 def rounded(numbers: Tensor, dtype: torch.dtype, file: Checkpoint, key: str) -> Tensor:

@@ -34,18 +34,7 @@ def inspect(
     Raises CheckpointError if the file is neither, UsageError (the size).
     """
     checkpoint = open_checkpoint(path)
-    parts: dict[str, list[Entry]] = {}
-    for key, entry in checkpoint.entries.items():
-        parts.setdefault(part_of(key), []).append(entry)
-    facts: dict[str, Any] = {
-        "path": str(checkpoint.path),
-        "bytes": checkpoint.size,
-        "tensors": len(checkpoint.entries),
-        "parameters": sum(entry.numel for entry in checkpoint.entries.values()),
-        "parts": {name: summary(entries) for name, entries in parts.items()},
-        "unused": [key for key in checkpoint.entries if is_spare(key)],
-        "metadata": dict(checkpoint.metadata),
-    }
+    facts = contents(checkpoint)
     try:
         found = recognise(checkpoint)
         facts |= {"family": found.family.name, "looks_like": found.family.title, "why": list(found.reasons)}
@@ -67,6 +56,22 @@ def inspect(
 
         facts |= tree(checkpoint, found, size, check)
     return facts
+
+
+def contents(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What any file of tensors has, whether or not it is a model."""
+    parts: dict[str, list[Entry]] = {}
+    for key, entry in checkpoint.entries.items():
+        parts.setdefault(part_of(key), []).append(entry)
+    return {
+        "path": str(checkpoint.path),
+        "bytes": checkpoint.size,
+        "tensors": len(checkpoint.entries),
+        "parameters": sum(entry.numel for entry in checkpoint.entries.values()),
+        "parts": {name: summary(entries) for name, entries in parts.items()},
+        "unused": [key for key in checkpoint.entries if is_spare(key)],
+        "metadata": dict(checkpoint.metadata),
+    }
 
 
 def data_hashes(checkpoint: Checkpoint) -> dict[str, Any]:

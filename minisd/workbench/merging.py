@@ -26,7 +26,7 @@ from ..files.saving import NAMES, Progress, described, write_checkpoint
 from ..files.tensors import TORCH, finite, read_stored, stored_pieces
 from ..models.blocks import block_of, block_ratios, part_of
 from .arithmetic import dare, generator_for, slerp, ties, weighted
-from .converting import check_dtype, narrowed, stored_as
+from .converting import check_dtype, narrowed, stored_name
 
 PARTS = ("unet", "text", "vae")
 METHODS = ("weighted", "slerp", "ties", "dare")
@@ -82,10 +82,7 @@ def merge(
         check_alike(models[0], other)
     if len({other.entries[CONV_IN].shape for other in models[1:]}) > 1:
         raise UsageError("merge: expected the models beside the first to take the same input, found inpainting models and others")
-    planned = {
-        key: (NAMES[stored_as(key, len(entry.shape), dtype)] if dtype and entry.dtype in TORCH else entry.dtype, entry.shape)
-        for key, entry in models[0].entries.items()
-    }
+    planned = {key: (stored_name(key, entry.dtype, entry.shape, dtype), entry.shape) for key, entry in models[0].entries.items()}
 
     def read(key: str) -> Iterator[Tensor]:
         if planned[key][0] not in TORCH:

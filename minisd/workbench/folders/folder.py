@@ -24,27 +24,22 @@ from torch import Tensor
 from ...errors import CheckpointError, OutputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.recognition import is_spare, listing, recognise
-from ...files.saving import NAMES, NO_HASH, Progress, write_checkpoint
+from ...files.saving import NO_HASH, Progress, write_checkpoint
 from ...files.tensors import TORCH, check_floats, read_stored
 from ...models.family import REFINER, SD1, SD2, SDXL, VAE, Family
 from ...system.atomic import check_place, check_room, running, sync
-from ..converting import FLOAT8, rounded, stored_as
+from ..converting import FLOAT8, rounded, stored_name
 from .configs import small_files
 from .names import Link, Place, count, is_matrix, names_of, places
 
 REST = "minisd.safetensors"
 OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.18
 
-
+AnyPath = str | os.PathLike[str]
 Tensors = dict[str, tuple[Checkpoint, str]]  # by name in a folder: the file that has it, and its name there
 
 
-def to_folder(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
-    dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
-) -> Path:
+def to_folder(source: AnyPath, target: AnyPath, dtype: torch.dtype | None = None, progress: Progress | None = None) -> Path:
     """Writes a checkpoint as a folder that diffusers' `from_pretrained` opens; returns its path.
 
     dtype: of the weights; by default that of the file.  The folder appears whole or not at all.
@@ -101,7 +96,7 @@ def write_component(
         if link.raw.startswith(f"{VAE}.") and is_matrix(link.raw.removeprefix(f"{VAE}.")):
             shape = shape[:2]
         for part, name in enumerate(link.theirs):
-            planned[name], origin[name] = (stored_name(entry.dtype, dtype), shape), (link, part)
+            planned[name], origin[name] = (stored_name(link.raw, entry.dtype, entry.shape, dtype), shape), (link, part)
 
     def read(name: str) -> list[Tensor]:
         link, part = origin[name]
@@ -113,12 +108,7 @@ def write_component(
     return sum(checkpoint.entries[link.raw].nbytes for link in links)
 
 
-def from_folder(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
-    dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
-) -> Path:
+def from_folder(source: AnyPath, target: AnyPath, dtype: torch.dtype | None = None, progress: Progress | None = None) -> Path:
     """Writes the raw checkpoint of a diffusers folder (.safetensors weights, whole or in shards); returns its path.
 
     dtype: of the weights; by default those of the folder.  Raises CheckpointError (the folder), OutputError.
@@ -128,10 +118,7 @@ def from_folder(
     rest = open_checkpoint(folder / REST) if (folder / REST).exists() else None
     markers, metadata = training_of(folder) if rest is None else ((), dict(rest.metadata))
     kept = [key for key in rest.entries if key not in origin] if rest else []
-    planned = {
-        key: (stored_name(found.dtype, stored_as(key, len(found.shape), dtype) if dtype else None), found.shape)
-        for key, found in origin.items()
-    }
+    planned = {key: (stored_name(key, found.dtype, found.shape, dtype), found.shape) for key, found in origin.items()}
     if "modelspec.hash_sha256" in metadata:
         metadata["modelspec.hash_sha256"] = NO_HASH  # to be found out again
     planned |= {key: (rest.entries[key].dtype, rest.entries[key].shape) for key in kept if rest}
@@ -186,10 +173,6 @@ def raw_origin(folder: Path) -> dict[str, Found]:
                 shape = (*shape[:2], 1, 1)
             origin[place.prefix + link.raw] = Found([tensors[name] for name in link.theirs], link.transposed, shape)
     return origin
-
-
-def stored_name(stored: str, dtype: torch.dtype | None) -> str:
-    return NAMES[dtype] if dtype and stored in TORCH else stored
 
 
 def family_of(folder: Path) -> Family:

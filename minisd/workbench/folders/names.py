@@ -108,24 +108,26 @@ def unet_names(down: list[Level], up: list[Level]) -> Names:
     modules = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}
     modules |= {"label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2"}
     modules |= {"input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"}
-    i = 1
-    for b, level in enumerate(down):
-        for j in range(level.resnets):
-            modules |= layer(f"input_blocks.{i}", f"down_blocks.{b}", j)
-            i += 1
-        if level.resampled:
-            modules[f"input_blocks.{i}.0.op"] = f"down_blocks.{b}.downsamplers.0.conv"
-            i += 1
+    modules |= way_names(down, "input_blocks", "down_blocks")
     modules |= resnet("middle_block.0", "mid_block.resnets.0") | resnet("middle_block.2", "mid_block.resnets.1")
     modules["middle_block.1"] = "mid_block.attentions.0"
-    i = 0
-    for b, level in enumerate(up):
+    return Names(modules | way_names(up, "output_blocks", "up_blocks"))
+
+
+def way_names(levels: list[Level], raw: str, theirs: str) -> dict[str, str]:
+    """The way down or up.  Down, what changes the resolution is a block of its own here; up, it ends the block before."""
+    modules: dict[str, str] = {}
+    i = 1 if raw == "input_blocks" else 0
+    for b, level in enumerate(levels):
         for j in range(level.resnets):
-            modules |= layer(f"output_blocks.{i}", f"up_blocks.{b}", j)
+            modules |= layer(f"{raw}.{i}", f"{theirs}.{b}", j)
             i += 1
-        if level.resampled:
-            modules[f"output_blocks.{i - 1}.{1 + level.attention}.conv"] = f"up_blocks.{b}.upsamplers.0.conv"
-    return Names(modules)
+        if level.resampled and raw == "input_blocks":
+            modules[f"{raw}.{i}.0.op"] = f"{theirs}.{b}.downsamplers.0.conv"
+            i += 1
+        elif level.resampled:
+            modules[f"{raw}.{i - 1}.{1 + level.attention}.conv"] = f"{theirs}.{b}.upsamplers.0.conv"
+    return modules
 
 
 def layer(raw: str, theirs: str, j: int) -> dict[str, str]:

@@ -10,6 +10,7 @@ import numbers
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from .errors import UsageError
@@ -83,3 +84,144 @@ NUMBERS = Kind("numbers", str, lambda value: [number(0, 1e30).check("", each) fo
 FUNCTION = Kind("a function", str, lambda value: value if callable(value) else None)
 # Names, functions, pictures and tensors, which are looked at where they are used.
 ANYTHING = Kind("a name, a function or a picture", str, lambda value: value)
+SPACINGS = ("leading", "linspace", "trailing", "karras", "exponential")
+
+
+@dataclass(frozen=True)
+class Option:
+    """flag: on the command line.  metavar: what stands for its value there.  by_picture: may be a list, with one for each.
+    infotext, axis: A1111's word for it in the parameters text, and as an axis of a grid.  recorded: whether it is part of a
+    recipe; `stands_as` of what kind it is there, where that is another.
+    """
+
+    name: str
+    kind: Kind
+    default: Any
+    help: str = ""
+    flag: str | None = None
+    metavar: str | None = None
+    group: str = ""
+    by_picture: bool = False
+    infotext: str | None = None
+    axis: str | None = None
+    recorded: bool = True
+    stands_as: Kind | None = None
+
+
+FILES, START = "model files", "starting from a picture"
+FINER, SDXL = "finer control", "what SDXL is told"
+OPTIONS = {
+    option.name: option
+    for option in (
+        Option("negative_prompt", TEXT, "", "what it should not show", "--negative", "TEXT", by_picture=True),
+        Option("width", whole(8, MAX_SIDE), None, flag="--size"),
+        Option("height", whole(8, MAX_SIDE), None, flag="--size"),
+        Option("steps", whole(1, MAX_STEPS), 20, "denoising steps", "--steps", "N", infotext="Steps", axis="Steps"),
+        Option(
+            "sampler", ANYTHING, "euler", "euler or ddim", "--sampler", "NAME",
+            infotext="Sampler", axis="Sampler", stands_as=TEXT,
+        ),
+        Option(
+            "guidance_scale", number(0, 100), 7.5, "guidance scale; 1 turns guidance off", "--cfg", "W",
+            by_picture=True, infotext="CFG scale", axis="CFG Scale",
+        ),
+        Option(
+            "seed", whole(0, MAX_SEED, at_least=-1), None,
+            "makes the picture repeatable; picture i has seed N + i (default, and -1: random)", "--seed", "N",
+            by_picture=True, infotext="Seed", axis="Seed",
+        ),
+        Option("seeds", one_of("rising", "same"), "rising", recorded=False),
+        Option("num_images", whole(1, MAX_IMAGES), 1, "pictures to draw", "--num-images", "N", recorded=False),
+        Option("latents", ANYTHING, None, recorded=False),
+        Option("sigmas", ANYTHING, None, stands_as=NUMBERS),
+        Option("guide", FUNCTION, None, stands_as=TEXT),
+        Option(
+            "high_noise_frac", number(0, 1), 0.8, "the part that the first draws", "--high-noise-frac", "F", FILES
+        ),
+        Option(
+            "init_image", ANYTHING, None, "draw over this picture, edit it, or paint into it", "--init", "PICTURE", START,
+            stands_as=TEXT,
+        ),
+        Option(
+            "strength", number(0, 1), None, "0 to 1: how much of it may change (default: 0.8; 1 under a mask)",
+            "--strength", "S", START, infotext="Denoising strength",
+        ),
+        Option(
+            "mask", ANYTHING, None, "white where to paint, black where to keep", "--mask", "PICTURE", START, stands_as=TEXT
+        ),
+        Option(
+            "image_guidance_scale", number(0, 100), 1.5, "how closely an editing model keeps to it", "--image-cfg", "W", START
+        ),
+        Option(
+            "clip_skip", whole(1, 100), None, "1: the text encoder's last layer, 2: the one before it, …",
+            "--clip-skip", "N", FINER, infotext="Clip skip",
+        ),
+        Option(
+            "eta", number(0, 1), None, "0 to 1: noise that ddim adds back at each step (default: 0)",
+            "--eta", "E", FINER, infotext="Eta",
+        ),
+        Option(
+            "spacing", one_of(*SPACINGS), None,
+            "noise levels: linspace, leading, trailing, karras or exponential (default: the checkpoint's or sampler's own)",
+            "--spacing", "NAME", FINER,
+        ),
+        Option(
+            "guidance_rescale", number(0, 1), 0.0, "0 to 1: against the glare of strong guidance", "--rescale", "R", FINER
+        ),
+        Option("original_size", PAIR, None, "size before cropping (default: the picture's)", "--original-size", "WxH", SDXL),
+        Option("crop", PAIR, (0, 0), "left and top of the crop (default: 0x0)", "--crop", "LxT", SDXL),
+        Option("target_size", PAIR, None, "size after cropping (default: the picture's)", "--target-size", "WxH", SDXL),
+        Option(
+            "zero_negative", FLAG, None,
+            "an empty negative prompt is all zeros, not the encoding of no words (default: as SDXL was trained, zeros)",
+            "--zero-negative", None, SDXL,
+        ),
+        Option("aesthetic_score", number(0, 10), 6.0, "0 to 10, what the refiner aims at", "--aesthetic", "S", SDXL),
+        Option("negative_aesthetic_score", number(0, 10), 2.5),
+        Option("refiner", ANYTHING, None, recorded=False),
+        Option("progress", FLAG, False, recorded=False),
+        Option("transform", FUNCTION, None, recorded=False),
+        Option("observe", FUNCTION, None, recorded=False),
+    )
+}  # fmt: skip
+RECORDED = [option.name for option in OPTIONS.values() if option.recorded]
+# What a recipe may hold, where it holds anything.
+RECIPE = {name: OPTIONS[name].stands_as or OPTIONS[name].kind for name in RECORDED}
+RECIPE |= dict.fromkeys(("prompt", "device", "dtype", "prediction", "model_path", "vae_path", "refiner_path"), TEXT)
+RECIPE |= {"ema": FLAG, "vae_paths": TEXTS}
+AXES = {option.flag.removeprefix("--"): option for option in OPTIONS.values() if option.axis and option.flag}  # by their names
+
+# What the same things are called elsewhere, and what to do about it here.
+DIFFUSERS = {
+    "num_inference_steps": "steps", "num_images_per_prompt": "num_images", "image": "init_image", "mask_image": "mask",
+    "generator": "seed, a whole number", "scheduler": "sampler and spacing", "timesteps": "sigmas", "cfg": "guidance_scale",
+    "callback_on_step_end": "transform, or the steps of pipe.stream(…)", "callback": "the steps of pipe.stream(…)",
+    "prompt_embeds": "a Conditioning as the prompt", "negative_prompt_embeds": "a Conditioning as negative_prompt",
+    "eta_noise": "eta", "denoising_end": "refiner and high_noise_frac", "cfg_scale": "guidance_scale", "size": "width and height",
+    "crops_coords_top_left": "crop, (left, top)", "output_type": "result.images, result.latents", "init": "init_image",
+    "sampler_name": "sampler", "n_iter": "num_images", "batch_size": "num_images", "schedule": "spacing",
+}  # fmt: skip
+
+
+def unknown(names: list[str]) -> UsageError:
+    """What to say of options that there are none of, the nearest one first."""
+    name = names[0]
+    if name in DIFFUSERS:
+        return UsageError(f"{name}: unknown; here it is {DIFFUSERS[name]}")
+    close = get_close_matches(name, OPTIONS, 1)
+    meant = f"did you mean {close[0]}? " if close else ""
+    return UsageError(f"{', '.join(names)}: unknown; {meant}expected some of {', '.join(OPTIONS)}")
+
+
+def checked(name: str, value: object) -> Any:
+    """An option's value as plain Python has it; a list of values, where it may be given for each picture."""
+    option = OPTIONS[name]
+    if value is None and option.default is None:
+        return None
+    shape = getattr(value, "shape", None)
+    if shape == ():  # a single number of NumPy's or torch's
+        value = value.item()  # type: ignore[attr-defined]
+    if option.by_picture and (isinstance(value, list | tuple | range) or shape):
+        values: Any = value.tolist() if shape else value  # type: ignore[attr-defined]
+        return tuple(option.kind.check(name, each) for each in values)
+    return option.kind.check(name, value)

@@ -89,8 +89,10 @@ class Capabilities:
 
 def planned(request: Request, model: Capabilities) -> Plan:
     """Checks a request for a model.  Raises UsageError, which names the argument, what was expected and what was found."""
-    if request.refiner is not None and isinstance(request.prompt, Conditioning | Timeline):
-        raise UsageError("refiner: expected a prompt that is a text, found a conditioning, which one model alone can read")
+    if request.refiner is not None and any(
+        isinstance(x, Conditioning | Timeline) for x in (request.prompt, request.negative_prompt)
+    ):
+        raise UsageError("refiner: expected prompts that are texts, found a conditioning, which one model alone can read")
     texts = texts_of(request, model)
     if request.seeds is not None and not isinstance(request.seeds, str):
         if request.seed is not None:
@@ -108,7 +110,7 @@ def planned(request: Request, model: Capabilities) -> Plan:
     shape = (model.channels, height // model.downscale, width // model.downscale)
     prompts, negatives, scales, seeds = by_picture(request, *texts)
     latents = own_latents(request, (len(prompts), *shape))
-    options = {name: value for name in sampler.options if (value := getattr(request, name, None)) is not None}
+    options = {"eta": request.eta} if request.eta is not None and "eta" in sampler.options else {}
     zero = model.recognition.family.zero_negative if request.zero_negative is None else request.zero_negative
     zeros = [zero and not negative and isinstance(request.negative_prompt, str | Sequence) for negative in negatives]
     return Plan(

@@ -231,6 +231,8 @@ def sizes(plan: Plan, pipe: Stations) -> tuple[list[float], list[float]]:
 
 def check_refiner(base: Stations, refiner: Stations) -> None:
     """Raises UsageError unless the two can share latents and noise levels."""
+    if not hasattr(refiner, "recognition"):
+        raise UsageError(f"refiner: expected a pipeline, as minisd.load gives it, found {type(refiner).__name__}")
     if base.recognition.task != "draw" or refiner.recognition.task != "draw":
         raise UsageError("refiner: expected two models that draw from text, found one that edits or inpaints")
     if base.device != refiner.device:

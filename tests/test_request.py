@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import minisd
-from minisd.diffusion.denoiser import Conditioning
+from minisd.diffusion.denoiser import ClassifierFree, Conditioning, Timeline
+from minisd.diffusion.program import program
 from minisd.errors import UsageError
 from minisd.options import AXES, OPTIONS, RECIPE, RECORDED
 from minisd.plan import planned
@@ -159,6 +160,102 @@ def test_wrong_options_are_named_at_the_call(options, message, tiny):
     for call in (tiny, tiny.stream):
         with pytest.raises(UsageError, match=message):
             call("a star", **options)
+
+
+def one_tensor(denoise, x, sigmas, noise):
+    yield denoise(x, sigmas[0])
+
+
+class Halves(ClassifierFree):
+    def weights(self, call):
+        return super().weights(call) / 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": {5: 6}}, "seed: expected a whole number"),
+        ({"seed": torch.tensor([True])}, "seed: expected a whole number .* found True"),
+        ({"sampler": None}, "sampler: expected a name, a function or a picture, found None"),
+        ({"sampler": one_tensor}, r"sampler: expected one_tensor to yield \(latents, denoised\), found Tensor"),
+        ({"guide": 5}, "guide: expected a function, found 5"),
+        ({"guide": lambda *_: None}, r"guide: expected a tensor \(1, 4, 8, 8\) from it, found NoneType"),
+        ({"guide": Halves(7.5)}, r"guide: expected weights \(2, B or 1\) that sum to 1 over the roles, found"),
+        ({"transform": "x"}, "transform: expected a function"),
+        ({"transform": lambda step: 0.5}, r"transform: expected a tensor \(1, 4, 8, 8\) from it, found float"),
+        ({"observe": 3}, "observe: expected a function"),
+        ({"refiner": "x.safetensors"}, "refiner: expected a pipeline, as minisd.load gives it, found str"),
+        ({"sigmas": "karras"}, "sigmas: expected numbers"),
+        ({"sigmas": [float("inf"), 0]}, "sigmas: expected two or more numbers"),
+        ({"latents": torch.full((1, 4, 8, 8), float("nan"))}, "latents: expected numbers, found NaN"),
+        ({"latents": [[1]]}, "latents: expected a tensor of shape .* found list"),
+        ({"init_image": np.array(["x"])}, "init_image: expected an array of numbers"),
+        ({"init_image": np.zeros((8, 8, 3), complex)}, "init_image: expected an array of numbers"),
+    ],
+)
+def test_odd_things_are_told_in_one_line(options, message, tiny):
+    with pytest.raises(UsageError, match=message):
+        tiny("a star", **(FAST | options))
+
+
+def test_single_numbers_of_arrays_and_arrays_of_any_layout(tiny):
+    wanted = tiny("a star", seed=5, guidance_scale=3.0, **FAST)
+    assert same(tiny("a star", seed=np.array(5), guidance_scale=torch.tensor(3.0), **FAST), wanted)
+    numbers = (np.arange(32 * 32 * 3).reshape(32, 32, 3) % 251).astype(np.uint8)
+    forms = [numbers[::-1][::-1], numbers.astype(np.uint16), numbers.astype(">i4"), np.asfortranarray(numbers)]
+    pictures = [tiny("a star", init_image=form, seed=1, strength=0.5, **FAST) for form in (numbers, *forms)]
+    assert all(same(picture, pictures[0]) for picture in pictures[1:])
+
+
+def test_conditionings_for_more_pictures_than_they_have(tiny):
+    two, texts = tiny.encode_prompt(["a red star", "a blue star"]), ["a red star", "a blue star"]
+    assert same(tiny(two, num_images=2, seed=1, **FAST), tiny(texts, num_images=2, seed=1, **FAST))
+    negatives = tiny.encode_prompt(["blue", "red"])
+    wanted = tiny(texts, negative_prompt=["blue", "red"], num_images=2, seed=1, **FAST)
+    assert same(tiny(texts, negative_prompt=negatives, num_images=2, seed=1, **FAST), wanted)
+    with pytest.raises(UsageError, match="negative_prompt: expected one, or 3, one for each prompt, found 2"):
+        tiny(["a", "b", "c"], negative_prompt=negatives, **FAST)
+    with pytest.raises(UsageError, match="prompt: expected at least one conditioning, found a timeline without"):
+        tiny(Timeline(()), **FAST)
+    with pytest.raises(UsageError, match="prompt: expected conditionings of one shape at all times"):
+        tiny(Timeline(((0, two), (9, tiny.encode_prompt("a " * 99)))), **FAST)
+
+
+def test_a_part_of_the_way_down_own_levels(tiny):
+    picture = Image.new("RGB", (32, 32), "red")
+    sigmas = torch.linspace(5, 0, 11)
+    result = tiny("a star", sigmas=sigmas, init_image=picture, strength=0.5, seed=1, steps=1)
+    assert len(list(tiny.stream("a star", sigmas=sigmas, init_image=picture, strength=0.5, seed=1))) == 5
+    assert result.metadata[0]["strength"] == 0.5
+
+
+@pytest.mark.parametrize(("texts", "options"), [(5, {}), ([], {}), ([5], {}), ("a", {"clip_skip": 0}), ("a", {"clip_skip": 99})])
+def test_what_cannot_be_encoded_is_named(texts, options, tiny):
+    with pytest.raises(UsageError, match="prompts: expected|clip_skip: expected"):
+        tiny.encode_prompt(texts, **options)
+
+
+def test_k_diffusions_way_of_asking(tiny):
+    def theirs(denoise, x, sigmas, noise):
+        ones = x.new_ones([x.shape[0]])
+        for sigma, following in pairwise(sigmas):
+            denoised = denoise(x, sigma * ones)
+            x = x + (following - sigma) * (x - denoised) / sigma
+            yield x, denoised
+
+    assert same(tiny("a star", sampler=theirs, seed=1, **FAST), tiny("a star", seed=1, **FAST))
+    assert program(theirs, tiny.noise_levels("karras", 5)) is not None
+
+
+def test_a_sampler_that_works_in_place_has_steps_of_its_own(tiny):
+    def in_place(denoise, x, sigmas, noise):
+        for sigma, following in pairwise(sigmas):
+            denoised = denoise(x, sigma)
+            x.sub_(denoised).mul_(following / sigma).add_(denoised)
+            yield x, denoised
+
+    own, usual = (list(tiny.stream("a star", sampler=each, seed=1, **FAST)) for each in (in_place, "euler"))
+    assert all(torch.allclose(a.before, b.before, atol=1e-4) for a, b in zip(own, usual, strict=True))
 
 
 def test_arguments_that_are_none_are_named(tiny):

@@ -213,9 +213,12 @@ class Denoiser:
             self.observe(call, x, [self.x_0(output, x, sigma) for output in outputs])
         if weights is not None:
             return self.x_0(mix(weights[asked], outputs), x, sigma)
-        if guide.on == "output":
-            return self.x_0(guide(outputs, x, call), x, sigma)
-        return guide([self.x_0(output, x, sigma) for output in outputs], x, call)
+        answers = outputs if guide.on == "output" else [self.x_0(output, x, sigma) for output in outputs]
+        mixed = guide(answers, x, call)
+        if not isinstance(mixed, Tensor) or mixed.shape != x.shape:
+            found = tuple(getattr(mixed, "shape", ())) or type(mixed).__name__
+            raise UsageError(f"guide: expected a tensor {tuple(x.shape)} from it, found {found}")
+        return self.x_0(mixed, x, sigma) if guide.on == "output" else mixed
 
     def x_0(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         return PREDICTIONS[self.network.prediction](output, x, sigma, self.network.sigma_data)

@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..diffusion.denoiser import Denoise, Denoiser, Noise
+from ..errors import UsageError
 from ..models.clip import TextEncoder
 from ..models.vae import AutoencoderKL
 from ..system.device import on_device
@@ -64,10 +66,25 @@ def moments(walk: Walk, denoise: Denoiser, x: Tensor, noise: Noise, way: Way, as
     with on_device(walk.network.unet, x.device):  # type: ignore[arg-type]
         asked, before = 0, x.clone()  # as a sampler may work in place
         steps = walk.sampler.run(ask or denoise, x, walk.levels.sigmas, noise, **walk.options)
-        for latents, denoised in steps:
+        for pair in steps:
+            latents, denoised = yielded(walk, pair, before.shape)
             first = denoise.calls[asked] if asked < len(denoise.calls) else None
             moment = Moment(latents, denoised, before, first, way)
-            if walk.transform:
-                latents.copy_(walk.transform(moment))  # in the sampler's own memory, so that it goes on from there
+            if walk.transform:  # in the sampler's own memory, so that it goes on from there
+                latents.copy_(shaped("transform", walk.transform(moment), latents.shape))
             yield moment
             asked, before, denoise.step = len(denoise.calls), latents.clone(), denoise.step + 1
+
+
+def yielded(walk: Walk, pair: object, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """What a sampler has yielded, which a user may have written.  Raises UsageError."""
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        raise UsageError(f"sampler: expected {walk.sampler.label} to yield (latents, denoised), found {type(pair).__name__}")
+    return shaped("sampler", pair[0], shape), shaped("sampler", pair[1], shape)
+
+
+def shaped(name: str, x: object, shape: torch.Size) -> Tensor:
+    if not isinstance(x, Tensor) or x.shape != shape:
+        found = tuple(getattr(x, "shape", ())) or type(x).__name__
+        raise UsageError(f"{name}: expected a tensor {tuple(shape)} from it, found {found}")
+    return x

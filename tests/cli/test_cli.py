@@ -284,3 +284,13 @@ def test_bash_completes(capsys):
     assert completed("mo") == ["models"]
     assert completed("inspect", "--t") == ["--tree"]
     assert set(completed("a castle", "--s")) == {"--steps", "--sampler", "--seed", "--size", "--strength", "--spacing"}
+
+
+@pytest.mark.parametrize("more", [["--init", "y.png"], ["--mask", "y.png"], ["--vae", "tiny"], ["--refiner", "tiny"]])
+def test_again_refuses_what_would_make_another_picture(more, capsys):
+    assert main(["a star", "--seed", "1", "-o", "x.png", *FAST]) == 0
+    assert main(["again", "x.png", *more]) == 2
+    assert f"{more[0]}: expected none, as the picture was drawn without" in capsys.readouterr().err
+    assert main(["compare", "a star", "--seeds", "1", "-o", "sheet.png", *FAST[:2]]) == 0
+    assert main(["again", "sheet.png", *more]) == 2
+    assert f"{more[0]}: expected none, as the picture is a comparison" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import warnings
 import weakref
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from minisd.fast.graphs import NetworkRecorder, Recording
 from minisd.fast.unet import FusedUNet
 from minisd.fast.ways import Moment
 from minisd.models.shapes import below
-from minisd.models.unet import CrossAttention, UNet
+from minisd.models.unet import CrossAttention, Trunk, UNet
 from minisd.models.vae import AutoencoderKL
 from minisd.plan import planned
 from minisd.request import Request
@@ -293,6 +294,107 @@ def test_a_touched_network_goes_the_plain_way_and_says_so_once(trap, files):
         assert {moment.way for moment in moments} == {"plain"}
         assert torch.equal(moments[-1].latents, wanted[-1].latents)
     assert relative_error(wanted[-1].latents, before[-1].latents) > 1e-3
+
+
+def test_further_ways_of_being_touched(files, monkeypatch):
+    pipe = load(files["sd1"], DEVICE)
+    request = Request("a star", **SMALLEST)
+
+    def way_of(engine) -> str:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return steps(pipe, request, engine)[0].way
+
+    conv = pipe.unet.input_blocks[0][0]
+    conv._conv_forward = lambda x, weight, bias: nn.Conv2d._conv_forward(conv, x, weight, bias)
+    assert way_of(Cuda(pipe.unet, CUDA)) == "plain"
+    del conv._conv_forward
+    with monkeypatch.context() as patch:
+        patch.setattr(UNet, "down", lambda self, *given: Trunk.down(self, *given))
+        assert way_of(fast(pipe)) == "plain"
+    engine = fast(pipe)
+    to_v = pipe.unet.middle_block[1].transformer_blocks[0].attn1.to_v
+    to_v.bias = nn.Parameter(torch.ones(to_v.out_features, device=DEVICE))
+    assert way_of(engine) == "plain"
+    to_v.bias = None
+    assert way_of(engine) == "recorded"
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert way_of(engine) == "plain"
+    pipe.network = replace(pipe.network, unet=load(files["sd1"], DEVICE).unet)
+    assert way_of(engine) == "plain"
+
+
+def test_in_inference_mode_edits_are_noticed(files):
+    pipe = load(files["sd1"], DEVICE)
+
+    def edited(engine):
+        kept = []
+        for i, moment in enumerate(begun(pipe, Request("a star", **SMALLEST), engine)):
+            if i == 0:
+                moment.latents.mul_(0.8)
+            kept.append(moment.latents.clone())
+        return kept
+
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found, wanted = edited(fast(pipe)), edited(Plain())
+    for x, true in zip(found, wanted, strict=True):
+        assert relative_error(x, true) <= LIMIT
+
+
+def test_one_tensor_yielded_twice_is_edited(files):
+    def heedless(denoise, x, sigmas, noise):
+        for sigma, following in pairwise(sigmas):
+            denoised = denoise(x, sigma)
+            x = denoised + following / sigma * (x - denoised)
+            yield x, x
+
+    pipe, kept = load(files["sd1"], DEVICE), []
+    for engine in (Plain(), fast(pipe)):
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            last = None
+            for i, moment in enumerate(begun(pipe, Request("a star", sampler=heedless, **SMALLEST), engine)):
+                if i == 0:
+                    moment.latents.mul_(0.8)
+                last = moment.latents.clone()
+            kept.append(last)
+    assert relative_error(kept[1], kept[0]) <= LIMIT
+
+
+class Lowered(ClassifierFree):
+    """Reads what the loop around it changes."""
+
+    strength = 7.5
+
+    def weights(self, call):
+        return torch.tensor([[1 - self.strength], [self.strength]])
+
+
+def test_a_guide_that_changes_its_mind_is_asked_again(files):
+    pipe, kept = load(files["sd1"], DEVICE), []
+    for engine in (Plain(), fast(pipe)):
+        guide, last = Lowered(7.5), None
+        with torch.no_grad():
+            for i, moment in enumerate(begun(pipe, Request("a star", guide=guide, **(SMALLEST | {"steps": 5})), engine)):
+                object.__setattr__(guide, "strength", 7.5 - i)
+                last = moment.latents.clone()
+        kept.append(last)
+    assert relative_error(kept[1], kept[0]) <= LIMIT
+
+
+def test_a_replaced_vae_is_let_go(files):
+    pipe = load(files["sd1"], DEVICE)
+    pipe.engine = engine = fast(pipe)
+    pipe.codec.engine = engine
+    pipe("a star", **SMALLEST)
+    gone = weakref.ref(pipe.vae)
+    pipe.replace_vae(files["sd1"])
+    gc.collect()
+    assert gone() is None
+    pipe.vae.decoder.mid.attn_1.__class__ = type("Mine", (type(pipe.vae.decoder.mid.attn_1),), {})
+    with pytest.warns(UserWarning, match="mid.attn_1 is a Mine"):
+        pipe("a star", **SMALLEST)
 
 
 CHANGES = {

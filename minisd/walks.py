@@ -51,7 +51,7 @@ def course(plan: Plan, base: Stations) -> list[Leg]:
         cutoff = round(TRAINING_STEPS * (1 - plan.request.high_noise_frac))
         turn = int((base.network.schedule.timestep(whole.sigmas[:-1]) >= cutoff).sum())
         parts = list(zip((base, refiner), whole.split(turn), strict=True))
-    run, shape = plan.sampler.run, (len(plan.seeds), *plan.shape)
+    run, shape = plan.sampler.run, (min(len(plan.seeds), 2), *plan.shape)
     return [Leg(pipe, part, program(run, part.sigmas, shape, **plan.options)) for pipe, part in parts if part.steps > 0]
 
 

@@ -15,13 +15,35 @@ from .diffusion.samplers import Sampler
 from .errors import UsageError
 from .options import OPTIONS, unknown
 from .pictures.init import Picture
-from .stations import Stations
 
 if TYPE_CHECKING:
+    import torch
+
+    from .codec import Codec
+    from .diffusion.denoiser import Network
+    from .fast.engine import Engine
+    from .files.checkpoint import Checkpoint
+    from .models.family import Family, Recognition, Training
     from .result import Step
+    from .text.conditioner import Conditioner
 
 
 Text = str | Conditioning | Timeline
+
+
+class Stations(Protocol):
+    """What a pipeline consists of, as those see it who are handed one: `pipeline.Pipeline` is one."""
+
+    checkpoint: Checkpoint
+    recognition: Recognition
+    family: Family
+    training: Training
+    device: torch.device
+    dtype: torch.dtype  # of the UNet and the text encoders
+    conditioner: Conditioner  # texts -> conditioning
+    network: Network  # noisy latents and conditioning -> its answer
+    engine: Engine  # walks down noise levels
+    codec: Codec  # pictures <-> latents
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from .fast.ways import Moment, Walk
 from .models.family import REFINER
 from .pictures.masks import at_latents, without_masked
 from .plan import Plan
+from .request import Stations
 from .result import Step
-from .stations import Stations
 from .text.conditioner import halves, with_sizes, zeroed
 
 

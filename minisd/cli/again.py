@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +44,7 @@ def again(args: argparse.Namespace) -> int:
     from ..recipe import repeat
     from ..result import with_bar
 
-    device = args.device or recipe.get("device")
+    device = args.device or here(recipe)
     same = device == recipe.get("device")  # another kind of device has a number format of its own
     common: dict[str, Any] = {"device": device, "dtype": args.dtype or (recipe.get("dtype") if same else None)}
     common |= {"offload": args.offload}
@@ -58,6 +59,19 @@ def again(args: argparse.Namespace) -> int:
         sheet = grid(result.images)
         result = replace(result, images=[sheet], seeds=result.seeds[:1], metadata=[as_grid(result)])
     return report(result, output, args)
+
+
+def here(recipe: Mapping[str, Any]) -> str | None:
+    """The device that the picture was drawn on, if this machine has it; else whatever it has, with a warning."""
+    from ..system.device import to_device
+
+    device = recipe.get("device")
+    try:
+        to_device(device)
+    except UsageError:
+        warnings.warn(f"the picture was drawn on {device!r}, which this machine has not: expect small differences", stacklevel=2)
+        return None
+    return device
 
 
 def check_fits(recipe: Mapping[str, Any], args: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import minisd
 from minisd.cli import main
@@ -294,3 +294,16 @@ def test_again_refuses_what_would_make_another_picture(more, capsys):
     assert main(["compare", "a star", "--seeds", "1", "-o", "sheet.png", *FAST[:2]]) == 0
     assert main(["again", "sheet.png", *more]) == 2
     assert f"{more[0]}: expected none, as the picture is a comparison" in capsys.readouterr().err
+
+
+def test_a_picture_of_another_kind_of_device_is_made_on_this_one(capsys):
+    assert main(["a star", "--seed", "1", "-o", "x.png", *FAST]) == 0
+    with Image.open("x.png") as image:
+        recipe = json.loads(image.info["minisd"]) | {"device": "xpu", "dtype": "float16"}
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_text("minisd", json.dumps(recipe))
+        image.save("y.png", pnginfo=chunks)
+    assert main(["again", "y.png"]) == 0
+    assert "the picture was drawn on 'xpu', which this machine has not" in capsys.readouterr().err
+    with Image.open("x.png") as first, Image.open("y-again.png") as second:
+        assert first.tobytes() == second.tobytes()

@@ -112,7 +112,7 @@ class Pipeline:
             self.family, self.text_encoders, device, self.engine.read, partial(on_device, device=device)
         )
         self.codec = Codec(model.vae, recognition, device, dtype, self.engine)
-        self.vae_files: list[Checkpoint] = []  # of another VAE than the checkpoint\'s own
+        self.vae_files: list[Checkpoint] = []  # of another VAE than the checkpoint's own
 
     def __repr__(self) -> str:
         where = f"{name_of(self.dtype)} on {self.device}"

@@ -43,3 +43,8 @@ def __getattr__(name: str) -> object:
 
         return getattr(pipeline, name)
     raise AttributeError(f"module 'minisd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """For completion, which shows what is there before anybody has asked for it."""
+    return [*__all__, "__version__"]

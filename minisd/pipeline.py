@@ -27,6 +27,7 @@ from .diffusion.schedule import Continuous, Schedule, scaled_linear, zero_termin
 from .errors import CheckpointError, UsageError
 from .fast.choice import chosen
 from .fast.cuda import engine
+from .fast.ways import AsLoaded
 from .files.checkpoint import Checkpoint, open_checkpoint
 from .files.model import StableDiffusion, averaged, load_model, load_vae
 from .files.saving import save_model
@@ -112,6 +113,7 @@ class Pipeline:
             self.family, self.text_encoders, device, self.engine.read, partial(on_device, device=device)
         )
         self.codec = Codec(model.vae, recognition, device, dtype, self.engine)
+        self.as_loaded = AsLoaded((model.unet, *model.text_encoders, model.vae))
         self.vae_files: list[Checkpoint] = []  # of another VAE than the checkpoint's own
 
     def __repr__(self) -> str:
@@ -201,6 +203,7 @@ class Pipeline:
         self.engine.replace(self.vae, vae)
         self.model.first_stage_model, self.vae_files = vae, files
         self.codec = Codec(vae, self.recognition, self.device, self.dtype, self.engine)
+        self.as_loaded = AsLoaded((self.unet, *self.text_encoders, vae))
         self.__dict__.pop("previewer", None)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -231,6 +234,8 @@ class Pipeline:
         if plan.request.refiner is not None:
             files |= file_facts("refiner", plan.request.refiner.checkpoint)
         how: dict[str, Any] = {"ema": self.checkpoint.ema, "way": way}
+        if changed := self.as_loaded.changed():
+            how["changed"] = changed
         how |= {"prediction": self.training.prediction if self.training.prediction in ("epsilon", "v") else None}
         here = {"device": self.device.type, "dtype": name_of(self.dtype), "torch": torch.__version__, "version": __version__}
         return recipe_of(plan, i) | files | how | here

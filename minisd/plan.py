@@ -304,7 +304,8 @@ def check_task(request: Request, task: str, init: Image.Image | None) -> None:
 
 
 def path_of(picture: Picture | None) -> str | None:
-    return os.path.abspath(picture) if isinstance(picture, str | os.PathLike) else None
+    file = getattr(picture, "filename", None) if isinstance(picture, Image.Image) else picture  # of a picture that PIL opened
+    return os.path.abspath(file) if isinstance(file, str | os.PathLike) and str(file) else None
 
 
 # What other programs understand in a prompt: (red:1.2), <lora:name:0.8>.
@@ -313,7 +314,8 @@ SYNTAX = re.compile(r"\([^()]*[^\W\d][^()]*:\s*(\d?\.\d+|\d)\s*\)|<(lora|lyco|hy
 
 def check_text(name: str, text: object) -> None:
     if not isinstance(text, str):
-        raise UsageError(f"{name}: expected a text or a list of texts, found {type(text).__name__}")
+        wanted = "a text or a list of texts, or what encode_prompt gives"
+        raise UsageError(f"{name}: expected {wanted}, found {type(text).__name__}")
     if len(text) > MAX_PROMPT:
         raise UsageError(
             f"{name}: expected at most {MAX_PROMPT:,} characters, found {len(text):,}; the text encoder reads about 300"

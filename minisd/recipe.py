@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .diffusion.denoiser import Conditioning, Timeline
-from .errors import UsageError
+from .errors import UsageError, shown
 from .files.checkpoint import data_sha256, file_sha256
 from .options import MAX_IMAGES, RECORDED, whole
 from .pictures.init import fingerprint, open_picture
@@ -39,6 +39,10 @@ def recipe_of(plan: Plan, i: int) -> dict[str, Any]:
     given: dict[str, Any] = {"strength": plan.init.strength, **plan.init.sources} if plan.init else {}
     if request.sigmas is not None:
         given["sigmas"] = torch.as_tensor(request.sigmas).tolist()
+        given["steps"] = len(given["sigmas"]) - 1
+    own = [name for name in ("sampler", "guide", "transform") if not isinstance(getattr(request, name), str | None)]
+    if own:
+        given["own"] = own
     if request.guide is not None:
         given["guide"] = getattr(request.guide, "__name__", type(request.guide).__name__)
     recipe = asked | settled | given
@@ -68,10 +72,11 @@ def repeat(recipe: Mapping[str, Any], checkpoint: Path, elsewhere: Mapping[str, 
             raise UsageError(
                 f"{name}: the picture's caller gave a conditioning, which it does not carry; it cannot be made again"
             )
-    if recipe.get("guide") is not None:
-        raise UsageError(
-            f"guide: the picture was drawn with one of its caller's own, {recipe['guide']!r}; it cannot be made again"
-        )
+    if recipe.get("own"):
+        raise UsageError(f"the picture was drawn with its caller's own {', '.join(recipe['own'])}; it cannot be made again")
+    if recipe.get("changed"):
+        what = shown(recipe["changed"], 100)
+        warnings.warn(f"the picture's model was changed in memory ({what}); this one is as the file has it", stacklevel=2)
     if not is_same(recipe, checkpoint):
         warnings.warn(f"{checkpoint} is not the checkpoint that drew this picture ({recipe.get('model')})", stacklevel=2)
     check_sources(recipe)

@@ -153,7 +153,7 @@ def test_what_is_no_picture_is_named(picture, message, tiny):
         ({"sigmas": torch.zeros(2, 2)}, r"sigmas: .* found shape \(2, 2\)"),
         ({"progress": "yes"}, "progress: expected true or false, found 'yes'"),
         ({"original_size": (3,)}, "original_size: expected two whole numbers"),
-        ({"negative_prompt": [3]}, "negative_prompt: expected a text or a list of texts, found int"),
+        ({"negative_prompt": [3]}, "negative_prompt: expected a text or a list of texts, .* found int"),
     ],
 )
 def test_wrong_options_are_named_at_the_call(options, message, tiny):
@@ -300,14 +300,30 @@ def test_own_levels_guides_and_samplers_in_a_recipe(tiny):
     assert same(tiny(again), result)
     own = tiny("a star", sampler=mine, guide=lambda answers, x, call: answers[1], seed=1, **FAST)
     assert (own.metadata[0]["sampler"], own.metadata[0]["guide"]) == ("mine", "<lambda>")
-    with pytest.raises(UsageError, match="guide: the picture was drawn with one of its caller's own"):
+    with pytest.raises(UsageError, match="the picture was drawn with its caller's own sampler, guide; it cannot be made again"):
         repeat(own.metadata[0], tiny.checkpoint.path)
-    with pytest.raises(UsageError, match="sampler: expected one of euler, ddim, found 'mine'"):
-        planned(repeat(replace_guide(own.metadata[0]), tiny.checkpoint.path), tiny.capabilities())
+    edited = tiny("a star", transform=lambda step: step.latents, seed=1, **FAST)
+    with pytest.raises(UsageError, match="its caller's own transform"):
+        repeat(edited.metadata[0], tiny.checkpoint.path)
+    assert (result.metadata[0]["steps"], len(result.metadata[0]["sigmas"])) == (2, 3)
 
 
-def replace_guide(recipe):
-    return {name: value for name, value in recipe.items() if name != "guide"}
+def test_a_recipe_says_that_the_model_was_changed_in_memory():
+    pipe = minisd.load(device="cpu")
+    assert "changed" not in pipe("a star", seed=1, **FAST).metadata[0]
+    hook = pipe.unet.middle_block.register_forward_hook(lambda *_: None)
+    recipe = pipe("a star", seed=1, **FAST).metadata[0]
+    assert recipe["changed"] == "UNet: middle_block has a hook"
+    with pytest.warns(UserWarning, match=r"changed in memory \(UNet: middle_block has a hook\)"):
+        repeat(recipe, pipe.checkpoint.path)
+    hook.remove()
+    assert "changed" not in pipe("a star", seed=1, **FAST).metadata[0]
+    pipe.unet.out[2].bias.add_(1)
+    assert pipe("a star", seed=1, **FAST).metadata[0]["changed"] == "weights were written to"
+
+
+def test_completion_knows_what_there_is():
+    assert {"load", "Request", "Pipeline", "Step"} <= set(dir(minisd))
 
 
 def test_a_guide_that_wants_what_there_is_not_is_named(tiny):

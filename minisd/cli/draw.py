@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +60,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args, more = made.parse_known_args(argv)
     if more:  # often words of a prompt without quotes
         options = [word for word in more if word.startswith("-")]
+        close = [match for word in options for match in get_close_matches(word, made._option_string_actions, 1)]
+        meant = f"; did you mean {close[0]}?" if close else ""
         found = f"expected one text, found more words, {' '.join(more)!r}: put the prompt into quotes"
-        made.error(f"unrecognized arguments: {' '.join(more)}" if options else found)
+        made.error(f"unrecognized arguments: {' '.join(more)}{meant}" if options else found)
     return args
 
 
@@ -71,17 +74,13 @@ def draw(args: argparse.Namespace) -> int:
     from ..pipeline import load
     from ..result import Interrupted, with_bar
 
-    if args.model is None and not KNOWN & set(re.findall(r"\w+", args.prompt.lower())):
-        print(
-            "minisd: the tiny checkpoint in the box knows eight shapes (a circle, a star, …) in ten colours and nothing else; "
-            "-m FILE draws with another",
-            file=sys.stderr,
-        )
     pipe = load(args.model, args.device, args.dtype, args.vae, args.prediction, args.offload, args.ema)
     args.refiner = load(args.refiner, args.device, args.dtype, offload=args.offload) if args.refiner else None
     look = Preview(pipe, args.preview) if args.preview else None
+    steps = pipe.stream(request_of(args.prompt, args))
+    tell_what_it_knows(args)
     try:
-        result = with_bar(pipe.stream(request_of(args.prompt, args)), look, hidden=None)
+        result = with_bar(steps, look, hidden=None)
     except (Interrupted, MinisdError) as stop:
         if stop.result is not None:
             report(stop.result, output, args)
@@ -91,6 +90,15 @@ def draw(args: argparse.Namespace) -> int:
     if args.grid:
         save_png(grid(result.images), args.grid, as_grid(result))
     return status
+
+
+def tell_what_it_knows(args: argparse.Namespace) -> None:
+    if args.model is None and not KNOWN & set(re.findall(r"\w+", args.prompt.lower())):
+        print(
+            "minisd: the tiny checkpoint in the box knows eight shapes (a circle, a star, …) in ten colours and nothing else; "
+            "-m FILE draws with another",
+            file=sys.stderr,
+        )
 
 
 def settled_output(args: argparse.Namespace) -> Path:

@@ -87,7 +87,7 @@ def run(arguments: Sequence[str]) -> int:
     if first in ("-h", "--help", "help"):
         print(help_text())
         return 0
-    if first in ("-V", "--version"):
+    if first in ("-V", "--version", "version"):
         print(f"minisd {__version__}")
         return 0
     command = COMMANDS.get(first)

@@ -10,7 +10,7 @@ weights, and a network is fused only if every module is of the class that it was
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -145,6 +145,23 @@ def touched(network: nn.Module, built: Built) -> str | None:
 def version_of(x: Tensor) -> int:
     """Grows when a tensor is written to; those of inference mode do not count."""
     return 0 if x.is_inference() else x._version
+
+
+class AsLoaded:
+    """Networks as a file gave them, and what has been done to them since."""
+
+    def __init__(self, networks: Iterable[nn.Module]) -> None:
+        self.built = [(network, structure(network)) for network in networks]
+        self.weights = [(weight, version_of(weight)) for network, _ in self.built for weight in network.parameters()]
+
+    def changed(self) -> str | None:
+        for network, built in self.built:
+            if why := touched(network, built):
+                return f"{type(network).__name__}: {why}"
+        now = [weight for network, _ in self.built for weight in network.parameters()]
+        same = len(now) == len(self.weights)
+        same &= all(x is weight and version_of(x) == version for x, (weight, version) in zip(now, self.weights, strict=False))
+        return None if same else "weights were written to"
 
 
 class Snapshot:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -30,6 +32,20 @@ class CheckpointError(MinisdError):
         self.path, self.reason, self.hint, self.key = str(path), reason, hint, key
         where = f"{self.path}: " + (f"{key!r}: " if key else "")
         super().__init__(where + reason + (f" ({hint})" if hint else ""))
+
+
+@contextlib.contextmanager
+def taken_apart(path: object) -> Iterator[None]:
+    """Whatever goes wrong while a stranger's file is taken apart is a CheckpointError about that file, even what nobody
+    thought of; --debug shows where it comes from.  Only a lack of memory is no fault of the file."""
+    try:
+        yield
+    except (MinisdError, MemoryError):
+        raise
+    except Exception as error:
+        found = shown(str(error) or "no reason given", 200)
+        reason = f"is not put together as such a file is: {type(error).__name__}: {found}"
+        raise CheckpointError(path, reason, "copy or download it again") from error
 
 
 class OutOfMemoryError(MinisdError):

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,13 +20,14 @@ from typing import Any
 
 import safetensors
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown, taken_apart
 from ..models.shapes import Shapes
 from ..system.cache import keep, recall
 from .entry import MAX_TENSORS, Entry
 from .torch_file import read_torch_file
 
 MAX_NAME = 500  # characters of a tensor's name; the longest in SDXL has 92
+JSON_TEXT = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 MAX_HEADER = 8 << 20  # bytes; SDXL's 2,500 tensors take a few hundred KB
 
 TORCH_SAVE = (b"PK\x03\x04", b"\x80")  # how a .ckpt begins: a zip archive or, before PyTorch 1.6, a pickle
@@ -76,16 +78,23 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path)
     head, size, modified = first_bytes(path)
     length = int.from_bytes(head[:8], "little")
-    if size >= 10 and head[8:9] == b"{" and length <= size - 8:
-        entries, metadata = read_safetensors(path, length)
-    elif head.startswith(TORCH_SAVE):
-        entries, metadata = read_torch_file(path)
-    else:
-        raise CheckpointError(path, *what_else(head, size, length))
+    with taken_apart(path):
+        if size >= 10 and head[8:9] == b"{" and length <= size - 8:
+            entries, metadata = read_safetensors(path, length)
+        elif head.startswith(TORCH_SAVE):
+            entries, metadata = read_torch_file(path)
+        else:
+            raise CheckpointError(path, *what_else(head, size, length))
     for key in entries:
-        if not key.isprintable() or ".." in key or key.startswith("/") or len(key) > MAX_NAME:
+        if not honest(key):
             raise CheckpointError(path, "is not an honest tensor name", key=ascii(key[:MAX_NAME])[1:-1])
     return Checkpoint(path, entries, metadata, size, modified)
+
+
+def honest(key: str) -> bool:
+    """Whether a tensor may be called so.  A digit that is none of 0 to 9 ("²") would be taken for the number of a layer."""
+    plain = key.isprintable() and (key.isascii() or not any(letter.isdigit() and letter not in "0123456789" for letter in key))
+    return plain and ".." not in key and not key.startswith("/") and len(key) <= MAX_NAME
 
 
 def first_bytes(path: Path) -> tuple[bytes, int, int]:
@@ -126,26 +135,46 @@ def read_safetensors(path: Path, length: int) -> tuple[dict[str, Entry], dict[st
     if length > MAX_HEADER:
         raise CheckpointError(path, f"has a header of {length:,} bytes; at most {MAX_HEADER:,} were expected")
     try:
-        with safetensors.safe_open(path, framework="np") as file:  # checks the header against the file
+        header = parsed(path, length)
+        # The library checks the header against the file.  It reads it: a file that shrinks while it is mapped ends the process.
+        with safetensors.safe_open(path, framework="np", backend="pread") as file:
             metadata = dict(file.metadata() or {})
-        with path.open("rb") as plain:
-            header = json.loads(plain.read(8 + length)[8:], object_pairs_hook=once_each)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(path, f"is not a whole .safetensors file: {error}", "copy or download it again") from error
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
+        why = shown(str(error), 200)
+        raise CheckpointError(path, f"is not a whole .safetensors file: {why}", "copy or download it again") from error
     header.pop("__metadata__", None)
-    if len(header) > MAX_TENSORS:
-        raise CheckpointError(path, f"has {len(header):,} tensors; at most {MAX_TENSORS:,} were expected")
-    start = 8 + length
-    return {
-        key: Entry(facts["dtype"], tuple(facts["shape"]), start + facts["data_offsets"][0])
-        for key, facts in sorted(header.items())
-    }, metadata
+    return {key: entry_of(path, key, facts, 8 + length) for key, facts in sorted(header.items())}, metadata
+
+
+def parsed(path: Path, length: int) -> dict[str, Any]:
+    """The JSON of a header, once it is known that it lists no more tensors than are expected: listing a million takes seconds."""
+    with path.open("rb") as file:
+        text = file.read(8 + length)[8:].decode()
+    most = 2 * MAX_TENSORS + 2  # brackets: two a tensor
+    if text.count("[") > most or text.count("{") > most:
+        structure = JSON_TEXT.sub("", text)  # metadata, which is text, may hold any number of them
+        if structure.count("[") > most or structure.count("{") > most:
+            raise CheckpointError(path, f"has more than {MAX_TENSORS:,} tensors, which is the most that was expected")
+    header: dict[str, Any] = json.loads(text, object_pairs_hook=once_each)
+    if len(header) - ("__metadata__" in header) > MAX_TENSORS:
+        raise CheckpointError(path, f"has more than {MAX_TENSORS:,} tensors, which is the most that was expected")
+    return header
 
 
 def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
         raise ValueError("a name occurs twice in its header")
-    return dict(pairs)
+    return found
+
+
+def entry_of(path: Path, key: str, facts: Any, start: int) -> Entry:
+    """A tensor of a header whose numbers the library has checked; it also takes spellings of the rest that nobody writes."""
+    match facts:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(first), int(_)]}:
+            return Entry(dtype, tuple(shape), start + first)
+    expected = 'expected {"dtype": …, "shape": […], "data_offsets": […]}'
+    raise CheckpointError(path, f"{expected}, found {shown(json.dumps(facts), 100)}", "save it again", key[:MAX_NAME])
 
 
 FORMATS = {"F64": "d", "F32": "f", "F16": "e", "BF16": "H"}  # of struct; a bfloat16 is the upper half of a float32
@@ -158,7 +187,7 @@ def read_floats(checkpoint: Checkpoint, key: str, count: int | None = None) -> l
     if entry.dtype not in FORMATS or not (entry.numel == count if count else 2 <= entry.numel <= 10_000):
         found = f"{entry.numel:,} of {entry.dtype}"
         raise CheckpointError(checkpoint.path, f"expected {expected} floating-point numbers, found {found}", key=key)
-    with checkpoint.path.open("rb") as file:
+    with taken_apart(checkpoint.path), checkpoint.path.open("rb") as file:
         file.seek(entry.offset)
         data = file.read(entry.nbytes)
     if len(data) != entry.nbytes:

@@ -178,7 +178,10 @@ def measured_prediction(checkpoint: Checkpoint) -> tuple[Training, str]:
     key = f"{UNET}.output_blocks.11.1.transformer_blocks.0.norm1.bias"
     if key not in checkpoint.entries:
         return Training(), f"prediction epsilon: there is no {key} to measure"
-    spread = statistics.stdev(read_floats(checkpoint, key))
+    numbers = read_floats(checkpoint, key)
+    if max(map(abs, numbers)) > 3.4e38:  # the largest float32; sums of larger ones overflow
+        raise CheckpointError(checkpoint.path, "holds numbers too large for weights", "the file is broken; get another copy", key)
+    spread = statistics.pstdev(numbers)
     prediction = "v" if spread > 0.09 else "epsilon"
     sign = ">" if spread > 0.09 else "<="
     return Training(prediction), f"prediction {prediction}: {key} has a standard deviation of {spread:.3f} {sign} 0.09"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..errors import CheckpointError, UsageError, shown
+from ..errors import CheckpointError, UsageError, shown, taken_apart
 from ..files.checkpoint import file_sha256, open_checkpoint, state_of
 from ..files.recognition import looks_like, recognise
 from ..models.shapes import Shapes
@@ -124,7 +124,17 @@ def remembered(facts: Any) -> Facts | None:
 
 
 def identify(path: Path) -> Facts:
-    """What a file is, from its header."""
+    """What a file is, from its header.  Whatever is wrong with it costs this file its use, never the list it stands in."""
+    try:
+        with taken_apart(path):
+            return told(path)
+    except (CheckpointError, MemoryError) as error:
+        return Facts(
+            "other", None, error.reason[:500] if isinstance(error, CheckpointError) else "needs more memory than there is"
+        )
+
+
+def told(path: Path) -> Facts:
     try:
         checkpoint = open_checkpoint(path)
     except CheckpointError as error:

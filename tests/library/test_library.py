@@ -21,6 +21,7 @@ import minisd
 from minisd.cli import main
 from minisd.errors import CheckpointError, OutputError, UsageError
 from minisd.files.checkpoint import file_sha256
+from minisd.files.recognition import recognise
 from minisd.library.importing import add, checked_name
 from minisd.library.names import as_text, identify, list_models, resolve
 from minisd.library.places import extra_folders, model_files, searched, tiny_checkpoint
@@ -225,6 +226,27 @@ def test_files_that_are_no_models():
     others = {model.name: model.what for model in list_models() if model.kind == "other"}
     assert sorted(others) == ["cut", "empty", "pipe", "text"]
     assert "is not a whole .safetensors file" in others["cut"]
+
+
+def test_a_file_that_breaks_its_reader_costs_its_row_only(monkeypatch, capsys):
+    put("models/good.safetensors")
+    put("models/bad.safetensors")
+
+    def breaking(checkpoint):
+        if checkpoint.path.name == "bad.safetensors":
+            raise ZeroDivisionError("\x1b[2J")
+        return recognise(checkpoint)
+
+    monkeypatch.setattr("minisd.library.names.recognise", breaking)
+    assert main(["models", "--all"]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "ZeroDivisionError" in shown
+    assert {model.name: model.kind for model in list_models()} | dict.fromkeys(BOX) == {
+        "good": "checkpoint", "bad": "other", **dict.fromkeys(BOX)
+    }  # fmt: skip
+    assert resolve("good") == Path("models/good.safetensors")
+    assert resolve("bad") == Path("models/bad.safetensors")
 
 
 def test_two_hundred_checkpoints_and_a_second_time(capsys, monkeypatch):

@@ -7,6 +7,7 @@ a type, a shape and a place in the file, which tensors.py reads.  Nothing here i
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -23,11 +24,13 @@ import safetensors
 from ..errors import CheckpointError, shown, taken_apart
 from ..models.shapes import Shapes
 from ..system.cache import keep, recall
+from ..system.regular import open_regular
 from .entry import MAX_TENSORS, Entry
 from .torch_file import read_torch_file
 
 MAX_NAME = 500  # characters of a tensor's name; the longest in SDXL has 92
 JSON_TEXT = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_HEADER = 8 << 20  # bytes; SDXL's 2,500 tensors take a few hundred KB
 
 TORCH_SAVE = (b"PK\x03\x04", b"\x80")  # how a .ckpt begins: a zip archive or, before PyTorch 1.6, a pickle
@@ -104,15 +107,19 @@ def first_bytes(path: Path) -> tuple[bytes, int, int]:
             theirs = (path / "model_index.json").exists()
             hint = f"convert it first: minisd convert {path} -o NAME.safetensors" if theirs else "name the file in it"
             raise CheckpointError(path, "is a folder, expected a .safetensors or .ckpt file", hint)
-        if path.exists() and not path.is_file():  # a pipe would keep us waiting for its first byte
-            raise CheckpointError(path, "is not a regular file, expected a .safetensors or .ckpt file", "name the file itself")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             stat = os.fstat(file.fileno())
             head = file.read(64)
     except FileNotFoundError:
         raise CheckpointError(path, "does not exist", "check the path") from None
     except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise CheckpointError(
+                path, f"{error.strerror}, expected a .safetensors or .ckpt file", "name the file itself"
+            ) from None
         raise CheckpointError(path, f"cannot be opened: {error.strerror}") from error
+    except ValueError as error:  # a name with a NUL in it
+        raise CheckpointError(path, f"cannot be opened: {error}", "check the path") from error
     if not head:
         raise CheckpointError(path, "is empty", "download it again")
     return head, stat.st_size, stat.st_mtime_ns
@@ -206,18 +213,23 @@ def file_sha256(path: Path) -> str:
     Remembered by path, size and time of change, because a large file takes seconds.
     """
     name = state_of(path)
-    known = recall("sha256")
+    known = known_hashes()
     if name not in known:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             known[name] = hashlib.file_digest(file, "sha256").hexdigest()
         keep("sha256", known)
-    return str(known[name])
+    return known[name]
 
 
 def known_sha256(path: Path) -> str | None:
     """The same if it has been found out before."""
-    found = recall("sha256").get(state_of(path))
-    return str(found) if found else None
+    return known_hashes().get(state_of(path))
+
+
+def known_hashes() -> dict[str, str]:
+    """The hashes that are remembered, by state; without what is no hash, because anybody may have written there."""
+    found = recall("sha256")
+    return {name: value for name, value in found.items() if isinstance(value, str) and SHA256.fullmatch(value)}
 
 
 def data_sha256(path: Path) -> str | None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,29 @@ def test_a_file_that_breaks_its_reader_costs_its_row_only(monkeypatch, capsys):
     }  # fmt: skip
     assert resolve("good") == Path("models/good.safetensors")
     assert resolve("bad") == Path("models/bad.safetensors")
+
+
+@pytest.mark.parametrize("call", ["stat", "scandir"])
+def test_a_folder_that_cannot_be_read_is_left_out_with_a_word(call, tmp_path, monkeypatch):
+    """A network that is gone answers EIO."""
+    put("models/good.safetensors")
+    gone = tmp_path / f"gone-{call}"
+    put(gone / "models" / "checkpoints" / "far.safetensors")
+    monkeypatch.setenv("MINISD_MODELS", str(gone))
+    original = getattr(os, call)
+
+    def failing(path=".", *arguments, **options):
+        if str(path).startswith(str(gone)):
+            raise OSError(5, "Input/output error")
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(os, call, failing)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert resolve("good") == Path("models/good.safetensors")
+        assert list(listed()) == ["good"]
+    if call == "stat":
+        assert any("is left out of the search for models: Input/output error" in str(each.message) for each in told)
 
 
 def test_two_hundred_checkpoints_and_a_second_time(capsys, monkeypatch):

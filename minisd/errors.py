@@ -68,5 +68,7 @@ class OutputError(MinisdError, OSError):
 
 def shown(text: str, limit: int) -> str:
     """Printable characters only, and not too many of them."""
+    if text.isprintable() and len(text) <= limit:
+        return text
     safe = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[: limit + 1])
-    return safe if len(text) <= limit else f"{safe[:limit]}… ({len(text):,} characters)"
+    return safe if len(safe) <= limit else f"{safe[:limit]}… ({len(text):,} characters)"

@@ -216,7 +216,7 @@ def file_sha256(path: Path) -> str:
     known = known_hashes()
     if name not in known:
         with open_regular(path) as file:
-            known[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            known[name] = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
         keep("sha256", known)
     return known[name]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -127,7 +128,8 @@ def remembered(facts: Any) -> Facts | None:
 def identify(path: Path) -> Facts:
     """What a file is, from its header.  Whatever is wrong with it costs this file its use, never the list it stands in."""
     try:
-        with taken_apart(path):
+        with taken_apart(path), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whoever opens the file will hear it
             return told(path)
     except (CheckpointError, MemoryError) as error:
         return Facts(

@@ -75,6 +75,14 @@ def test_metadata_counts_more_than_the_measurement(stated, prediction, tmp_path)
     assert "the metadata" in found.reasons[-1]
 
 
+@pytest.mark.parametrize("stated", ["10x9999", "1x9999", "1020x1020", "0016x0016", "99999x99999", "\x1b[2J", "", "٥١٢x٥١٢"])
+def test_a_senseless_size_is_ignored_with_a_word(stated, tmp_path):
+    with pytest.warns(UserWarning, match="modelspec.resolution = .*, which nothing can be drawn at: taking 768x768") as told:
+        found = recognised(tmp_path, manifest("sd21-768"), spread(0.12), **{"modelspec.resolution": stated})
+    assert found.size == (768, 768)
+    assert str(told[0].message).isprintable()
+
+
 DISTILLED = {  # transformer blocks by level on the way down, and block by block on the way up
     "SSD-1B": ((0, 2, 4), [[4, 4, 10], [2, 1, 1]]),
     "Segmind Vega": ((0, 1, 2), [[2, 2, 2], [1, 1, 1]]),

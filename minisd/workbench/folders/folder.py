@@ -28,10 +28,12 @@ from ...files.saving import NO_HASH, Progress, write_checkpoint
 from ...files.tensors import TORCH, check_floats, read_stored
 from ...models.family import REFINER, SD1, SD2, SDXL, VAE, Family
 from ...system.atomic import check_place, check_room, draft_of, strays, sync
+from ...system.regular import open_regular
 from ..converting import FLOAT8, rounded, stored_name
 from .configs import small_files
 from .names import Link, Place, count, is_matrix, names_of, places
 
+MAX_JSON = 16 << 20  # bytes; the index of SDXL's shards has 200,000
 REST = "minisd.safetensors"
 OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.18
 
@@ -250,7 +252,8 @@ def training_of(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path, MAX_JSON) as file:
+            found = json.loads(file.read().decode())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(path, f"cannot be read as JSON: {error}") from error
     if not isinstance(found, dict):

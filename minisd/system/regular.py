@@ -23,7 +23,7 @@ def open_regular(path: str | os.PathLike[str], limit: int | None = None) -> Bina
             raise OSError(errno.EINVAL, "is not a regular file", str(path))
         if limit is not None and found.st_size > limit:
             raise OSError(errno.EFBIG, f"has {found.st_size:,} bytes; at most {limit:,} were expected", str(path))
-        return os.fdopen(descriptor, "rb")
+        return open(descriptor, "rb")  # os.fdopen would import
     except BaseException:
         os.close(descriptor)
         raise

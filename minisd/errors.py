@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -32,6 +34,20 @@ class CheckpointError(MinisdError):
         super().__init__(where + reason + (f" ({hint})" if hint else ""))
 
 
+@contextlib.contextmanager
+def taken_apart(path: object) -> Iterator[None]:
+    """Whatever goes wrong while a stranger's file is taken apart is a CheckpointError about that file, even what nobody
+    thought of; --debug shows where it comes from.  Only a lack of memory is no fault of the file."""
+    try:
+        yield
+    except (MinisdError, MemoryError):
+        raise
+    except Exception as error:
+        found = shown(str(error) or "no reason given", 200)
+        reason = f"is not put together as such a file is: {type(error).__name__}: {found}"
+        raise CheckpointError(path, reason, "copy or download it again") from error
+
+
 class OutOfMemoryError(MinisdError):
     """The device has no room for the request."""
 
@@ -52,5 +68,7 @@ class OutputError(MinisdError, OSError):
 
 def shown(text: str, limit: int) -> str:
     """Printable characters only, and not too many of them."""
+    if text.isprintable() and len(text) <= limit:
+        return text
     safe = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[: limit + 1])
-    return safe if len(text) <= limit else f"{safe[:limit]}… ({len(text):,} characters)"
+    return safe if len(safe) <= limit else f"{safe[:limit]}… ({len(text):,} characters)"

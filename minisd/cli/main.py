@@ -1,7 +1,8 @@
 """The command line.  Every command is a thin call of a Python function, imported when it is needed: --help stays fast.
 
 stdout carries data (the path of a picture, JSON), everything else goes to stderr.  Exit codes: 0 done, 1 other errors,
-2 wrong usage, 3 bad checkpoint, 4 out of memory, 5 NaN, 6 output could not be written, 130 interrupted.
+2 wrong usage, 3 bad checkpoint, 4 out of memory, 5 NaN, 6 output could not be written, 130 interrupted (143 by SIGTERM, 129 by
+SIGHUP), 141 nobody reads stdout.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from .. import __version__
-from ..errors import MinisdError, OutputError
+from ..errors import MinisdError, OutOfMemoryError, OutputError
 from . import again, bench, completion, draw, files, models
 from .options import Parser, one_line
+from .streams import careful_streams, ended_by_signals
+
+CLOSED = 141  # as the shell counts SIGPIPE
 
 EXAMPLES = """\
 examples:
@@ -108,27 +112,42 @@ def check_no_command(arguments: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  # closed by the caller: 2>&-
-    warnings.showwarning = lambda message, *_: print(f"minisd: warning: {message}", file=sys.stderr)
-    try:
-        status = run(arguments)
-        sys.stdout.flush()
-        return status
-    except MinisdError as error:
-        if "--debug" in arguments:
-            raise
-        print(f"minisd: error: {one_line(error)}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("minisd: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains while it exits
-        return 141
-    except OSError as error:
-        # Files that are read or written have errors of their own, and a name: what has none is standard output.
-        if "--debug" in arguments or error.filename is not None:
-            raise
-        print(f"minisd: error: standard output could not be written: {error.strerror}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OutputError.exit_code
+    debug = "--debug" in arguments
+    data = "--json" in arguments or arguments[:1] == ["completion"]
+    with careful_streams(data) as closed, ended_by_signals() as came:
+        warnings.showwarning = lambda message, *_: print(f"minisd: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        try:
+            status = run(arguments)
+            sys.stdout.flush()
+            return CLOSED if closed and status == 0 else status
+        except MinisdError as error:
+            if debug:
+                raise
+            print(f"minisd: error: {one_line(error)}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            print("minisd: interrupted", file=sys.stderr)
+            return 128 + came[0] if came else 130
+        except BrokenPipeError:
+            leave_stdout()
+            return CLOSED
+        except MemoryError:
+            if debug:
+                raise
+            print("minisd: error: there is not enough memory for this", file=sys.stderr)
+            return OutOfMemoryError.exit_code
+        except OSError as error:
+            if debug:
+                raise
+            # Files that are read or written have a name: what has none is standard output.
+            what = "standard output could not be written" if error.filename is None else f"{error.filename} cannot be used"
+            print(f"minisd: error: {what}: {error.strerror or error}", file=sys.stderr)
+            if error.filename is not None:
+                return MinisdError.exit_code
+            leave_stdout()
+            return OutputError.exit_code
+
+
+def leave_stdout() -> None:
+    """Nothing more goes there, or Python complains while it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from ..errors import UsageError
 from ..options import FLAG, OPTIONS, PAIR, Option, pair
+from .streams import undisturbed as undisturbed
 
 if TYPE_CHECKING:
     from ..request import Request
@@ -27,6 +26,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **(options | {"allow_abbrev": False}))
 
     def error(self, message: str) -> NoReturn:
+        message = " ".join(message.split())
         self.exit(UsageError.exit_code, f"minisd: error: {message} (see {self.prog} --help)\n")
 
 
@@ -122,22 +122,6 @@ def check_distinct(outputs: Iterable[Path], inputs: Iterable[str | None]) -> Non
         if path.resolve() in taken:
             raise UsageError(f"output {path}: expected a name of its own, found one that is read or written before")
         taken.add(path.resolve())
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Ctrl-C waits until the block is done."""
-    if threading.current_thread() is not threading.main_thread():  # which alone gets it
-        yield
-        return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        raise KeyboardInterrupt
 
 
 # What Python calls an argument, and what the command line does.

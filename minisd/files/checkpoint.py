@@ -7,10 +7,12 @@ a type, a shape and a place in the file, which tensors.py reads.  Nothing here i
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,13 +21,16 @@ from typing import Any
 
 import safetensors
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown, taken_apart
 from ..models.shapes import Shapes
 from ..system.cache import keep, recall
+from ..system.regular import open_regular
 from .entry import MAX_TENSORS, Entry
 from .torch_file import read_torch_file
 
 MAX_NAME = 500  # characters of a tensor's name; the longest in SDXL has 92
+JSON_TEXT = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_HEADER = 8 << 20  # bytes; SDXL's 2,500 tensors take a few hundred KB
 
 TORCH_SAVE = (b"PK\x03\x04", b"\x80")  # how a .ckpt begins: a zip archive or, before PyTorch 1.6, a pickle
@@ -76,16 +81,23 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path)
     head, size, modified = first_bytes(path)
     length = int.from_bytes(head[:8], "little")
-    if size >= 10 and head[8:9] == b"{" and length <= size - 8:
-        entries, metadata = read_safetensors(path, length)
-    elif head.startswith(TORCH_SAVE):
-        entries, metadata = read_torch_file(path)
-    else:
-        raise CheckpointError(path, *what_else(head, size, length))
+    with taken_apart(path):
+        if size >= 10 and head[8:9] == b"{" and length <= size - 8:
+            entries, metadata = read_safetensors(path, length)
+        elif head.startswith(TORCH_SAVE):
+            entries, metadata = read_torch_file(path)
+        else:
+            raise CheckpointError(path, *what_else(head, size, length))
     for key in entries:
-        if not key.isprintable() or ".." in key or key.startswith("/") or len(key) > MAX_NAME:
+        plain = key.isprintable() and ".." not in key and not key.startswith("/") and len(key) <= MAX_NAME
+        if not plain or (not key.isascii() and strange_digits(key)):
             raise CheckpointError(path, "is not an honest tensor name", key=ascii(key[:MAX_NAME])[1:-1])
     return Checkpoint(path, entries, metadata, size, modified)
+
+
+def strange_digits(key: str) -> bool:
+    """Whether a name has digits that are none of 0 to 9 ("²"): they would be taken for the number of a layer."""
+    return any(letter.isdigit() and not letter.isascii() for letter in key)
 
 
 def first_bytes(path: Path) -> tuple[bytes, int, int]:
@@ -95,15 +107,19 @@ def first_bytes(path: Path) -> tuple[bytes, int, int]:
             theirs = (path / "model_index.json").exists()
             hint = f"convert it first: minisd convert {path} -o NAME.safetensors" if theirs else "name the file in it"
             raise CheckpointError(path, "is a folder, expected a .safetensors or .ckpt file", hint)
-        if path.exists() and not path.is_file():  # a pipe would keep us waiting for its first byte
-            raise CheckpointError(path, "is not a regular file, expected a .safetensors or .ckpt file", "name the file itself")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             stat = os.fstat(file.fileno())
             head = file.read(64)
     except FileNotFoundError:
         raise CheckpointError(path, "does not exist", "check the path") from None
     except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise CheckpointError(
+                path, f"{error.strerror}, expected a .safetensors or .ckpt file", "name the file itself"
+            ) from None
         raise CheckpointError(path, f"cannot be opened: {error.strerror}") from error
+    except ValueError as error:  # a name with a NUL in it
+        raise CheckpointError(path, f"cannot be opened: {error}", "check the path") from error
     if not head:
         raise CheckpointError(path, "is empty", "download it again")
     return head, stat.st_size, stat.st_mtime_ns
@@ -126,26 +142,45 @@ def read_safetensors(path: Path, length: int) -> tuple[dict[str, Entry], dict[st
     if length > MAX_HEADER:
         raise CheckpointError(path, f"has a header of {length:,} bytes; at most {MAX_HEADER:,} were expected")
     try:
-        with safetensors.safe_open(path, framework="np") as file:  # checks the header against the file
+        header = parsed(path, length)
+        # The library checks the header against the file.  It reads it: a file that shrinks while it is mapped ends the process.
+        with safetensors.safe_open(path, framework="np", backend="pread") as file:
             metadata = dict(file.metadata() or {})
-        with path.open("rb") as plain:
-            header = json.loads(plain.read(8 + length)[8:], object_pairs_hook=once_each)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(path, f"is not a whole .safetensors file: {error}", "copy or download it again") from error
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
+        why = shown(str(error), 200)
+        raise CheckpointError(path, f"is not a whole .safetensors file: {why}", "copy or download it again") from error
     header.pop("__metadata__", None)
-    if len(header) > MAX_TENSORS:
-        raise CheckpointError(path, f"has {len(header):,} tensors; at most {MAX_TENSORS:,} were expected")
-    start = 8 + length
-    return {
-        key: Entry(facts["dtype"], tuple(facts["shape"]), start + facts["data_offsets"][0])
-        for key, facts in sorted(header.items())
-    }, metadata
+    return {key: entry_of(path, key, facts, 8 + length) for key, facts in sorted(header.items())}, metadata
+
+
+def parsed(path: Path, length: int) -> dict[str, Any]:
+    """The JSON of a header, once it is known that it lists no more tensors than are expected: listing a million takes seconds."""
+    with path.open("rb") as file:
+        text = file.read(8 + length)[8:].decode()
+    most = 2 * MAX_TENSORS + 2  # brackets: two a tensor
+    if text.count("[") > most or text.count("{") > most:
+        structure = JSON_TEXT.sub("", text)  # metadata, which is text, may hold any number of them
+        if structure.count("[") > most or structure.count("{") > most:
+            raise CheckpointError(path, f"has more than {MAX_TENSORS:,} tensors, which is the most that was expected")
+    header: dict[str, Any] = json.loads(text, object_pairs_hook=once_each)
+    if len(header) - ("__metadata__" in header) > MAX_TENSORS:
+        raise CheckpointError(path, f"has more than {MAX_TENSORS:,} tensors, which is the most that was expected")
+    return header
 
 
 def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
         raise ValueError("a name occurs twice in its header")
-    return dict(pairs)
+    return found
+
+
+def entry_of(path: Path, key: str, facts: Any, start: int) -> Entry:
+    """A tensor of a header whose numbers the library has checked; it also takes spellings of the rest that nobody writes."""
+    if type(facts) is dict and type(facts["dtype"]) is str:
+        return Entry(facts["dtype"], tuple(facts["shape"]), start + facts["data_offsets"][0])
+    expected = 'expected {"dtype": …, "shape": […], "data_offsets": […]}'
+    raise CheckpointError(path, f"{expected}, found {shown(json.dumps(facts), 100)}", "save it again", key[:MAX_NAME])
 
 
 FORMATS = {"F64": "d", "F32": "f", "F16": "e", "BF16": "H"}  # of struct; a bfloat16 is the upper half of a float32
@@ -158,7 +193,7 @@ def read_floats(checkpoint: Checkpoint, key: str, count: int | None = None) -> l
     if entry.dtype not in FORMATS or not (entry.numel == count if count else 2 <= entry.numel <= 10_000):
         found = f"{entry.numel:,} of {entry.dtype}"
         raise CheckpointError(checkpoint.path, f"expected {expected} floating-point numbers, found {found}", key=key)
-    with checkpoint.path.open("rb") as file:
+    with taken_apart(checkpoint.path), checkpoint.path.open("rb") as file:
         file.seek(entry.offset)
         data = file.read(entry.nbytes)
     if len(data) != entry.nbytes:
@@ -177,18 +212,23 @@ def file_sha256(path: Path) -> str:
     Remembered by path, size and time of change, because a large file takes seconds.
     """
     name = state_of(path)
-    known = recall("sha256")
+    known = known_hashes()
     if name not in known:
-        with path.open("rb") as file:
-            known[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        with open_regular(path) as file:
+            known[name] = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
         keep("sha256", known)
-    return str(known[name])
+    return known[name]
 
 
 def known_sha256(path: Path) -> str | None:
     """The same if it has been found out before."""
-    found = recall("sha256").get(state_of(path))
-    return str(found) if found else None
+    return known_hashes().get(state_of(path))
+
+
+def known_hashes() -> dict[str, str]:
+    """The hashes that are remembered, by state; without what is no hash, because anybody may have written there."""
+    found = recall("sha256")
+    return {name: value for name, value in found.items() if isinstance(value, str) and SHA256.fullmatch(value)}
 
 
 def data_sha256(path: Path) -> str | None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 import statistics
+import warnings
 from collections.abc import Mapping
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from ..models.family import FAMILIES, SD2, SDXL, TASKS, UNET, VAE, Family, Recognition, Training
 from ..models.shapes import Shapes, below
+from ..options import MAX_SIDE
 from .checkpoint import Checkpoint, read_floats
 
 CONV_IN = f"{UNET}.input_blocks.0.0.weight"
@@ -178,7 +180,10 @@ def measured_prediction(checkpoint: Checkpoint) -> tuple[Training, str]:
     key = f"{UNET}.output_blocks.11.1.transformer_blocks.0.norm1.bias"
     if key not in checkpoint.entries:
         return Training(), f"prediction epsilon: there is no {key} to measure"
-    spread = statistics.stdev(read_floats(checkpoint, key))
+    numbers = read_floats(checkpoint, key)
+    if max(map(abs, numbers)) > 3.4e38:  # the largest float32; sums of larger ones overflow
+        raise CheckpointError(checkpoint.path, "holds numbers too large for weights", "the file is broken; get another copy", key)
+    spread = statistics.pstdev(numbers)
     prediction = "v" if spread > 0.09 else "epsilon"
     sign = ">" if spread > 0.09 else "<="
     return Training(prediction), f"prediction {prediction}: {key} has a standard deviation of {spread:.3f} {sign} 0.09"
@@ -187,11 +192,17 @@ def measured_prediction(checkpoint: Checkpoint) -> tuple[Training, str]:
 def native_size(family: Family, training: Training, metadata: Mapping[str, str]) -> tuple[int, int]:
     """(width, height) to draw at where nobody says: what the file's ModelSpec metadata names, else what its kind was trained
     at; of SD 2.x the models that predict v were trained at 768."""
-    match = re.fullmatch(r"(\d{2,4})x(\d{2,4})", metadata.get("modelspec.resolution", ""))
-    if match:
-        return int(match[1]), int(match[2])
     side = 768 if family is SD2 and training.prediction == "v" else family.size
-    return side, side
+    stated = metadata.get("modelspec.resolution")
+    if stated is None:
+        return side, side
+    match = re.fullmatch(r"([0-9]{2,4})x([0-9]{2,4})", stated)
+    width, height = (int(match[1]), int(match[2])) if match else (0, 0)
+    if any(length % 8 or not 64 <= length <= MAX_SIDE for length in (width, height)):
+        found = f"its metadata say modelspec.resolution = {shown(stated, 40)}"
+        warnings.warn(f"{found}, which nothing can be drawn at: taking {side}x{side} instead", stacklevel=4)
+        return side, side
+    return width, height
 
 
 def listing(keys: object) -> str:

@@ -129,6 +129,8 @@ def from_legacy(file: BoundedReader, size: int) -> tuple[Any, Records]:
     records: Records = {}
     position = source.tell()
     for key in keys:
+        if type(key) is not str:  # hashing a tuple in a tuple in a tuple … ends the process
+            raise UnreadableError(f"expected texts as the keys of its storages, found a {type(key).__name__}")
         storage = machine.storages[key]
         if int.from_bytes(file.peek_at(position, 8), "little") != storage.numel or key in records:
             raise UnreadableError(f"its storage {key!a} is not as long as its pickle says")

@@ -8,9 +8,9 @@ import warnings
 from pathlib import Path
 
 from ..errors import CheckpointError, OutputError, UsageError, shown
-from ..files.checkpoint import TORCH_SAVE, file_sha256, first_bytes, state_of
+from ..files.checkpoint import TORCH_SAVE, file_sha256, first_bytes, known_hashes, state_of
 from ..system.atomic import check_place, check_room, drafting, placed
-from ..system.cache import keep, recall
+from ..system.cache import keep
 from .names import Facts, identified, identify, is_name
 from .places import SUFFIXES, model_files, stem
 
@@ -105,4 +105,4 @@ def import_copy(source: Path, target: Path, facts: Facts) -> None:
             placed(draft, [target])
         except FileExistsError:
             raise OutputError(f"output {target}: another model has just taken this name; choose another with --name") from None
-    keep("sha256", recall("sha256") | {state_of(target): content.hexdigest()})
+    keep("sha256", known_hashes() | {state_of(target): content.hexdigest()})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..errors import CheckpointError, UsageError, shown
-from ..files.checkpoint import file_sha256, open_checkpoint, state_of
+from ..errors import CheckpointError, UsageError, shown, taken_apart
+from ..files.checkpoint import file_sha256, known_hashes, open_checkpoint, state_of
 from ..files.recognition import looks_like, recognise
 from ..models.shapes import Shapes
 from ..system.cache import keep, recall
@@ -63,13 +64,13 @@ def list_models(with_hash: bool = False) -> list[Listed]:
     with_hash: also the model hashes that are not known yet, which reads those files to their end.
     """
     known = identified(model_files())
-    hashes = recall("sha256")
+    hashes = known_hashes()
     listed = []
     for (file, state, facts), name in zip(known, names(known), strict=True):
         with contextlib.suppress(OSError):  # a file that has gone meanwhile, or whose numbers cannot be read
             sha256 = hashes.get(state) or (file_sha256(file.path) if with_hash and facts.kind != "other" else None)
             size = file.path.stat().st_size
-            listed.append(Listed(name, facts.kind, facts.family, facts.what, size, sha256 and str(sha256)[:10], file.path))
+            listed.append(Listed(name, facts.kind, facts.family, facts.what, size, sha256 and sha256[:10], file.path))
     return sorted(listed, key=lambda model: (ORDER.index(model.kind), model.name.casefold(), str(model.path)))
 
 
@@ -120,11 +121,23 @@ def minisd_version() -> str:
 def remembered(facts: Any) -> Facts | None:
     """The facts of one file, unless the cache holds something else in their place."""
     whole = isinstance(facts, list) and len(facts) == 3 and all(isinstance(fact, str | None) for fact in facts)
-    return Facts(*facts) if whole and facts[0] in ORDER and facts[2] is not None else None
+    known = whole and facts[0] in ORDER and facts[1] in (None, *BY_CONTEXT.values()) and facts[2] is not None
+    return Facts(*facts) if known else None
 
 
 def identify(path: Path) -> Facts:
-    """What a file is, from its header."""
+    """What a file is, from its header.  Whatever is wrong with it costs this file its use, never the list it stands in."""
+    try:
+        with taken_apart(path), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whoever opens the file will hear it
+            return told(path)
+    except (CheckpointError, MemoryError) as error:
+        return Facts(
+            "other", None, error.reason[:500] if isinstance(error, CheckpointError) else "needs more memory than there is"
+        )
+
+
+def told(path: Path) -> Facts:
     try:
         checkpoint = open_checkpoint(path)
     except CheckpointError as error:

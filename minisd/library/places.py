@@ -5,12 +5,16 @@ The order of search: $MINISD_MODELS, ./models, ./weights, the Hugging Face cache
 
 from __future__ import annotations
 
+import errno
 import os
+import stat as modes
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from ..system.regular import first_line_of, open_regular
 
 SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 
@@ -33,6 +37,21 @@ class File:
         return self.full.rsplit("/", 1)[-1]
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder.  One that cannot be looked at (a network that is gone) is left out, with a word, once."""
+    try:
+        return modes.S_ISDIR(path.stat().st_mode)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            tell_left_out(path, error.strerror or str(error))
+        return False
+
+
+@cache
+def tell_left_out(folder: Path, why: str) -> None:
+    warnings.warn(f"{folder} is left out of the search for models: {why}", stacklevel=4)
+
+
 @cache
 def tell_missing(folder: Path) -> None:
     """Once, however often it is looked for."""
@@ -43,13 +62,13 @@ def searched() -> list[Path]:
     """The folders that are searched, in this order, without those that do not exist."""
     given = [Path(os.path.expanduser(part)) for part in os.environ.get("MINISD_MODELS", "").split(os.pathsep) if part]
     for folder in given:
-        if not folder.is_dir():
+        if not is_folder(folder):
             tell_missing(folder)
     home = Path(os.path.expanduser("~"))
     programs = [place / name for place in (Path(), home, home / "Documents", home / "comfy") for name in PROGRAMS]
     folders: dict[str, Path] = {}
     for folder in (*given, Path("models"), Path("weights"), hub(), *programs):
-        if folder.is_dir():
+        if is_folder(folder):
             folders.setdefault(os.path.realpath(folder), folder)
     return list(folders.values())
 
@@ -66,13 +85,21 @@ def model_files() -> Iterator[File]:
     seen: set[str] = set()
     names: set[str] = set()
     for root in searched():
-        for file in below(root):
+        for file in reachable(root):
             place = os.path.join(os.path.realpath(file.path.parent), file.path.name)
             if place not in seen:
                 yield file
             seen.add(place)
             names.add(file.short)
     yield from (file for file in walk(tiny_checkpoint().parent) if file.short not in names)
+
+
+def reachable(root: Path) -> Iterator[File]:
+    """The files of a searched folder, up to where it cannot be read any more."""
+    try:
+        yield from below(root)
+    except OSError as error:
+        tell_left_out(root, error.strerror or str(error))
 
 
 def below(root: Path) -> Iterator[File]:
@@ -82,7 +109,7 @@ def below(root: Path) -> Iterator[File]:
         return
     programs = [(root / "models", COMFYUI), (root / "models", A1111), (root, ("embeddings",))]
     folders = [folder / name for folder, names in programs for name in names]
-    if not any((root / "models" / names[0]).is_dir() for names in (COMFYUI, A1111)):
+    if not any(is_folder(root / "models" / names[0]) for names in (COMFYUI, A1111)):
         folders = [root]
     for folder in (*folders, *extra_folders(root / "extra_model_paths.yaml")):
         yield from walk(folder)
@@ -100,10 +127,7 @@ def snapshots(root: Path) -> Iterator[File]:
     """Single files in the Hugging Face cache, models--ORG--NAME/snapshots/REVISION/FILE, as "ORG/NAME/FILE"."""
     for repository in sorted(root.glob("models--*")):
         revisions = sorted(path.name for path in (repository / "snapshots").glob("*"))
-        try:
-            current = (repository / "refs" / "main").read_text()[:100].strip()
-        except (OSError, ValueError):
-            current = ""
+        current = first_line_of(repository / "refs" / "main")
         name = repository.name.removeprefix("models--").replace("--", "/")
         for revision in [current] if current in revisions else revisions:
             folder = repository / "snapshots" / revision
@@ -118,8 +142,8 @@ def extra_folders(path: Path) -> Iterator[Path]:
     Of YAML this reads what that file uses: sections of `kind: folder`, or of `kind: |` with a folder on each line below.
     """
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            lines = file.read(MAX_LIST).splitlines()
+        with open_regular(path) as file:
+            lines = file.read(MAX_LIST).decode("utf-8", "replace").splitlines()
     except OSError:
         return
     sections: list[dict[str, list[str]]] = [{}]

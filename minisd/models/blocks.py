@@ -97,9 +97,11 @@ def block_ratios(spec: str, keys: Iterable[str]) -> dict[str, float]:
     """
     keys = list(keys)
     blocks = blocks_of(keys)
+    if not blocks:
+        raise UsageError("blocks: expected a model with the blocks of a UNet, found none in it")
     spec = spec.strip().lower()
     if spec in PRESETS:
-        return {block: PRESETS[spec](i / (len(blocks) - 1)) for i, block in enumerate(blocks)}
+        return {block: PRESETS[spec](i / max(len(blocks) - 1, 1)) for i, block in enumerate(blocks)}
     items = [item.strip() for item in spec.split(",")]
     if "=" not in spec:
         if len(items) != len(blocks):
@@ -131,7 +133,9 @@ def named(name: str, blocks: list[str], outside: set[str | None]) -> list[str]:
     """The blocks behind "input", "input.3", "input.0-3", "middle" or "time_embed"."""
     if name in outside:
         return [name]
-    place, first, last = (re.fullmatch(r"([a-z_]+)(?:\.(\d+)(?:-(\d+))?)?", name) or re.match("()()()", "")).groups()  # type: ignore[union-attr]
+    place, first, last = (
+        re.fullmatch(r"([a-z_]+)(?:\.([0-9]{1,4})(?:-([0-9]{1,4}))?)?", name) or re.match("()()()", "")
+    ).groups()  # type: ignore[union-attr]
     numbers = range(int(first), int(last or first) + 1) if first else None
     wanted = [block for block in blocks if block.split(".")[0] == place] if numbers is None else [f"{place}.{i}" for i in numbers]
     if not wanted or not set(wanted) <= set(blocks):

@@ -12,10 +12,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import MinisdError, UsageError
+from ..system.regular import open_regular
+from .metadata import check_head, why_not
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 16 << 20  # a small file can unpack to gigabytes; the header tells before it does
+MAX_LENGTH = 1 << 15  # pixels of a side: scaling one of millions takes gigabytes, however flat it is
+MAX_FILE = 64 << 20  # bytes; as many pixels of noise take 50 million as a PNG
 
 Picture = Image.Image | np.ndarray | Tensor | str | os.PathLike[str]
 
@@ -32,17 +36,26 @@ def open_picture(name: str, source: Picture) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    found = f"{image.width}x{image.height}"
-                    raise UsageError(f"{name} {path}: expected at most {MAX_PIXELS / 1e6:.0f} million pixels, found {found}")
-                return ImageOps.exif_transpose(image)
+            with open_regular(path, MAX_FILE) as file:
+                check_head(file)
+                with Image.open(file, formats=FORMATS) as image:
+                    check_size(f"{name} {path}", image.width, image.height)
+                    return ImageOps.exif_transpose(image)
+    except MinisdError:
+        raise
     except FileNotFoundError:
         raise UsageError(f"{name} {path}: does not exist") from None
     except IsADirectoryError:
         raise UsageError(f"{name} {path}: expected a picture, found a folder") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UsageError(f"{name} {path}: is no {', '.join(FORMATS)} picture that can be read: {error}") from None
+        raise UsageError(f"{name} {path}: is no {', '.join(FORMATS)} picture that can be read: {why_not(error)}") from None
+
+
+def check_size(name: str, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise UsageError(f"{name}: expected at most {MAX_PIXELS / 1e6:.0f} million pixels, found {width}x{height}")
+    if max(width, height) > MAX_LENGTH:
+        raise UsageError(f"{name}: expected sides of at most {MAX_LENGTH:,} pixels, found {width}x{height}; crop it first")
 
 
 def from_numbers(name: str, source: np.ndarray | Tensor) -> Image.Image:

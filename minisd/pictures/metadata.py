@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..errors import UsageError
 from ..options import OPTIONS, RECIPE, Option
+from ..system.regular import open_regular
+
+MAX_HEAD = 8 << 20  # bytes of a PNG before its pixels; a recipe has a few thousand, a colour profile up to half a million
+MAX_CHUNKS = 10_000
 
 HEAD = ("Steps", "Sampler", "CFG scale", "Seed")  # comes first, and is said always
 
@@ -66,11 +70,34 @@ def compared_text(recipe: Mapping[str, Any]) -> dict[str, str]:
     return fields
 
 
+def check_head(file: BinaryIO) -> None:
+    """Raises ValueError where a PNG has much before its pixels, all of which Pillow would bring into memory to open it."""
+    if file.read(8) == b"\x89PNG\r\n\x1a\n":
+        for _ in range(MAX_CHUNKS):
+            head = file.read(8)
+            if len(head) < 8 or head[4:] in (b"IDAT", b"IEND"):
+                break
+            if file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR) > MAX_HEAD:
+                raise ValueError(f"it has more than {MAX_HEAD:,} bytes before its pixels")
+        else:
+            raise ValueError(f"it has more than {MAX_CHUNKS:,} chunks before its pixels")
+    file.seek(0)
+
+
+def why_not(error: BaseException) -> str:
+    """Why a picture cannot be read, in words about the file, not about Python's objects."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it does not begin like one"
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The `minisd` chunk of a PNG.  Raises UsageError if the file is no picture or carries none."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            recipe = json.loads(image.info["minisd"])
+        with open_regular(path) as file:
+            check_head(file)
+            with Image.open(file, formats=["PNG"]) as image:
+                recipe = json.loads(image.info["minisd"])
     except FileNotFoundError:
         raise UsageError(f"{path}: does not exist") from None
     except IsADirectoryError:
@@ -78,8 +105,11 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     except KeyError:
         raise UsageError(f"{path}: carries no minisd chunk; only pictures that minisd has saved can be made again") from None
     except (OSError, ValueError, RecursionError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{path}: is not a PNG that can be read: {error}") from None
+        raise UsageError(f"{path}: is not a PNG that can be read: {why_not(error)}") from None
     if not isinstance(recipe, dict):
         raise UsageError(f"{path}: its minisd chunk is not a recipe")
     check_kinds(path, recipe)
+    if not isinstance(recipe.get("prompt", ""), str):
+        lost = "the picture's caller gave a conditioning, which it does not carry; it cannot be made again"
+        raise UsageError(f"{path}: prompt: {lost}")
     return recipe

@@ -7,7 +7,6 @@ import glob
 import os
 import shutil
 import stat
-import threading
 from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
@@ -59,12 +58,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def drafting(path: Path) -> Iterator[Path]:
-    """A name beside `path` for what is not finished yet, gone in the end.  Turns OSError into OutputError."""
+def drafting(path: Path, mode: int = 0o666) -> Iterator[Path]:
+    """An empty file beside `path` for what is not finished yet, gone in the end.  Turns OSError into OutputError.
+
+    Nobody can foretell its name, and it is new: a link that waits there for us would lead to another file.
+    """
     target = path.resolve()
-    draft = target.with_name(f".{target.name}.minisd-tmp-{os.getpid()}-{threading.get_native_id()}")
+    draft = draft_of(target)
     try:
-        remove_strays(target)
+        for stray in strays(target):
+            with contextlib.suppress(OSError):  # another user's, or a folder, which are in nobody's way
+                stray.unlink()
+        os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode))
         yield draft
     except OutputError:
         raise
@@ -115,19 +120,24 @@ def counted(path: Path) -> Iterator[Path]:
         yield path.with_name(f"{path.stem}_{number:05}_{path.suffix}")
 
 
-def remove_strays(target: Path) -> None:
-    """Removes what processes that are gone have left unfinished beside a target."""
+def draft_of(target: Path) -> Path:
+    """A name for a draft of ours: whose it is, and what nobody can foretell."""
+    return target.with_name(f".{target.name}.minisd-tmp-{os.getpid()}-{os.urandom(8).hex()}")
+
+
+def strays(target: Path) -> Iterator[Path]:
+    """What processes that are gone have left unfinished beside a target."""
     start = f".{target.name}.minisd-tmp-"
     for name in os.listdir(target.parent):
         pid = name.removeprefix(start).split("-")[0]
-        if name.startswith(start) and pid.isdigit() and not running(int(pid)):
-            (target.parent / name).unlink(missing_ok=True)
+        if name.startswith(start) and pid.isascii() and pid.isdecimal() and not running(int(pid[:20])):
+            yield target.parent / name
 
 
 def running(pid: int) -> bool:
     try:
         os.kill(pid, 0)  # asks, and sends nothing
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:
         return True

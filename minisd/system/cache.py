@@ -7,27 +7,37 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .atomic import drafting
+from .regular import open_regular
+
+MAX_KEPT = 64 << 20  # bytes; 10,000 files take about 3 MB
+
 
 def place(name: str) -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minisd" / f"{name}.json"
+    """Raises OSError where a user has no home (in a container, say): nothing is remembered there."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(folder):
+        raise OSError(f"{folder} is no place for a cache")
+    return Path(folder) / "minisd" / f"{name}.json"
 
 
 def recall(name: str) -> dict[str, Any]:
     """What was kept under this name; nothing if there is nothing, or no longer anything that can be read."""
     try:
-        known = json.loads(place(name).read_text())
+        with open_regular(place(name), MAX_KEPT) as file:
+            known = json.load(file)
     except (OSError, ValueError, RecursionError):
         return {}
     return known if isinstance(known, dict) else {}
 
 
 def keep(name: str, known: dict[str, Any]) -> None:
-    """Keeps it until the next time.  A cache that cannot be written costs time, nothing else."""
-    target = place(name)
-    draft = target.with_suffix(f".{os.getpid()}")
+    """Keeps it until the next time, for nobody else to read.  A cache that cannot be written costs time, nothing else."""
     try:
+        target = place(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(known))
-        draft.replace(target)
-    except OSError:
+        with drafting(target, 0o600) as draft:
+            draft.write_text(json.dumps(known))
+            draft.replace(target)
+    except (OSError, ValueError, RuntimeError):  # an OutputError is an OSError
         pass

@@ -21,7 +21,7 @@ def to_device(device: str | None) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:  # PyTorch looks for modules and hooks of devices that it only has a name for
         raise UsageError(f"device: expected one that this machine has, found {device!r}: {first_line(error)}") from None
     if found.type == "meta":
         raise UsageError("device: expected one that computes, found 'meta'")

@@ -16,6 +16,7 @@ from ..files.recognition import is_spare
 from ..files.tensors import TORCH, stored_pieces
 from ..models.blocks import group_of, in_order
 from ..models.family import Recognition
+from ..options import MAX_SIDE
 from ..text.tokenizer import LENGTH
 
 STEPS = 20  # of the picture whose arithmetic is counted, with guidance: two passes a step
@@ -57,8 +58,8 @@ def part_in_words(group: str) -> str:
 @torch.no_grad()
 def arithmetic(checkpoint: Checkpoint, found: Recognition, size: tuple[int, int]) -> dict[str, int]:
     """FLOPs of a picture by group, counted while modules without data run; "" is the whole UNet.  Raises UsageError."""
-    if any(length % 8 or length < 64 for length in size):
-        raise UsageError(f"size: expected multiples of 8 from 64 on, found {size[0]}x{size[1]}")
+    if any(length % 8 or not 64 <= length <= MAX_SIDE for length in size):
+        raise UsageError(f"size: expected multiples of 8 from 64 to {MAX_SIDE}, found {size[0]}x{size[1]}")
     model = build(checkpoint, found.family)
     unet, vae = model.unet, model.vae
     totals: dict[str, int] = {}

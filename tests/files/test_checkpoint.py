@@ -6,6 +6,9 @@ import hashlib
 import json
 import re
 import struct
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -333,3 +336,93 @@ def test_hashes_of_the_tensors_alone(tmp_path):
         facts = inspect(tmp_path / "c.safetensors", with_hash=True)
         assert facts["content"] is kept
         assert ("NOT what the metadata says" in as_text(facts)) is not kept
+
+
+def raw_file(path: Path, header: object, data: bytes = b"") -> Path:
+    """A .safetensors file with this header, a JSON value or bytes."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+PLAIN_FACTS = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [["F32", [1], [0, 4]], PLAIN_FACTS | {"dtype": {"F32": None}}, PLAIN_FACTS | {"data_offsets": {"0": 0, "1": 4}}, 7, None],
+)
+def test_headers_in_other_spellings_are_refused(facts, tmp_path):
+    """The library takes some that nobody writes."""
+    path = raw_file(tmp_path / "x.safetensors", {"w": facts}, b"abcd")
+    with pytest.raises(minisd.CheckpointError, match=r"x\.safetensors: "):
+        open_checkpoint(path)
+    assert open_checkpoint(raw_file(path, {"w": PLAIN_FACTS | {"more": 1}}, b"abcd")).entries["w"].shape == (1,)
+
+
+@pytest.mark.parametrize("name", ["a.²", "down.٣.weight", "①"])
+def test_digits_that_number_nothing_are_refused(name, tmp_path):
+    path = raw_file(tmp_path / "x.safetensors", {name: PLAIN_FACTS}, b"abcd")
+    with pytest.raises(minisd.CheckpointError, match="is not an honest tensor name"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("spelling", [PLAIN_FACTS | {"shape": [0], "data_offsets": [0, 0]}, ["F32", [0], [0, 0]]])
+def test_a_hundred_thousand_empty_tensors_are_counted_and_not_listed(spelling, tmp_path):
+    header = json.dumps({f"t{i}": spelling for i in range(100_000)}, separators=(",", ":")).encode()
+    path = raw_file(tmp_path / "x.safetensors", header)
+    begin = time.process_time()
+    with pytest.raises(minisd.CheckpointError, match="more than 10,000 tensors"):
+        open_checkpoint(path)
+    assert time.process_time() - begin < 0.1
+
+
+def test_ten_thousand_tensors_are_taken(tmp_path):
+    empty = PLAIN_FACTS | {"shape": [0], "data_offsets": [0, 0]}
+    path = raw_file(tmp_path / "x.safetensors", {"__metadata__": {"a": "b"}} | {f"t{i}": empty for i in range(10_000)})
+    assert len(open_checkpoint(path).entries) == 10_000
+
+
+CUTTING = """
+import os, sys, threading
+from pathlib import Path
+from minisd.errors import CheckpointError
+from minisd.files.checkpoint import open_checkpoint
+
+path = Path(sys.argv[1])
+whole, refused = path.read_bytes(), 0
+done = threading.Event()
+
+def cut():
+    while not done.is_set():
+        with path.open("r+b") as file:
+            file.truncate(100)
+            file.write(whole)
+
+thread = threading.Thread(target=cut)
+thread.start()
+for _ in range(2000):
+    try:
+        open_checkpoint(path)
+    except CheckpointError:
+        refused += 1
+done.set()
+thread.join()
+print(refused)
+"""
+
+
+def test_a_file_that_is_cut_while_it_is_opened_is_an_error(tmp_path):
+    """Not a SIGBUS: the header is read, never mapped."""
+    header = {f"t{i:04}": PLAIN_FACTS | {"data_offsets": [4 * i, 4 * i + 4]} for i in range(1000)}
+    path = raw_file(tmp_path / "x.safetensors", header, bytes(4000))
+    done = subprocess.run([sys.executable, "-c", CUTTING, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0
+
+
+def test_what_nobody_thought_of_is_an_error_of_the_file(tmp_path, monkeypatch):
+    path = raw_file(tmp_path / "x.safetensors", {"w": PLAIN_FACTS}, b"abcd")
+    monkeypatch.setattr("minisd.files.checkpoint.read_safetensors", lambda *_: {}["\x1b[2J"])
+    with pytest.raises(minisd.CheckpointError, match=r"x\.safetensors: .*KeyError: '\\x1b\[2J'"):
+        open_checkpoint(path)

@@ -618,3 +618,19 @@ def test_a_whole_model_builds(tmp_path, reduced_file):
     """A .ckpt of a whole model passes `build` as its .safetensors does."""
     path = written(tmp_path, saved({"state_dict": load_file(reduced_file)}))
     assert build(open_checkpoint(path), SD1).state_dict().keys() == build(open_checkpoint(reduced_file), SD1).state_dict().keys()
+
+
+def test_storage_keys_that_are_no_texts_are_refused_before_they_are_hashed(tmp_path):
+    """Hashing a tuple in a tuple, 500,000 times, recurses in C: it would end the process."""
+    nested = b"\x80\x02)" + b"\x85" * 500_000
+    assert "expected texts as the keys of its storages" in refused_header(tmp_path, legacy(fifth=nested + b"\x85."))
+    for key in (b"\x80\x02]K\x07a.", b"\x80\x02](K\x01N)e."):
+        assert "expected texts" in refused_header(tmp_path, legacy(fifth=key))
+    for place in (b"\x80\x02}" + nested[2:] + b"Ns.", b"\x80\x02" + nested[2:] + b"X\x01\0\0\0a\x93."):
+        refused_header(tmp_path, legacy(fourth=place))
+
+
+def refused_header(folder: Path, content: bytes) -> str:
+    with pytest.raises(minisd.CheckpointError) as caught:
+        open_checkpoint(written(folder, content))
+    return str(caught.value)

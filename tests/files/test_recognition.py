@@ -10,9 +10,11 @@ from families import SMALL
 from helpers import assert_close, built, manifest, recognised
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from minisd.diffusion.denoiser import Conditioning
-from minisd.files.checkpoint import CheckpointError
+from minisd.files.checkpoint import CheckpointError, open_checkpoint
+from minisd.files.recognition import recognise
 from minisd.models.family import FAMILIES, SD1, UNET
 from minisd.models.shapes import Shapes
 from minisd.models.unet import UNet
@@ -57,12 +59,28 @@ def test_stable_diffusion_2_is_measured(deviation, prediction, size, tmp_path):
     assert "standard deviation of" in found.reasons[-1]
 
 
+def test_a_measured_bias_near_the_largest_number_is_told(tmp_path):
+    shapes = {"cond_stage_model.model.x": (1,), "first_stage_model.x": (1,), f"{UNET}.input_blocks.0.0.weight": (1, 4, 1, 1)}
+    weights = {key: torch.zeros(shape) for key, shape in shapes.items()}
+    save_file(weights | {MEASURED: torch.tensor([1.7e308, -1.7e308] * 8, dtype=torch.float64)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"norm1\.bias': holds numbers too large for weights"):
+        recognise(open_checkpoint(tmp_path / "x.safetensors"))
+
+
 @pytest.mark.parametrize(("stated", "prediction"), [("v", "v"), ("epsilon", "epsilon")])
 def test_metadata_counts_more_than_the_measurement(stated, prediction, tmp_path):
     metadata = {"modelspec.prediction_type": stated, "modelspec.resolution": "640x384"}
     found = recognised(tmp_path, manifest("sd21-768"), spread(0.06 if stated == "v" else 0.2), **metadata)
     assert (found.training.prediction, found.size) == (prediction, (640, 384))
     assert "the metadata" in found.reasons[-1]
+
+
+@pytest.mark.parametrize("stated", ["10x9999", "1x9999", "1020x1020", "0016x0016", "99999x99999", "\x1b[2J", "", "٥١٢x٥١٢"])
+def test_a_senseless_size_is_ignored_with_a_word(stated, tmp_path):
+    with pytest.warns(UserWarning, match="modelspec.resolution = .*, which nothing can be drawn at: taking 768x768") as told:
+        found = recognised(tmp_path, manifest("sd21-768"), spread(0.12), **{"modelspec.resolution": stated})
+    assert found.size == (768, 768)
+    assert str(told[0].message).isprintable()
 
 
 DISTILLED = {  # transformer blocks by level on the way down, and block by block on the way up

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ import minisd
 from minisd.cli import main
 from minisd.errors import CheckpointError, OutputError, UsageError
 from minisd.files.checkpoint import file_sha256
+from minisd.files.recognition import recognise
 from minisd.library.importing import add, checked_name
 from minisd.library.names import as_text, identify, list_models, resolve
 from minisd.library.places import extra_folders, model_files, searched, tiny_checkpoint
@@ -225,6 +227,50 @@ def test_files_that_are_no_models():
     others = {model.name: model.what for model in list_models() if model.kind == "other"}
     assert sorted(others) == ["cut", "empty", "pipe", "text"]
     assert "is not a whole .safetensors file" in others["cut"]
+
+
+def test_a_file_that_breaks_its_reader_costs_its_row_only(monkeypatch, capsys):
+    put("models/good.safetensors")
+    put("models/bad.safetensors")
+
+    def breaking(checkpoint):
+        if checkpoint.path.name == "bad.safetensors":
+            raise ZeroDivisionError("\x1b[2J")
+        return recognise(checkpoint)
+
+    monkeypatch.setattr("minisd.library.names.recognise", breaking)
+    assert main(["models", "--all"]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "ZeroDivisionError" in shown
+    assert {model.name: model.kind for model in list_models()} | dict.fromkeys(BOX) == {
+        "good": "checkpoint", "bad": "other", **dict.fromkeys(BOX)
+    }  # fmt: skip
+    assert resolve("good") == Path("models/good.safetensors")
+    assert resolve("bad") == Path("models/bad.safetensors")
+
+
+@pytest.mark.parametrize("call", ["stat", "scandir"])
+def test_a_folder_that_cannot_be_read_is_left_out_with_a_word(call, tmp_path, monkeypatch):
+    """A network that is gone answers EIO."""
+    put("models/good.safetensors")
+    gone = tmp_path / f"gone-{call}"
+    put(gone / "models" / "checkpoints" / "far.safetensors")
+    monkeypatch.setenv("MINISD_MODELS", str(gone))
+    original = getattr(os, call)
+
+    def failing(path=".", *arguments, **options):
+        if str(path).startswith(str(gone)):
+            raise OSError(5, "Input/output error")
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(os, call, failing)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert resolve("good") == Path("models/good.safetensors")
+        assert list(listed()) == ["good"]
+    if call == "stat":
+        assert any("is left out of the search for models: Input/output error" in str(each.message) for each in told)
 
 
 def test_two_hundred_checkpoints_and_a_second_time(capsys, monkeypatch):

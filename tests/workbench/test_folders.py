@@ -208,6 +208,46 @@ def test_what_is_no_such_folder_is_told(tmp_path):
     assert "holds NaN" in changed(lambda f: save_file(spoilt, f / weights))
 
 
+SPOTS = {  # tensors of every kind: plain, a matrix, stacked, turned round, and what names the blocks
+    "unet": ["conv_in.weight", "time_embedding.linear_1.bias", "down_blocks.0.resnets.0.norm1.weight"],
+    "vae": ["encoder.mid_block.attentions.0.to_q.weight", "decoder.conv_out.bias", "quant_conv.weight"],
+    "text_encoder": ["text_model.embeddings.token_embedding.weight", "text_model.encoder.layers.0.self_attn.q_proj.weight"],
+}
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2"])
+def test_scalars_and_strange_numbers_in_a_folder_are_told(name, tmp_path):
+    folder = to_folder(SMALL[name].write(tmp_path / "a.safetensors"), tmp_path / "folder")
+
+    def refused(part, change):
+        path = next((folder / part).glob("*.safetensors"))
+        whole = path.read_bytes()
+        weights = load_file(path)
+        change(weights)
+        save_file(weights, path)
+        with pytest.raises(minisd.CheckpointError):
+            from_folder(folder, tmp_path / "b.safetensors")
+        path.write_bytes(whole)
+
+    for part, keys in SPOTS.items():
+        for key in keys:
+            refused(part, lambda weights, key=key: weights.update({key: torch.tensor(1.0)}))
+    for number in ("²", "x", "", "99999999999", "-1"):
+        refused("unet", lambda weights, number=number: weights.update({f"down_blocks.{number}.resnets.0.x": torch.ones(1)}))
+    if name == "sd2":
+        refused("text_encoder", lambda weights: weights.pop("text_model.encoder.layers.0.self_attn.k_proj.bias"))
+    from_folder(folder, tmp_path / "b.safetensors")
+
+
+def test_scalars_in_a_raw_file_are_told(tmp_path):
+    whole = load_file(SMALL["sd1"].write(tmp_path / "a.safetensors"))
+    for key in sorted(whole)[::20]:
+        save_file(whole | {key: torch.tensor(1.0)}, tmp_path / "b.safetensors")
+        with pytest.raises(minisd.CheckpointError):
+            to_folder(tmp_path / "b.safetensors", tmp_path / "folder")
+        assert not (tmp_path / "folder").exists()
+
+
 def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     source = SMALL["sd1"].write(tmp_path / "a.safetensors")
     (tmp_path / "full").mkdir()

@@ -21,17 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError, OutputError, UsageError
+from ...errors import CheckpointError, OutputError, UsageError, taken_apart
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.recognition import is_spare, listing, recognise
 from ...files.saving import NO_HASH, Progress, write_checkpoint
 from ...files.tensors import TORCH, check_floats, read_stored
 from ...models.family import REFINER, SD1, SD2, SDXL, VAE, Family
-from ...system.atomic import check_place, check_room, running, sync
+from ...system.atomic import check_place, check_room, draft_of, strays, sync
+from ...system.regular import open_regular
 from ..converting import FLOAT8, rounded, stored_name
 from .configs import small_files
 from .names import Link, Place, count, is_matrix, names_of, places
 
+MAX_JSON = 16 << 20  # bytes; the index of SDXL's shards has 200,000
 REST = "minisd.safetensors"
 OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.18
 
@@ -50,8 +52,9 @@ def to_folder(source: AnyPath, target: AnyPath, dtype: torch.dtype | None = None
     if dtype in FLOAT8:
         raise UsageError("dtype: expected float32, bfloat16 or float16 for a folder of diffusers, found float8")
     found = recognise(checkpoint)
-    links = {place: links_of(place, checkpoint, found.family) for place in places(found.family)}
-    texts = small_files(checkpoint, found)
+    with taken_apart(source):
+        links = {place: links_of(place, checkpoint, found.family) for place in places(found.family)}
+        texts = small_files(checkpoint, found)
     taken = {link.raw for each in links.values() for link in each}
     rest = [key for key in checkpoint.entries if key not in taken]
     total, done = sum(entry.nbytes for entry in checkpoint.entries.values()), 0
@@ -74,6 +77,9 @@ def links_of(place: Place, checkpoint: Checkpoint, family: Family) -> list[Link]
     if family is SD2 and place.tower:
         names.links = [link for link in names.links if link.raw != "text_projection"]
     links = [Link(place.prefix + link.raw, link.theirs, link.transposed) for link in names.forward(keys)]
+    bare = next((link.raw for link in links if not checkpoint.entries[link.raw].shape), None)
+    if bare:
+        raise CheckpointError(checkpoint.path, "expected a tensor with axes, found a single number", key=bare)
     lost = {place.prefix + key for key in keys} - {link.raw for link in links}
     if family is SD2 and place.tower:  # theirs ends with the last layer that is used, which is not the last there is
         last = f"{place.prefix}transformer.resblocks.{count(keys, 'transformer.resblocks.') - 1}."
@@ -114,9 +120,10 @@ def from_folder(source: AnyPath, target: AnyPath, dtype: torch.dtype | None = No
     dtype: of the weights; by default those of the folder.  Raises CheckpointError (the folder), OutputError.
     """
     folder = Path(source)
-    origin = raw_origin(folder)
-    rest = open_checkpoint(folder / REST) if (folder / REST).exists() else None
-    markers, metadata = training_of(folder) if rest is None else ((), dict(rest.metadata))
+    with taken_apart(folder):
+        origin = raw_origin(folder)
+        rest = open_checkpoint(folder / REST) if (folder / REST).exists() else None
+        markers, metadata = training_of(folder) if rest is None else ((), dict(rest.metadata))
     kept = [key for key in rest.entries if key not in origin] if rest else []
     planned = {key: (stored_name(key, found.dtype, found.shape, dtype), found.shape) for key, found in origin.items()}
     if "modelspec.hash_sha256" in metadata:
@@ -167,12 +174,28 @@ def raw_origin(folder: Path) -> dict[str, Found]:
             file, key = tensors[name]
             check_floats(file, {key: file.entries[key]})
         for link in links:
-            shapes = [file.entries[name].shape for file, name in map(tensors.__getitem__, link.theirs)]
+            sources = sources_of(folder / place.folder, link, tensors)
+            shapes = [file.entries[name].shape for file, name in sources]
             shape = tuple(reversed(shapes[0])) if link.transposed else (sum(each[0] for each in shapes), *shapes[0][1:])
             if place.folder == "vae" and is_matrix(link.raw):
                 shape = (*shape[:2], 1, 1)
-            origin[place.prefix + link.raw] = Found([tensors[name] for name in link.theirs], link.transposed, shape)
+            origin[place.prefix + link.raw] = Found(sources, link.transposed, shape)
     return origin
+
+
+def sources_of(folder: Path, link: Link, tensors: Tensors) -> list[tuple[Checkpoint, str]]:
+    """The tensors that make up a raw one.  Raises CheckpointError if one is missing or has a shape that no weight has."""
+    for name in link.theirs:
+        if name not in tensors:
+            raise CheckpointError(folder, "is missing", "is the folder complete?", key=name)
+        file, key = tensors[name]
+        shape = file.entries[key].shape
+        matrix = link.transposed or (folder.name == "vae" and is_matrix(link.raw))
+        if not shape or (matrix and len(shape) < 2):
+            raise CheckpointError(
+                file.path, f"expected {'a matrix' if matrix else 'a row of numbers'}, found shape {shape}", key=key
+            )
+    return [tensors[name] for name in link.theirs]
 
 
 def family_of(folder: Path) -> Family:
@@ -193,7 +216,8 @@ def weights(folder: Path) -> Tensors:
         if path.is_file():
             files = [open_checkpoint(path)]
         elif index.is_file():
-            names = {str(name) for name in dict(read_json(index).get("weight_map", {})).values()}
+            with taken_apart(index):
+                names = {str(name) for name in dict(read_json(index).get("weight_map", {})).values()}
             if any(Path(name).name != name for name in names):
                 raise CheckpointError(index, "names files outside of its folder")
             files = [open_checkpoint(folder / name) for name in sorted(names)]
@@ -228,7 +252,8 @@ def training_of(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path, MAX_JSON) as file:
+            found = json.loads(file.read().decode())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(path, f"cannot be read as JSON: {error}") from error
     if not isinstance(found, dict):
@@ -243,12 +268,10 @@ def whole_folder(target: Path, size: int) -> Iterator[Path]:
         raise OutputError(f"output {target}: exists already; choose another name")
     check_place(target / "model_index.json" if target.exists() else target)
     check_room(target, size)
-    draft = target.with_name(f".{target.name}.minisd-tmp-{os.getpid()}")
+    draft = draft_of(target)
     try:
-        for stray in target.parent.glob(f".{target.name}.minisd-tmp-*"):
-            pid = stray.name.rpartition("-")[2]
-            if pid.isdecimal() and not running(int(pid)):
-                shutil.rmtree(stray, ignore_errors=True)
+        for stray in strays(target):
+            shutil.rmtree(stray, ignore_errors=True)
         draft.mkdir()
         yield draft
         for folder, _, files in os.walk(draft):

@@ -69,7 +69,7 @@ class Level:
 def raw_levels(keys: Collection[str], way: str, resampler: str) -> list[Level]:
     """The levels of a raw UNet: `input_blocks`, whose first is a convolution, or `output_blocks`."""
     levels, layers, attention = [], 0, False
-    count = 1 + max((int(key.split(".")[1]) for key in keys if key.startswith(f"{way}.")), default=-1)
+    count = length_of(keys, way)
     for i in range(1 if way == "input_blocks" else 0, count):
         names = {key.split(".")[2] for key in keys if key.startswith(f"{way}.{i}.") and f".{resampler}." in key}
         if f"{way}.{i}.0.{resampler}.weight" not in keys:
@@ -83,7 +83,7 @@ def raw_levels(keys: Collection[str], way: str, resampler: str) -> list[Level]:
 
 def their_levels(keys: Collection[str], way: str) -> list[Level]:
     """The same of a UNet in diffusers' naming: `down_blocks` or `up_blocks`."""
-    blocks = 1 + max((int(key.split(".")[1]) for key in keys if key.startswith(f"{way}.")), default=-1)
+    blocks = length_of(keys, way)
 
     def level(b: int) -> Level:
         inside = {".".join(key.split(".")[2:4]) for key in keys if key.startswith(f"{way}.{b}.")}
@@ -91,6 +91,15 @@ def their_levels(keys: Collection[str], way: str) -> list[Level]:
         return Level(resnets, "attentions.0" in inside, any("samplers" in name for name in inside))
 
     return [level(b) for b in range(blocks)]
+
+
+def length_of(keys: Collection[str], way: str) -> int:
+    """How many blocks a way has.  Raises ValueError where one has no number, or one that no network has."""
+    numbers = {key.split(".")[1] for key in keys if key.startswith(f"{way}.")}
+    strange = [number for number in numbers if not (number.isascii() and number.isdecimal() and len(number) <= 3)]
+    if strange:
+        raise ValueError(f"{way}: expected the number of a block, found {strange[0][:80]!r}")
+    return 1 + max(map(int, numbers), default=-1)
 
 
 RESNET = {

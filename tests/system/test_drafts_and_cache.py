@@ -1,0 +1,142 @@
+"""Drafts that nobody can foretell, a cache that costs nothing but time, and files that are no regular files."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pwd
+import stat
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from minisd.errors import OutputError
+from minisd.files.checkpoint import file_sha256, known_sha256, state_of
+from minisd.system import atomic
+from minisd.system.atomic import drafting, replacing, running, strays
+from minisd.system.cache import keep, place, recall
+from minisd.system.regular import open_regular
+
+HASH = "0123456789abcdef" * 4
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_a_link_that_waits_under_a_drafts_name_is_not_followed(tmp_path, monkeypatch):
+    (tmp_path / "precious").write_text("precious")
+    monkeypatch.setattr("os.urandom", lambda count: bytes(count))  # as if it could be foretold
+    (tmp_path / f".x.minisd-tmp-{os.getpid()}-{'00' * 8}").symlink_to(tmp_path / "precious")
+    with pytest.raises(OutputError, match="File exists"), replacing(tmp_path / "x") as draft:
+        draft.write_text("over it")
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert not (tmp_path / "x").exists()
+
+
+def test_drafts_are_new_files_with_names_of_their_own(tmp_path):
+    with drafting(tmp_path / "x") as first, drafting(tmp_path / "x") as second:
+        assert first != second
+        assert first.stat().st_size == 0
+        assert str(os.getpid()) in first.name
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_strays_of_the_dead_are_removed_and_of_nobody_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "running", lambda pid: pid == 7)
+    start = ".x.minisd-tmp-"
+    gone = [f"{start}123-abc", f"{start}123", f"{start}{'9' * 30}-a"]
+    kept = [f"{start}7-abc", f"{start}²-abc", f"{start}name", ".y.minisd-tmp-123-abc", "x"]
+    for name in gone + kept:
+        (tmp_path / name).touch()
+    (tmp_path / f"{start}5-folder").mkdir()  # in nobody's way
+    assert {path.name for path in strays(tmp_path / "x")} == {*gone, f"{start}5-folder"}
+    with replacing(tmp_path / "x") as draft:
+        draft.write_text("new")
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, f"{start}5-folder"}
+
+
+def test_no_process_has_a_number_beyond_the_systems(monkeypatch):
+    assert running(os.getpid())
+    assert not running(10**19)
+
+
+def test_a_cache_is_for_its_user_alone(tmp_path):
+    keep("sha256", {"a": HASH})
+    assert stat.S_IMODE(place("sha256").stat().st_mode) == 0o600
+    assert recall("sha256") == {"a": HASH}
+    assert [path.name for path in place("sha256").parent.iterdir()] == ["sha256.json"]
+
+
+@pytest.mark.parametrize("poison", ["\x1b[2Jhello", HASH[:-1], HASH.upper(), HASH + "\n", 7, None, [HASH], {"a": HASH}])
+def test_what_is_no_hash_is_ignored(poison, tmp_path):
+    path = tmp_path / "model"
+    path.write_bytes(b"model")
+    keep("sha256", {state_of(path): poison})
+    assert known_sha256(path) is None
+    wanted = file_sha256(path)
+    assert len(wanted) == 64
+    assert json.loads(place("sha256").read_text()) == {state_of(path): wanted}
+
+
+def test_a_user_without_a_home_loses_time_only(tmp_path, monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    monkeypatch.chdir(tmp_path)
+    Path("model").write_bytes(b"model")
+    assert file_sha256(Path("model")) == file_sha256(Path("model"))
+    assert recall("sha256") == {}
+    assert os.listdir() == ["model"]
+
+
+def test_a_cache_that_is_a_pipe_is_not_waited_for():
+    place("sha256").parent.mkdir(parents=True)
+    os.mkfifo(place("sha256"))
+    assert recall("sha256") == {}
+
+
+def test_what_is_no_regular_file_is_told_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(bytes(11))
+    leader, terminal = os.openpty()
+    cases = {
+        str(tmp_path / "pipe"): errno.EINVAL,
+        os.ttyname(terminal): errno.EINVAL,
+        "/dev/zero": errno.EINVAL,
+        str(tmp_path): errno.EISDIR,
+        str(tmp_path / "large"): errno.EFBIG,
+        str(tmp_path / "none"): errno.ENOENT,
+    }
+    begin = time.monotonic()
+    before = len(os.listdir("/proc/self/fd"))
+    for path, code in cases.items():
+        with pytest.raises(OSError) as caught:  # noqa: PT011  # its number is looked at
+            open_regular(path, 10)
+        assert caught.value.errno == code, path
+    assert time.monotonic() - begin < 1
+    assert len(os.listdir("/proc/self/fd")) == before
+    with open_regular(tmp_path / "large", 11) as file:
+        assert file.read() == bytes(11)
+    os.close(leader)
+    os.close(terminal)
+
+
+def test_threads_get_a_draft_each(tmp_path):
+    found, together = [], threading.Barrier(2)
+
+    def run() -> None:
+        with drafting(tmp_path / "x") as draft:
+            together.wait(10)
+            found.append(draft)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 2

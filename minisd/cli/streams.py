@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import shown
 
 LONGEST = 2000  # characters of a line
-ENDING = (signal.SIGTERM, signal.SIGHUP)
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))  # Windows has the first alone
 
 
 class Shown:

@@ -56,6 +56,7 @@ def load(
     offload: bool = False,
     ema: bool = False,
     fast: bool | None = None,
+    strict: bool = False,
 ) -> Pipeline:
     """Opens a checkpoint and makes it ready to draw.
 
@@ -69,10 +70,12 @@ def load(
     offload: keep the parts in main memory and bring each to the device while it works: slower, for a small GPU.
     ema: draw with the moving average of the UNet's weights that some files carry beside them.
     fast: False computes with the modules as they stand, always; by default as the environment's MINISD_FAST (1 or 0) says.
+    strict: refuse a checkpoint with tensors that nothing asks for, instead of telling which they are.
     Raises CheckpointError (the files), UsageError (the other arguments), OutOfMemoryError.
     """
     if fast is not None:
         FLAG.check("fast", fast)
+    FLAG.check("strict", strict)
     where = to_device(device)
     kind = to_dtype(dtype, where)
     chosen()  # a wrong MINISD_KERNELS is told before anything is read
@@ -82,7 +85,7 @@ def load(
     if ema:
         checkpoint = averaged(checkpoint)
     with memory_errors():
-        model, recognition = load_model(checkpoint, torch.device("cpu") if offload else where, kind)
+        model, recognition = load_model(checkpoint, torch.device("cpu") if offload else where, kind, strict)
         if prediction is not None:
             recognition = replace(recognition, training=replace(recognition.training, prediction=prediction))
         pipe = Pipeline(model, recognition, checkpoint, where, kind, fast)

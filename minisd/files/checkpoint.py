@@ -13,7 +13,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..models.shapes import Shapes
 from ..system.cache import keep, recall
 from .entry import MAX_TENSORS, Entry
 from .torch_file import read_torch_file
+from .writers import usual_names
 
 MAX_NAME = 500  # characters of a tensor's name; the longest in SDXL has 92
 MAX_HEADER = 8 << 20  # bytes; SDXL's 2,500 tensors take a few hundred KB
@@ -53,6 +54,7 @@ class Checkpoint:
     size: int  # bytes
     modified: int  # time of the last change when it was opened, in ns
     ema: bool = False  # whether the UNet's entries are those of its moving average, see `averaged` in model.py
+    renamed: Mapping[str, str] = field(default_factory=dict)  # of those whose writer has other names: by the usual name its own
 
     @property
     def shapes(self) -> Shapes:
@@ -82,10 +84,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         entries, metadata = read_torch_file(path)
     else:
         raise CheckpointError(path, *what_else(head, size, length))
-    for key in entries:
+    named = usual_names(entries)
+    for key in {*entries, *named}:
         if not key.isprintable() or ".." in key or key.startswith("/") or len(key) > MAX_NAME:
             raise CheckpointError(path, "is not an honest tensor name", key=ascii(key[:MAX_NAME])[1:-1])
-    return Checkpoint(path, entries, metadata, size, modified)
+    renamed = {name: own for name, (own, _) in named.items() if name != own}
+    return Checkpoint(path, {name: entry for name, (_, entry) in named.items()}, metadata, size, modified, renamed=renamed)
 
 
 def first_bytes(path: Path) -> tuple[bytes, int, int]:

@@ -84,13 +84,14 @@ def load(
     checkpoint = open_checkpoint(resolve(path) if path is not None else tiny_checkpoint())
     if ema:
         checkpoint = averaged(checkpoint)
+    vae_files = [resolve(file, "vae") for file in ([vae] if isinstance(vae, str | os.PathLike) else vae or ())]
     with memory_errors():
-        model, recognition = load_model(checkpoint, torch.device("cpu") if offload else where, kind, strict)
+        model, recognition = load_model(checkpoint, torch.device("cpu") if offload else where, kind, strict, vae_files)
         if prediction is not None:
             recognition = replace(recognition, training=replace(recognition.training, prediction=prediction))
         pipe = Pipeline(model, recognition, checkpoint, where, kind, fast)
-        if vae is not None:
-            pipe.replace_vae(*(resolve(file, "vae") for file in ([vae] if isinstance(vae, str | os.PathLike) else vae)))
+        if vae_files:
+            pipe.replace_vae(*vae_files)
     return pipe
 
 

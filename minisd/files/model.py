@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from ..models.taesd import TinyAutoencoder, prefix_of
 from ..models.unet import UNet
 from ..models.vae import AutoencoderKL
 from ..system.memory import first_line
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .recognition import listing, looks_like, recognise, vae_name
 from .tensors import load_tensors
 from .upload import upload_tensors
@@ -34,7 +35,8 @@ class StableDiffusion(nn.Module):
         super().__init__()
         self.tower_names = [tower.name for tower in family.towers]
         place(self, UNET, UNet(below(shapes, UNET)))
-        place(self, VAE, AutoencoderKL(below(shapes, VAE)))
+        if below(shapes, VAE):  # some files leave it to another
+            place(self, VAE, AutoencoderKL(below(shapes, VAE)))
         for name in self.tower_names:
             place(self, name, text_encoder(below(shapes, name)))
 
@@ -139,12 +141,18 @@ def load_to(checkpoint: Checkpoint, keys: Iterable[str], dtype: torch.dtype, dev
 
 
 def load_model(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, strict: bool = False
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, strict: bool = False, vae: Sequence[Path] = ()
 ) -> tuple[StableDiffusion, Recognition]:
-    """The checkpoint's network, ready to run (eval mode, no gradients), and what it is.  Raises CheckpointError."""
-    recognition = recognise(checkpoint)
+    """The checkpoint's network, ready to run (eval mode, no gradients), and what it is; vae: files for one that has none.
+
+    Raises CheckpointError.
+    """
+    recognition = recognise(checkpoint, bool(vae))
     model = build(checkpoint, recognition.family, strict)
     model.load_state_dict(load_to(checkpoint, model.state_dict(), dtype, device), strict=True, assign=True)
+    if not hasattr(model, VAE):
+        latent_channels = checkpoint.shapes[f"{UNET}.out.2.weight"][0]
+        place(model, VAE, load_vae([open_checkpoint(file) for file in vae], latent_channels, device, dtype))
     return ready(model, device), recognition
 
 

@@ -49,6 +49,9 @@ OTHERS = [
 ]
 
 
+NO_VAE = "only the VAE is missing: name one with --vae, or put it in for good: minisd convert FILE --vae VAE -o NAME.safetensors"
+
+
 UNKNOWN = "no model that minisd knows"
 
 
@@ -72,13 +75,23 @@ def looks_like(shapes: Shapes) -> tuple[str, str]:
     if found == ["a VAE"]:
         return "a VAE alone", "give it as the VAE of a checkpoint: --vae"
     if found:
-        return f"{' and '.join(found)} alone", "a checkpoint holds a UNet, a VAE and its text encoders in one file"
+        lacks_vae = not missing(ranking(with_vae(shapes))[0], with_vae(shapes))
+        hint = NO_VAE if lacks_vae else "a checkpoint holds a UNet, a VAE and its text encoders in one file"
+        return f"{' and '.join(found)} alone", hint
     return UNKNOWN, "minisd opens single-file Stable Diffusion checkpoints"
 
 
-def recognise(checkpoint: Checkpoint) -> Recognition:
-    """What a checkpoint is.  Raises CheckpointError, which says what else the file looks like, if minisd cannot draw with it."""
-    shapes = checkpoint.shapes
+def with_vae(shapes: Shapes) -> Shapes:
+    """The same as if there were a VAE, for a file that another brings it to."""
+    return Shapes({VAE: (), **shapes})
+
+
+def recognise(checkpoint: Checkpoint, vae_given: bool = False) -> Recognition:
+    """What a checkpoint is; vae_given: one of another file comes with it, so that it needs none of its own.
+
+    Raises CheckpointError, which says what else the file looks like, if minisd cannot draw with it.
+    """
+    shapes = with_vae(checkpoint.shapes) if vae_given else checkpoint.shapes
     family, runner_up = ranking(shapes)[:2]
     foreign = next((title for pattern, title, _ in OTHERS if any(re.match(pattern, key) for key in shapes)), None)
     channels = input_channels(shapes)

@@ -263,3 +263,23 @@ def test_averages_of_weights_are_still_weights(files, tmp_path):
     save_file(load_file(files["sd1"]) | ema, tmp_path / "x.safetensors")
     with pytest.raises(minisd.CheckpointError, match="too large"):
         convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", torch.float16)
+
+
+def test_a_checkpoint_without_a_vae_takes_one_from_another_file(files, tmp_path):
+    weights = load_file(files["sd1"])
+    vae = {key: value for key, value in weights.items() if key.startswith("first_stage_model.")}
+    save_file(without(weights, *vae), tmp_path / "novae.safetensors")
+    alone = {key.removeprefix("first_stage_model."): value for key, value in vae.items()}
+    save_file(alone, tmp_path / "vae.safetensors")
+    assert np.array_equal(drawn(tmp_path / "novae.safetensors", vae=tmp_path / "vae.safetensors"), drawn(files["sd1"]))
+    pipe = minisd.load(tmp_path / "novae.safetensors", device="cpu", dtype="float32", vae=files["sd1"])
+    pipe.save(tmp_path / "whole.safetensors")
+    assert all(torch.equal(value, weights[key]) for key, value in load_file(tmp_path / "whole.safetensors").items())
+    with pytest.raises(minisd.CheckpointError, match=r"only the VAE is missing: name one with --vae"):
+        minisd.load(tmp_path / "novae.safetensors", device="cpu")
+    assert "--vae" in inspect(tmp_path / "novae.safetensors")["hint"]
+    with pytest.raises(minisd.CheckpointError, match="expected a VAE"):
+        minisd.load(tmp_path / "novae.safetensors", device="cpu", vae=tmp_path / "novae.safetensors")
+    save_file(without(weights, *list(vae)[3:]), tmp_path / "torn.safetensors")
+    with pytest.raises(minisd.CheckpointError, match="key is missing"):
+        minisd.load(tmp_path / "torn.safetensors", device="cpu", vae=tmp_path / "vae.safetensors")

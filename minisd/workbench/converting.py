@@ -161,7 +161,9 @@ def text_of(checkpoint: Checkpoint, like: Checkpoint) -> Origin:
 
     def encoders(file: Checkpoint) -> dict[str, tuple[int, ...]]:
         prefixes = tuple(f"{tower.name}." for tower in recognise(file).family.towers)
-        return {key: entry.shape for key, entry in file.entries.items() if key.startswith(prefixes) and not is_unneeded(key)}
+        extra = extra_keys(file)
+        asked = (key for key in file.entries if key.startswith(prefixes) and not is_unneeded(key) and key not in extra)
+        return {key: file.entries[key].shape for key in asked}
 
     wanted, found = encoders(like), encoders(checkpoint)
     left_out = {key for key in found.keys() - wanted.keys() if may_be_left_out(key)}

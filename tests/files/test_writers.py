@@ -204,6 +204,18 @@ def test_extra_tensors_are_listed_and_pruned(extra, files, tmp_path):
     assert open_checkpoint(tmp_path / "pruned.safetensors").entries.keys() == load_file(files["sd1"]).keys()
 
 
+def test_extra_tensors_are_no_reason_to_refuse_a_merge_or_a_text_encoder(extra, files, tmp_path):
+    usual = load_file(files["sd1"])
+    for sources in ([extra, files["sd1"]], [files["sd1"], extra]):
+        mix = load_file(merge(sources, tmp_path / "mix.safetensors", 0.5))
+        assert all(torch.equal(mix[key], value) for key, value in usual.items())
+        assert ("note" in mix) == (sources[0] == extra)
+    more = {"cond_stage_model.transformer.text_model.extra": torch.zeros(1)}
+    save_file(usual | more, tmp_path / "text.safetensors")
+    convert(files["sd1"], tmp_path / "x.safetensors", text=tmp_path / "text.safetensors")
+    assert load_file(tmp_path / "x.safetensors").keys() == usual.keys()
+
+
 def test_inspect_gives_reasons_and_other_names(files, tmp_path):
     weights = {f"module.{key}": value for key, value in load_file(files["sdxl"]).items()}
     save_file(weights | {"conditioner.embedders.0.text_projection": torch.eye(64)}, tmp_path / "x.safetensors")

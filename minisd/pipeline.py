@@ -57,6 +57,7 @@ def load(
     offload: bool = False,
     ema: bool = False,
     fast: bool | None = None,
+    strict: bool = False,
 ) -> Pipeline:
     """Opens a checkpoint and makes it ready to draw.
 
@@ -70,10 +71,12 @@ def load(
     offload: keep the parts in main memory and bring each to the device while it works: slower, for a small GPU.
     ema: draw with the moving average of the UNet's weights that some files carry beside them.
     fast: False computes with the modules as they stand, always; by default as the environment's MINISD_FAST (1 or 0) says.
+    strict: refuse a checkpoint with tensors that nothing asks for, instead of telling which they are.
     Raises CheckpointError (the files), UsageError (the other arguments), OutOfMemoryError.
     """
     if fast is not None:
         FLAG.check("fast", fast)
+    FLAG.check("strict", strict)
     where = to_device(device)
     kind = to_dtype(dtype, where)
     chosen()  # a wrong MINISD_KERNELS is told before anything is read
@@ -82,13 +85,14 @@ def load(
     checkpoint = open_checkpoint(resolve(path) if path is not None else tiny_checkpoint())
     if ema:
         checkpoint = averaged(checkpoint)
+    vae_files = [resolve(file, "vae") for file in ([vae] if isinstance(vae, str | os.PathLike) else vae or ())]
     with memory_errors():
-        model, recognition = load_model(checkpoint, torch.device("cpu") if offload else where, kind)
+        model, recognition = load_model(checkpoint, torch.device("cpu") if offload else where, kind, strict, vae_files)
         if prediction is not None:
             recognition = replace(recognition, training=replace(recognition.training, prediction=prediction))
         pipe = Pipeline(model, recognition, checkpoint, where, kind, fast)
-        if vae is not None:
-            pipe.replace_vae(*(resolve(file, "vae") for file in ([vae] if isinstance(vae, str | os.PathLike) else vae)))
+        if vae_files:
+            pipe.replace_vae(*vae_files)
     return pipe
 
 

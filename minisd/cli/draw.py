@@ -52,6 +52,7 @@ def add_files(parser: argparse.ArgumentParser) -> None:
     )
     files.add_argument("--refiner", metavar="FILE", help="a second checkpoint that finishes what the first began")
     files.add_argument("--ema", action="store_true", help="draw with the moving average of the weights, where the file has it")
+    files.add_argument("--strict", action="store_true", help="refuse a checkpoint with tensors that nothing asks for")
     files.add_argument("--prediction", metavar="NAME", help="epsilon or v, where the file does not say which")
 
 
@@ -74,8 +75,9 @@ def draw(args: argparse.Namespace) -> int:
     from ..pipeline import load
     from ..result import Interrupted, with_bar
 
-    pipe = load(args.model, args.device, args.dtype, args.vae, args.prediction, args.offload, args.ema)
-    args.refiner = load(args.refiner, args.device, args.dtype, offload=args.offload) if args.refiner else None
+    common: dict[str, Any] = {"device": args.device, "dtype": args.dtype, "offload": args.offload, "strict": args.strict}
+    pipe = load(args.model, vae=args.vae, prediction=args.prediction, ema=args.ema, **common)
+    args.refiner = load(args.refiner, **common) if args.refiner else None
     look = Preview(pipe, args.preview) if args.preview else None
     steps = pipe.stream(request_of(args.prompt, args))
     tell_what_it_knows(args)

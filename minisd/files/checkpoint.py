@@ -15,7 +15,7 @@ import os
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..system.cache import keep, recall
 from ..system.regular import open_regular
 from .entry import MAX_TENSORS, Entry
 from .torch_file import read_torch_file
+from .writers import usual_names
 
 MAX_NAME = 500  # characters of a tensor's name; the longest in SDXL has 92
 JSON_TEXT = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
@@ -58,6 +59,7 @@ class Checkpoint:
     size: int  # bytes
     modified: int  # time of the last change when it was opened, in ns
     ema: bool = False  # whether the UNet's entries are those of its moving average, see `averaged` in model.py
+    renamed: Mapping[str, str] = field(default_factory=dict)  # of those whose writer has other names: by the usual name its own
 
     @property
     def shapes(self) -> Shapes:
@@ -88,11 +90,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             entries, metadata = read_torch_file(path)
         else:
             raise CheckpointError(path, *what_else(head, size, length))
-    for key in entries:
+        named = usual_names(entries)
+    for key in {*entries, *named}:
         plain = key.isprintable() and ".." not in key and not key.startswith("/") and len(key) <= MAX_NAME
         if not plain or (not key.isascii() and strange_digits(key)):
             raise CheckpointError(path, "is not an honest tensor name", key=ascii(key[:MAX_NAME])[1:-1])
-    return Checkpoint(path, entries, metadata, size, modified)
+    renamed = {name: own for name, (own, _) in named.items() if name != own}
+    return Checkpoint(path, {name: entry for name, (_, entry) in named.items()}, metadata, size, modified, renamed=renamed)
 
 
 def strange_digits(key: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -18,22 +19,24 @@ from ..models.taesd import TinyAutoencoder, prefix_of
 from ..models.unet import UNet
 from ..models.vae import AutoencoderKL
 from ..system.memory import first_line
-from .checkpoint import Checkpoint
-from .recognition import is_spare, listing, looks_like, recognise, vae_name
+from .checkpoint import Checkpoint, open_checkpoint
+from .recognition import listing, looks_like, recognise, vae_name
 from .tensors import load_tensors
 from .upload import upload_tensors
+from .writers import check_nothing_left_out, is_unneeded, tell_extra, torn
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 class StableDiffusion(nn.Module):
-    """`state_dict()` has the keys of the file, apart from the spare ones listed in family.py."""
+    """`state_dict()` has the keys of the file, apart from those that nobody needs (writers.py)."""
 
     def __init__(self, shapes: Shapes, family: Family) -> None:
         super().__init__()
         self.tower_names = [tower.name for tower in family.towers]
         place(self, UNET, UNet(below(shapes, UNET)))
-        place(self, VAE, AutoencoderKL(below(shapes, VAE)))
+        if below(shapes, VAE):  # some files leave it to another
+            place(self, VAE, AutoencoderKL(below(shapes, VAE)))
         for name in self.tower_names:
             place(self, name, text_encoder(below(shapes, name)))
 
@@ -85,14 +88,15 @@ def averaged(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, entries=entries, ema=True)
 
 
-def build(checkpoint: Checkpoint, family: Family) -> StableDiffusion:
+def build(checkpoint: Checkpoint, family: Family, strict: bool = False) -> StableDiffusion:
     """The modules that a file describes, on the meta device: shapes, no data.
 
-    Raises CheckpointError if keys are missing, unknown or of the wrong shape.
+    Raises CheckpointError if keys are missing, of the wrong shape or, where that is asked for (strict), unknown.
     """
     shapes = checkpoint.shapes
+    check_nothing_left_out(checkpoint.path, shapes, family)
     model = described(checkpoint, family.title, lambda: StableDiffusion(shapes, family))
-    compare(checkpoint, family.title, model, {key: shape for key, shape in shapes.items() if not is_spare(key)})
+    compare(checkpoint, family.title, model, {key: shape for key, shape in shapes.items() if not is_unneeded(key)}, strict)
     return model
 
 
@@ -107,11 +111,15 @@ def described(checkpoint: Checkpoint, title: str, make: Callable[[], Module]) ->
         raise CheckpointError(checkpoint.path, f"this looks like {title}, but its shapes fit no network: {error}") from None
 
 
-def compare(checkpoint: Checkpoint, title: str, model: nn.Module, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises CheckpointError unless the module has exactly the file's keys and shapes."""
+def compare(
+    checkpoint: Checkpoint, title: str, model: nn.Module, found: Mapping[str, tuple[int, ...]], strict: bool = False
+) -> None:
+    """Raises CheckpointError unless the file has all the module's keys in their shapes; tells what it has beside them."""
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    if missing or unknown:
+    if unknown and not (missing or strict or torn(unknown, found)):
+        tell_extra(checkpoint.path, unknown)
+    elif missing or unknown:
         parts = [
             f"{len(keys)} key{'s are' if len(keys) > 1 else ' is'} {name}{listing(keys)}"
             for name, keys in (("missing", missing), ("unknown", unknown))
@@ -132,11 +140,19 @@ def load_to(checkpoint: Checkpoint, keys: Iterable[str], dtype: torch.dtype, dev
     return upload_tensors(checkpoint, keys, dtype, device) if device.type == "cuda" else load_tensors(checkpoint, keys, dtype)
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[StableDiffusion, Recognition]:
-    """The checkpoint's network, ready to run (eval mode, no gradients), and what it is.  Raises CheckpointError."""
-    recognition = recognise(checkpoint)
-    model = build(checkpoint, recognition.family)
+def load_model(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, strict: bool = False, vae: Sequence[Path] = ()
+) -> tuple[StableDiffusion, Recognition]:
+    """The checkpoint's network, ready to run (eval mode, no gradients), and what it is; vae: files for one that has none.
+
+    Raises CheckpointError.
+    """
+    recognition = recognise(checkpoint, bool(vae))
+    model = build(checkpoint, recognition.family, strict)
     model.load_state_dict(load_to(checkpoint, model.state_dict(), dtype, device), strict=True, assign=True)
+    if not hasattr(model, VAE):
+        latent_channels = checkpoint.shapes[f"{UNET}.out.2.weight"][0]
+        place(model, VAE, load_vae([open_checkpoint(file) for file in vae], latent_channels, device, dtype))
     return ready(model, device), recognition
 
 
@@ -157,7 +173,7 @@ def load_vae(
     prefix = f"{name}." if name else ""
     shapes = Shapes({key[len(prefix) :]: shape for key, shape in checkpoint.shapes.items() if key.startswith(prefix)}, prefix)
     vae = described(checkpoint, "a VAE", lambda: AutoencoderKL(shapes))
-    compare(checkpoint, "a VAE", vae, {key: shape for key, shape in shapes.items() if not is_spare(f"{VAE}.{key}")})
+    compare(checkpoint, "a VAE", vae, {key: shape for key, shape in shapes.items() if not is_unneeded(f"{VAE}.{key}")})
     if vae.latent_channels != latent_channels:
         reason = f"is a VAE for latents of {vae.latent_channels} channels, the checkpoint has {latent_channels}"
         raise CheckpointError(checkpoint.path, reason)

@@ -16,45 +16,10 @@ from ..models.family import FAMILIES, SD2, SDXL, TASKS, UNET, VAE, Family, Recog
 from ..models.shapes import Shapes, below
 from ..options import MAX_SIDE
 from .checkpoint import Checkpoint, read_floats
-
-CONV_IN = f"{UNET}.input_blocks.0.0.weight"
-
+from .writers import CONV_IN
 
 # Distilled UNets, told by the number of their transformer blocks (their published configurations); SDXL itself has 70.
 DISTILLED = {34: "SSD-1B", 15: "Segmind Vega", 21: "KOALA 700M", 30: "KOALA 1B"}
-
-
-# Single tensors by which a file says how it was trained (ComfyUI supported_models.py, SDXL.model_type).
-MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_min", "edm_vpred.sigma_max")
-
-
-# What files carry and nobody needs: (pattern, what it is).  Anything else that no module asks for is an error.
-TEXT = r"(cond_stage_model|conditioner\.embedders\.\d)"
-
-
-SPARE = [
-    (r"(alphas_cumprod(_prev)?|betas|log_one_minus_alphas_cumprod|lvlb_weights|logvar)", "schedule buffer"),
-    (r"(posterior_(variance|log_variance_clipped|mean_coef[12]))", "schedule buffer"),
-    (r"(sqrt_(alphas_cumprod|one_minus_alphas_cumprod|recip_alphas_cumprod|recipm1_alphas_cumprod))", "schedule buffer"),
-    (r"denoiser\.sigmas", "schedule buffer"),
-    (r"model_ema\..*", "moving average of the weights"),
-    (rf"{TEXT}\.transformer\.(text_model\.)?embeddings\.position_ids", "the numbers 0 to 76"),
-    (rf"{TEXT}\.(transformer\.|model\.)?logit_scale", "number of CLIP's own training"),
-    (rf"{TEXT}\.transformer\.(text_model\.)?text_projection(\.weight)?", "projection for CLIP's own training"),
-    (r"cond_stage_model\.text_projection(\.weight)?", "projection for CLIP's own training"),
-    (rf"{TEXT}\.transformer\.(vision_model|visual_projection)\..*", "CLIP's image encoder"),
-    (rf"{TEXT}\.model\.(attn_mask|visual\..*)", "CLIP's image encoder"),
-    (r"first_stage_model\.(loss\..*|model_ema\..*)", "of the autoencoder's training"),
-    (r"embedding_manager\..*", "textual inversion training"),
-    ("|".join(re.escape(marker) for marker in MARKERS), "marker of how the model was trained"),
-]
-
-
-_SPARE = re.compile("|".join(f"(?:{pattern})" for pattern, _ in SPARE))
-
-
-def is_spare(key: str) -> bool:
-    return _SPARE.fullmatch(key) is not None
 
 
 # Files that are something else: (a pattern that one of their keys matches, what it is, what to do).  The first match counts.
@@ -64,10 +29,14 @@ NOT_A_UNET = "minisd draws with models of the Stable Diffusion UNet family"
 ON_TOP = "it goes on top of a checkpoint, which is what -m names"
 
 
+SCALED = "minisd does not know its scales yet; take the model in float16, bfloat16 or plain float8"
+
+
 RAW = "minisd opens the single file that the model was published as"
 
 
 OTHERS = [
+    (r".*\.(scale_weight|weight_scale|scale_input|input_scale)|scaled_fp8|.*\.comfy_quant", "a model in scaled float8", SCALED),
     (r"lora_(unet|te\d?)_.*|.*\.lora_([AB]|up|down)\b.*|.*\.(hada_w1_a|lokr_w1)", "a LoRA", ON_TOP),
     (r"(control_model|controlnet_cond_embedding|input_hint_block)\..*", "a ControlNet", ON_TOP),
     (r"(model\.diffusion_model\.)?(double|single)_blocks\..*", "a Flux model", NOT_A_UNET),
@@ -80,6 +49,9 @@ OTHERS = [
     (r"(down|up)_blocks\..*|conv_norm_out\..*", "a UNet or ControlNet in diffusers' naming, or a part of one", RAW),
     (r"(encoder|decoder)\.(down|up)_blocks\..*", "a VAE in diffusers' naming", RAW),
 ]
+
+
+NO_VAE = "only the VAE is missing: name one with --vae, or put it in for good: minisd convert FILE --vae VAE -o NAME.safetensors"
 
 
 UNKNOWN = "no model that minisd knows"
@@ -105,13 +77,23 @@ def looks_like(shapes: Shapes) -> tuple[str, str]:
     if found == ["a VAE"]:
         return "a VAE alone", "give it as the VAE of a checkpoint: --vae"
     if found:
-        return f"{' and '.join(found)} alone", "a checkpoint holds a UNet, a VAE and its text encoders in one file"
+        lacks_vae = not missing(ranking(with_vae(shapes))[0], with_vae(shapes))
+        hint = NO_VAE if lacks_vae else "a checkpoint holds a UNet, a VAE and its text encoders in one file"
+        return f"{' and '.join(found)} alone", hint
     return UNKNOWN, "minisd opens single-file Stable Diffusion checkpoints"
 
 
-def recognise(checkpoint: Checkpoint) -> Recognition:
-    """What a checkpoint is.  Raises CheckpointError, which says what else the file looks like, if minisd cannot draw with it."""
-    shapes = checkpoint.shapes
+def with_vae(shapes: Shapes) -> Shapes:
+    """The same as if there were a VAE, for a file that another brings it to."""
+    return Shapes({VAE: (), **shapes})
+
+
+def recognise(checkpoint: Checkpoint, vae_given: bool = False) -> Recognition:
+    """What a checkpoint is; vae_given: one of another file comes with it, so that it needs none of its own.
+
+    Raises CheckpointError, which says what else the file looks like, if minisd cannot draw with it.
+    """
+    shapes = with_vae(checkpoint.shapes) if vae_given else checkpoint.shapes
     family, runner_up = ranking(shapes)[:2]
     foreign = next((title for pattern, title, _ in OTHERS if any(re.match(pattern, key) for key in shapes)), None)
     channels = input_channels(shapes)

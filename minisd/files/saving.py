@@ -26,8 +26,9 @@ from ..errors import CheckpointError, NonFiniteError, UsageError
 from ..system.atomic import check_place, check_room, counted, drafting, placed, replacing
 from .checkpoint import Checkpoint, open_checkpoint
 from .entry import PLAIN, Entry
-from .recognition import MARKERS, recognise
+from .recognition import recognise
 from .tensors import STORED, one_thread, read_stored
+from .writers import MARKERS
 
 NAMES = {dtype: name for name, dtype in STORED.items()}
 AHEAD = 16  # pieces that may wait for their hash

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,9 +12,12 @@ from torch import Tensor
 
 from ..errors import CheckpointError, OutputError, UsageError
 from ..files.checkpoint import Checkpoint, open_checkpoint
-from ..files.recognition import MARKERS, is_spare, listing, recognise, vae_name
+from ..files.model import StableDiffusion
+from ..files.model import described as described_model
+from ..files.recognition import listing, recognise, vae_name
 from ..files.saving import NAMES, Progress, described, write_checkpoint
 from ..files.tensors import TORCH, finite, stored_pieces
+from ..files.writers import MARKERS, is_bookkeeping, is_unneeded, may_be_left_out
 from ..models.blocks import part_of
 from ..models.family import VAE
 
@@ -35,7 +39,8 @@ def convert(
 
     dtype: of the weights, where it is to change; numbers that are no floating-point numbers stay what they are.  In float8 only
         matrices and convolutions of the UNet and the text encoders are stored, the rest in float16; they draw as any other.
-    prune: leaves out what nobody needs to draw: schedule buffers, the moving average, the loss of the training.
+    prune: leaves out what nobody needs to draw: schedule buffers, the moving average, the loss of the training, and what no
+        module asks for.
     vae: a VAE file or another checkpoint, whose VAE takes the place of the source's.
     text: another checkpoint of the same family, whose text encoders take the place of the source's.
     Raises CheckpointError (the sources, also if they hold NaN), UsageError (the target's name) and OutputError (the target; what
@@ -57,7 +62,7 @@ def save(
 
     filename_prefix: "checkpoints/mymix" gives checkpoints/mymix_00001_.safetensors, then _00002_; folders are made where they are
         missing, below `folder` and nowhere else.
-    dtype, vae, text: as for `convert`; spare tensors are left out.
+    dtype, vae, text: as for `convert`; what nobody needs is left out.
     Raises CheckpointError, UsageError (the prefix leads out of the folder), OutputError.
     """
     root = Path(folder)
@@ -91,7 +96,8 @@ def write_parts(
     by_number: bool = False,
 ) -> Path:
     check_dtype(dtype)
-    origin: Origin = {key: (checkpoint, key) for key in checkpoint.entries if not (prune and is_unneeded(key))}
+    dropped = {key for key in checkpoint.entries if is_pruned(key)} | extra_keys(checkpoint) if prune else set()
+    origin: Origin = {key: (checkpoint, key) for key in checkpoint.entries if key not in dropped}
     if vae is not None:
         origin = {key: place for key, place in origin.items() if part_of(key) != "vae"} | vae_of(open_checkpoint(vae))
     if text is not None:
@@ -103,7 +109,8 @@ def write_parts(
         file, name = origin[key]
         for piece in stored_pieces(file, name):
             if file.entries[name].dtype in TORCH:
-                yield rounded(piece, TORCH[planned[key][0]], file, name)
+                cast = narrowed if is_bookkeeping(key) else partial(rounded, file=file, key=name)
+                yield cast(piece, TORCH[planned[key][0]])
             else:
                 yield piece
 
@@ -111,8 +118,11 @@ def write_parts(
 
 
 def stored_name(key: str, stored: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> str:
-    """safetensors' name of the dtype that a tensor, `stored` as it is now, gets where `dtype` is asked for."""
-    if dtype is None or stored not in TORCH:
+    """safetensors' name of the dtype that a tensor, `stored` as it is now, gets where `dtype` is asked for.
+
+    Counters and buffers stay what they are: one of steps may be too large for float16.
+    """
+    if dtype is None or stored not in TORCH or (is_bookkeeping(key) and len(shape) < 2):
         return stored
     kept = dtype in FLOAT8 and (len(shape) < 2 or part_of(key) == "vae")
     return NAMES[torch.float16 if kept else dtype]
@@ -143,7 +153,7 @@ def vae_of(checkpoint: Checkpoint) -> Origin:
         raise CheckpointError(checkpoint.path, "expected a VAE, or a checkpoint that has one")
     prefix = f"{name}." if name else ""
     inside = {f"{VAE}.{key.removeprefix(prefix)}": key for key in checkpoint.entries if key.startswith(prefix)}
-    return {key: (checkpoint, original) for key, original in inside.items() if not is_spare(key)}
+    return {key: (checkpoint, original) for key, original in inside.items() if not is_unneeded(key)}
 
 
 def text_of(checkpoint: Checkpoint, like: Checkpoint) -> Origin:
@@ -151,16 +161,32 @@ def text_of(checkpoint: Checkpoint, like: Checkpoint) -> Origin:
 
     def encoders(file: Checkpoint) -> dict[str, tuple[int, ...]]:
         prefixes = tuple(f"{tower.name}." for tower in recognise(file).family.towers)
-        return {key: entry.shape for key, entry in file.entries.items() if key.startswith(prefixes) and not is_spare(key)}
+        extra = extra_keys(file)
+        asked = (key for key in file.entries if key.startswith(prefixes) and not is_unneeded(key) and key not in extra)
+        return {key: file.entries[key].shape for key in asked}
 
     wanted, found = encoders(like), encoders(checkpoint)
-    other = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
+    left_out = {key for key in found.keys() - wanted.keys() if may_be_left_out(key)}
+    other = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key) and key not in left_out]
     if other:
         reason = f"expected text encoders as in {like.path}, found {len(other)} keys that differ{listing(other)}"
         raise CheckpointError(checkpoint.path, reason)
     return {key: (checkpoint, key) for key in found}
 
 
-def is_unneeded(key: str) -> bool:
-    """Spare keys, but not the markers that say how a model was trained."""
-    return is_spare(key) and key not in MARKERS
+def extra_keys(checkpoint: Checkpoint) -> set[str]:
+    """The tensors that no module of the checkpoint asks for, and of which nobody knows what they are for.
+
+    None of a file that minisd cannot draw with: there nothing tells what is needed.
+    """
+    try:
+        family = recognise(checkpoint).family
+        model = described_model(checkpoint, family.title, lambda: StableDiffusion(checkpoint.shapes, family))
+    except CheckpointError:
+        return set()
+    return {key for key in checkpoint.entries.keys() - model.state_dict().keys() if not is_unneeded(key)}
+
+
+def is_pruned(key: str) -> bool:
+    """What nobody needs, but not the markers that say how a model was trained."""
+    return is_unneeded(key) and key not in MARKERS

@@ -9,7 +9,8 @@ from typing import Any
 from ..errors import CheckpointError, shown
 from ..files.checkpoint import Checkpoint, data_sha256, file_sha256, open_checkpoint
 from ..files.entry import Entry
-from ..files.recognition import is_spare, looks_like, recognise
+from ..files.recognition import looks_like, recognise
+from ..files.writers import is_asked_for, is_unneeded, left_out, why_unneeded
 from ..models.family import FAMILIES, UNET, VAE
 
 PARTS = {UNET: "UNet", VAE: "VAE"} | {tower.name: f"text: {tower.title}" for family in FAMILIES for tower in family.towers}
@@ -25,7 +26,9 @@ def inspect(
     """Facts about a .safetensors or .ckpt file, ready for JSON.
 
     family: minisd's name for it, or None; looks_like: what it is in words; why: the reasons; task, prediction, native_size;
-    parts: parameters, bytes and dtypes of each; unused: the tensors that nothing needs.
+    parts: parameters, bytes and dtypes of each; unused: the tensors that nothing needs, and what they are;
+    renamed: by the usual name of a tensor the one in the file; of a checkpoint also extra: names that no network has, and
+    left_out: what is missing for drawing, and what to do.
     with_hash: also `sha256`, which reads the whole file, and `model_hash`, its first 10 digits (AutoV2); of a .safetensors also
         `data_sha256`, of its tensors alone, `autov3`, its first 12 digits, and `content`: whether that is what the file's
         ModelSpec metadata promises (None: it does not say).
@@ -39,6 +42,8 @@ def inspect(
         found = recognise(checkpoint)
         facts |= {"family": found.family.name, "looks_like": found.family.title, "why": list(found.reasons)}
         facts |= {"task": found.task, "prediction": found.training.prediction, "native_size": found.size}
+        facts["extra"] = [key for key in checkpoint.entries if not is_unneeded(key) and not is_asked_for(key)]
+        facts["left_out"] = {key: row.what for key, row in left_out(checkpoint.entries, found.family).items()}
     except CheckpointError as error:
         what, hint = looks_like(checkpoint.shapes)
         facts |= {"family": None, "looks_like": what, "hint": hint, "why": [error.reason]}
@@ -69,7 +74,8 @@ def contents(checkpoint: Checkpoint) -> dict[str, Any]:
         "tensors": len(checkpoint.entries),
         "parameters": sum(entry.numel for entry in checkpoint.entries.values()),
         "parts": {name: summary(entries) for name, entries in parts.items()},
-        "unused": [key for key in checkpoint.entries if is_spare(key)],
+        "unused": {key: why_unneeded(key) for key in checkpoint.entries if is_unneeded(key)},
+        "renamed": dict(checkpoint.renamed),
         "metadata": dict(checkpoint.metadata),
     }
 
@@ -85,7 +91,7 @@ def data_hashes(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def part_of(key: str) -> str:
-    if is_spare(key):
+    if is_unneeded(key):
         return "unused"
     return next((title for name, title in PARTS.items() if key.startswith(name + ".")), "other")
 
@@ -114,8 +120,7 @@ def as_text(facts: dict[str, Any]) -> str:
         dtypes = ", ".join(sorted(part["dtypes"]))
         lines.append(f"  {name:<26}{part['parameters']:>16,} parameters  {part['bytes'] / 1e6:>10,.1f} MB  {dtypes}")
     lines += [f"  because: {shown(reason, 300)}" for reason in facts["why"] if facts["family"]]
-    if facts["unused"]:
-        lines.append(f"  unused: {shown(', '.join(facts['unused']), 200)}")
+    lines += writers_lines(facts)
     if "broken" in facts:
         bad = ", ".join(facts["broken"])
         lines.append(
@@ -130,6 +135,19 @@ def as_text(facts: dict[str, Any]) -> str:
         lines += tree_lines(facts)
     lines += [f"  {shown(key, 60)} = {shown(value, 100)}" for key, value in sorted(facts["metadata"].items())]
     return "\n".join(lines)
+
+
+def writers_lines(facts: dict[str, Any]) -> list[str]:
+    """What the program that wrote the file added, named its own way, and left out."""
+    lines, by_reason = [], dict[str, list[str]]()
+    for key, reason in facts["unused"].items():
+        by_reason.setdefault(reason, []).append(key)
+    lines += [f"  unused, {reason}: {shown(', '.join(keys), 200)}" for reason, keys in by_reason.items()]
+    if extra := facts.get("extra"):
+        lines.append(f"  unused, asked for by no network ({len(extra):,}): {shown(', '.join(extra[:10]), 500)}")
+    if renamed := [f"{own} is {name}" for name, own in facts["renamed"].items()]:
+        lines.append(f"  otherwise named ({len(renamed):,}): {shown(', '.join(renamed), 200)}")
+    return [*lines, *(f"  missing: {key}: {hint}" for key, hint in facts.get("left_out", {}).items())]
 
 
 def tree_lines(facts: dict[str, Any]) -> list[str]:

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from ..errors import CheckpointError, UsageError
 from ..files.checkpoint import Checkpoint, file_sha256, known_sha256, open_checkpoint
-from ..files.recognition import CONV_IN, is_spare, listing, recognise
+from ..files.recognition import listing, recognise
 from ..files.saving import NAMES, Progress, described, write_checkpoint
 from ..files.tensors import TORCH, finite, read_stored, stored_pieces
+from ..files.writers import CONV_IN, is_bookkeeping, is_unneeded
 from ..models.blocks import block_of, block_ratios, part_of
 from .arithmetic import dare, generator_for, slerp, ties, weighted
-from .converting import check_dtype, narrowed, stored_name
+from .converting import check_dtype, extra_keys, narrowed, stored_name
 
 PARTS = ("unet", "text", "vae")
 METHODS = ("weighted", "slerp", "ties", "dare")
@@ -88,10 +89,11 @@ def merge(
         if planned[key][0] not in TORCH:
             yield from stored_pieces(models[0], key)
             return
-        pieces = stored_pieces(models[0], key) if is_spare(key) else mixed(models, key, recipe, base is not None)
+        alone = is_unneeded(key) or any(key not in model.entries for model in models)
+        pieces = stored_pieces(models[0], key) if alone else mixed(models, key, recipe, base is not None)
         for piece in pieces:
             result = narrowed(piece, TORCH[planned[key][0]])
-            if not finite(result):
+            if not finite(result) and not is_bookkeeping(key):
                 raise why_not_finite(models, key, planned[key][0])
             yield result
 
@@ -132,11 +134,13 @@ def check_alike(first: Checkpoint, other: Checkpoint) -> None:
     ours, theirs = recognise(first), recognise(other)
     if ours.family is not theirs.family:
         raise CheckpointError(other.path, f"is {theirs.family.title}, expected {ours.family.title} as {first.path}")
-    lacking = [key for key in first.entries if not is_spare(key) and key not in other.entries]
-    if lacking:
+    lacking = [key for key in first.entries if not is_unneeded(key) and key not in other.entries]
+    if lacking := sorted({*lacking} - extra_keys(first)) if lacking else []:
         raise CheckpointError(other.path, f"lacks {len(lacking)} keys of {first.path}{listing(lacking)}")
     for key, entry in first.entries.items():
-        if is_spare(key) or math.prod(entry.shape) == math.prod(other.entries[key].shape):  # a 1x1 convolution may be a matrix
+        if is_unneeded(key) or key not in other.entries:
+            continue
+        if math.prod(entry.shape) == math.prod(other.entries[key].shape):  # a 1x1 convolution may be a matrix
             continue
         if key == CONV_IN and entry.shape[1] > other.entries[key].shape[1]:
             continue

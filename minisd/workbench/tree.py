@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..errors import UsageError
 from ..files.checkpoint import Checkpoint
 from ..files.model import build
-from ..files.recognition import is_spare
 from ..files.tensors import TORCH, stored_pieces
+from ..files.writers import is_unneeded
 from ..models.blocks import group_of, in_order
 from ..models.family import Recognition
 from ..options import MAX_SIDE
@@ -32,7 +32,7 @@ def tree(checkpoint: Checkpoint, found: Recognition, size: tuple[int, int] | Non
     """
     blocks: dict[str, dict[str, Any]] = {}
     for key, entry in checkpoint.entries.items():
-        if not is_spare(key):
+        if not is_unneeded(key):
             block = blocks.setdefault(group_of(key), {"tensors": 0, "parameters": 0, "bytes": 0, "flops": 0})
             block["tensors"] += 1
             block["parameters"] += entry.numel
@@ -91,7 +91,7 @@ def add_norms(checkpoint: Checkpoint, blocks: dict[str, dict[str, Any]]) -> None
     """Adds the root mean square and the largest absolute number; None where something is not finite."""
     sums: dict[str, list[float]] = {group: [0.0, 0.0] for group in blocks}
     for key, entry in checkpoint.entries.items():
-        if entry.dtype in TORCH and not is_spare(key):
+        if entry.dtype in TORCH and not is_unneeded(key):
             group = sums[group_of(key)]
             for piece in stored_pieces(checkpoint, key):
                 numbers = piece.float()

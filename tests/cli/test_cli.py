@@ -283,7 +283,15 @@ def test_bash_completes(capsys):
 
     assert completed("mo") == ["models"]
     assert completed("inspect", "--t") == ["--tree"]
-    assert set(completed("a castle", "--s")) == {"--steps", "--sampler", "--seed", "--size", "--strength", "--spacing"}
+    assert set(completed("a castle", "--s")) == {
+        "--steps",
+        "--sampler",
+        "--seed",
+        "--size",
+        "--strength",
+        "--spacing",
+        "--strict",
+    }
 
 
 @pytest.mark.parametrize("more", [["--init", "y.png"], ["--mask", "y.png"], ["--vae", "tiny"], ["--refiner", "tiny"]])

@@ -21,8 +21,9 @@ import minisd
 from minisd.files.checkpoint import Checkpoint, file_sha256, open_checkpoint
 from minisd.files.entry import Entry
 from minisd.files.model import build
-from minisd.files.recognition import is_spare, recognise
+from minisd.files.recognition import recognise
 from minisd.files.tensors import convert, load_tensors
+from minisd.files.writers import is_unneeded
 from minisd.models.family import SD1
 from minisd.workbench.inspecting import as_text, inspect
 from minisd.workbench.tree import arithmetic, part_in_words
@@ -64,7 +65,7 @@ def test_every_float_dtype_opens(tmp_path, dtype):
 
 
 def test_spare_buffers_are_ignored(small, tmp_path):
-    spare = {key: torch.zeros(shape) for key, shape in manifest("sd15").items() if is_spare(key)}
+    spare = {key: torch.zeros(shape) for key, shape in manifest("sd15").items() if is_unneeded(key)}
     spare["model_ema.diffusion_modelout0bias"] = torch.zeros(3)
     spare["first_stage_model.loss.logvar"] = torch.zeros(())
     assert len(spare) == 17

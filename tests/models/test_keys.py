@@ -6,7 +6,7 @@ import pytest
 from helpers import built, manifest, recognised
 
 from minisd.files.checkpoint import CheckpointError
-from minisd.files.recognition import is_spare
+from minisd.files.writers import is_unneeded
 from minisd.models.family import FAMILIES, SD1
 from minisd.workbench import blueprint
 
@@ -26,7 +26,7 @@ REFUSED = {
     "vae-ft-mse": "a VAE alone",
     "taesd": "a tiny autoencoder (TAESD)",
 }
-NEEDED = {key: shape for key, shape in manifest("sd15").items() if not is_spare(key)}
+NEEDED = {key: shape for key, shape in manifest("sd15").items() if not is_unneeded(key)}
 
 
 @pytest.mark.parametrize("name", DRAWS)
@@ -35,7 +35,7 @@ def test_every_published_checkpoint_is_recognised_and_has_its_keys(name, tmp_pat
     shapes = manifest(name)
     found = recognised(tmp_path, shapes)
     assert (found.family.name, found.task, found.size) == (family, task, (size, size))
-    needed = {key: shape for key, shape in shapes.items() if not is_spare(key)}
+    needed = {key: shape for key, shape in shapes.items() if not is_unneeded(key)}
     assert len(shapes) - len(needed) == spare
     assert built(needed, found.family) == needed
 
@@ -57,7 +57,7 @@ def test_what_is_published_and_no_checkpoint_for_drawing_is_named(name, tmp_path
     ],
 )
 def test_blueprint_equals_the_published_file(made, name):
-    assert made() == {key: shape for key, shape in manifest(name).items() if not is_spare(key)}
+    assert made() == {key: shape for key, shape in manifest(name).items() if not is_unneeded(key)}
 
 
 def test_families_are_told_apart_by_their_clues():

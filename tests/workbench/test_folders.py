@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import minisd
 from minisd.cli import main
-from minisd.files.recognition import is_spare, ranking
+from minisd.files.recognition import ranking
+from minisd.files.writers import is_unneeded
 from minisd.models.family import SD2
 from minisd.models.shapes import Shapes
 from minisd.workbench.converting import convert
@@ -63,7 +64,7 @@ def test_every_key_of_the_published_files_has_a_place(name, tmp_path):
     shapes = Shapes(manifest(name))
     family = ranking(shapes)[0]
     for place in places(family):
-        keys = [key.removeprefix(place.prefix) for key in shapes if key.startswith(place.prefix) and not is_spare(key)]
+        keys = [key.removeprefix(place.prefix) for key in shapes if key.startswith(place.prefix) and not is_unneeded(key)]
         links = names_of(place, keys, raw=True).forward(keys)
         theirs = {name for link in links for name in link.theirs}
         assert len(theirs) == sum(len(link.theirs) for link in links)
@@ -130,7 +131,7 @@ def test_without_the_rest_only_the_rest_is_lost(tmp_path):
     pipe = minisd.load(from_folder(folder, tmp_path / "b.safetensors"), device="cpu")
     assert (pipe.training.prediction, pipe.training.zero_terminal) == ("v", True)
     wanted, found = load_file(source), load_file(tmp_path / "b.safetensors")
-    assert all(torch.equal(found[key], wanted[key]) for key in wanted if not is_spare(key))
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted if not is_unneeded(key))
 
 
 def test_shards_old_names_and_half_precision(tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import minisd
 from minisd.cli import main
 from minisd.files.checkpoint import file_sha256
-from minisd.files.recognition import CONV_IN
+from minisd.files.writers import CONV_IN
 from minisd.models.blocks import block_ratios, blocks_of, group_of, part_of
 from minisd.workbench.arithmetic import dare, generator_for, slerp, ties
 from minisd.workbench.blueprint import random_weights

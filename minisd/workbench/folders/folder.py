@@ -23,9 +23,10 @@ from torch import Tensor
 
 from ...errors import CheckpointError, OutputError, UsageError, taken_apart
 from ...files.checkpoint import Checkpoint, open_checkpoint
-from ...files.recognition import is_spare, listing, recognise
+from ...files.recognition import listing, recognise
 from ...files.saving import NO_HASH, Progress, write_checkpoint
 from ...files.tensors import TORCH, check_floats, read_stored
+from ...files.writers import is_unneeded
 from ...models.family import REFINER, SD1, SD2, SDXL, VAE, Family
 from ...system.atomic import check_place, check_room, draft_of, strays, sync
 from ...system.regular import open_regular
@@ -72,7 +73,7 @@ def to_folder(source: AnyPath, target: AnyPath, dtype: torch.dtype | None = None
 
 def links_of(place: Place, checkpoint: Checkpoint, family: Family) -> list[Link]:
     """A link from every tensor of a network, by its whole raw name.  Raises CheckpointError if one has no place there."""
-    keys = [key.removeprefix(place.prefix) for key in checkpoint.entries if key.startswith(place.prefix) and not is_spare(key)]
+    keys = [key.removeprefix(place.prefix) for key in checkpoint.entries if key.startswith(place.prefix) and not is_unneeded(key)]
     names = names_of(place, keys, raw=True)
     if family is SD2 and place.tower:
         names.links = [link for link in names.links if link.raw != "text_projection"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,6 +10,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n 2: each worker has a core o
 
 import pytest
 import torch
+
+with suppress(ValueError):  # not in the main thread
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a run in the background has ignored
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Where there is no GPU, kernels run in Triton's interpreter.  Triton reads this when it is first imported: by what follows.

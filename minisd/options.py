@@ -163,10 +163,11 @@ OPTIONS = {
         Option(
             "spacing", one_of(*SPACINGS), None,
             "noise levels: linspace, leading, trailing, karras or exponential (default: the checkpoint's or sampler's own)",
-            "--spacing", "NAME", FINER,
+            "--spacing", "NAME", FINER, infotext="Schedule type",
         ),
         Option(
-            "guidance_rescale", number(0, 1), 0.0, "0 to 1: against the glare of strong guidance", "--rescale", "R", FINER
+            "guidance_rescale", number(0, 1), 0.0, "0 to 1: against the glare of strong guidance", 
+            "--rescale", "R", FINER, infotext="CFG Rescale",
         ),
         Option("original_size", PAIR, None, "size before cropping (default: the picture's)", "--original-size", "WxH", SDXL),
         Option("crop", PAIR, (0, 0), "left and top of the crop (default: 0x0)", "--crop", "LxT", SDXL),

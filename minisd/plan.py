@@ -233,6 +233,8 @@ def check_for_model(request: Request, model: Capabilities, sampler: Sampler) -> 
     if request.eta and "eta" not in sampler.options:
         takes = ", ".join(name for name, each in SAMPLERS.items() if "eta" in each.options)
         raise UsageError(f"eta: expected 0 with sampler {sampler.label!r}, found {request.eta}; only {takes} adds noise")
+    if 0 in (request.guidance_scale if isinstance(request.guidance_scale, tuple) else (request.guidance_scale,)):
+        warnings.warn("guidance_scale 0 draws the negative prompt alone; 1 turns guidance off", stacklevel=2)
     if request.clip_skip is not None:
         whole(1, model.text_layers).check("clip_skip", request.clip_skip)
     if request.zero_negative and not model.recognition.family.vector:

@@ -17,6 +17,7 @@ from minisd.diffusion.denoiser import ClassifierFree, Conditioning, Timeline
 from minisd.diffusion.program import program
 from minisd.errors import UsageError
 from minisd.options import AXES, OPTIONS, RECIPE, RECORDED
+from minisd.pictures.metadata import parameters_text
 from minisd.plan import planned
 from minisd.recipe import repeat
 from minisd.request import Request
@@ -385,3 +386,19 @@ def test_transform_is_gone_on_with(tiny):
 def test_a_request_may_be_changed_at_the_call(tiny):
     request = Request("a star", seed=1, **FAST)
     assert same(tiny(request, steps=3), tiny(replace(request, steps=3)))
+
+
+def test_no_guidance_at_all_is_told(tiny):
+    with pytest.warns(UserWarning, match="guidance_scale 0 draws the negative prompt alone; 1 turns guidance off"):
+        nothing = tiny("a red star", guidance_scale=0, seed=1, **FAST)
+    assert same(nothing, tiny("", guidance_scale=1, seed=1, **FAST))
+
+
+def test_levels_and_rescaling_are_in_the_parameters_text(tiny):
+    def text(**options):
+        return parameters_text(tiny("a star", seed=1, **(FAST | options)).metadata[0])
+
+    assert "Schedule type: Karras" in text(spacing="karras")
+    assert "CFG Rescale: 0.7" in text(guidance_rescale=0.7)
+    assert "Schedule" not in text()
+    assert "Rescale" not in text()

@@ -16,6 +16,8 @@ from ..system.regular import open_regular
 MAX_HEAD = 8 << 20  # bytes of a PNG before its pixels; a recipe has a few thousand, a colour profile up to half a million
 MAX_CHUNKS = 10_000
 
+# Spacings that have a name in A1111 (modules/sd_schedulers.py); the others are what its samplers take by themselves.
+SCHEDULES = {"karras": "Karras", "exponential": "Exponential"}
 HEAD = ("Steps", "Sampler", "CFG scale", "Seed")  # comes first, and is said always
 
 
@@ -55,7 +57,9 @@ def parameters_text(recipe: Mapping[str, Any]) -> str:
 
 def said_of(option: Option, recipe: Mapping[str, Any]) -> object:
     """An option's value as A1111 writes it; None where it says nothing of it."""
-    value = recipe["sampler_label"] if option.name == "sampler" else recipe[option.name]
+    value = recipe["sampler_label"] if option.name == "sampler" else recipe.get(option.name)
+    if option.name == "spacing":
+        value = SCHEDULES.get(str(value))
     return None if option.infotext not in HEAD and value in (None, 0) else value
 
 

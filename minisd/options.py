@@ -166,7 +166,7 @@ OPTIONS = {
             "--spacing", "NAME", FINER, infotext="Schedule type",
         ),
         Option(
-            "guidance_rescale", number(0, 1), 0.0, "0 to 1: against the glare of strong guidance", 
+            "guidance_rescale", number(0, 1), 0.0, "0 to 1: against the glare of strong guidance",
             "--rescale", "R", FINER, infotext="CFG Rescale",
         ),
         Option("original_size", PAIR, None, "size before cropping (default: the picture's)", "--original-size", "WxH", SDXL),

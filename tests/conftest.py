@@ -38,14 +38,22 @@ QUICK = (
     "diffusion",
     "text",
     "pictures",
-    "library",
     "test_cli",
     "test_request",
     "test_pipeline",
     "test_layout",
     "test_ways",
 )
-NOT_QUICK = ("triton", "test_every_sampler_and_guide", "test_six_sizes", "test_every_published_checkpoint")
+NOT_QUICK = (
+    "triton",
+    "test_every_sampler_and_guide",
+    "test_six_sizes",
+    "test_every_published_checkpoint",
+    "test_what_changes",
+    "test_over_many",
+    "test_again",
+    "test_every_module",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -45,6 +45,7 @@ def read_torch_file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         raise CheckpointError(path, str(error), error.hint, error.key) from None
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
+    # NotImplementedError is what zipfile raises for a kind or a version of compression that it does not know
     except (*NONSENSE, OverflowError, struct.error, zipfile.BadZipFile, NotImplementedError) as error:
         raise CheckpointError(path, f"is not a whole torch.save file: {ascii(str(error))[1:-1][:200]}", DAMAGED) from error
 

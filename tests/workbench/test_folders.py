@@ -306,3 +306,12 @@ def test_distilled_unets_have_no_plain_config(tmp_path):
     with pytest.raises(minisd.CheckpointError, match="has a UNet that diffusers' plain config cannot describe"):
         to_folder(tmp_path / "b.safetensors", tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
+
+
+def test_a_vae_that_diffusers_cannot_have_is_refused(tmp_path, capsys):
+    """The tiny checkpoint's decoder is wider than its encoder."""
+    assert main(["convert", "tiny", "--diffusers", "-o", str(tmp_path / "folder")]) == 3
+    message = capsys.readouterr().err
+    assert "has a VAE that diffusers cannot have: its encoder and decoder would have the same widths" in message
+    assert "minisd convert FILE --vae OTHER" in message
+    assert not list(tmp_path.iterdir())

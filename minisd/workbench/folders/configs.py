@@ -6,13 +6,16 @@ All of it follows from keys and shapes, and from what family.py knows.  Referenc
 from __future__ import annotations
 
 import json
+from math import prod
 from typing import Any
 
 from ...errors import CheckpointError
 from ...files.checkpoint import Checkpoint
+from ...files.writers import is_unneeded
 from ...models.family import REFINER, SDXL, UNET, VAE, Recognition
 from ...models.shapes import Shapes, below
 from ...text.tokenizer import END, END_ID, LENGTH, START, START_ID, bpe, merges_text
+from .. import blueprint
 from .names import Level, Place, count, is_open, places, raw_levels, unused_layers
 
 VERSION = {"_diffusers_version": "0.35.0"}
@@ -140,18 +143,29 @@ def widths(shapes: Shapes, down: list[Level]) -> list[int]:
 
 
 def vae_config(checkpoint: Checkpoint, found: Recognition) -> dict[str, Any]:
+    """What `AutoencoderKL` must be told to have these shapes.  Raises CheckpointError where it cannot have them."""
     shapes, training = below(checkpoint.shapes, VAE), found.training
-    levels = count(shapes, "encoder.down.")
+    levels, blocks = count(shapes, "encoder.down."), count(shapes, "encoder.down.0.block.")
+    channels = [shapes[f"encoder.down.{level}.block.0.conv2.weight"][0] for level in range(levels)]
+    described = blueprint.vae(channels, channels, (blocks, blocks + 1), shapes["post_quant_conv.weight"][1])
+    for key in sorted({*described, *(key for key in shapes if not is_unneeded(f"{VAE}.{key}"))}):
+        if prod(described.get(key, ())) != prod(shapes.get(key, ())) or (key in described) != (key in shapes):
+            raise CheckpointError(
+                checkpoint.path,
+                "has a VAE that diffusers cannot have: its encoder and decoder would have the same widths and depths",
+                "give it another first: minisd convert FILE --vae OTHER -o NAME.safetensors",
+                f"{VAE}.{key}",
+            )
     config: dict[str, Any] = {
         "_class_name": "AutoencoderKL",
         **VERSION,
         "in_channels": shapes["encoder.conv_in.weight"][1],
         "out_channels": shapes["decoder.conv_out.weight"][0],
         "latent_channels": shapes["post_quant_conv.weight"][1],
-        "block_out_channels": [shapes[f"encoder.down.{level}.block.0.conv2.weight"][0] for level in range(levels)],
+        "block_out_channels": channels,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "layers_per_block": count(shapes, "encoder.down.0.block."),
+        "layers_per_block": blocks,
         "norm_num_groups": 32,
         "sample_size": found.size[0],
         "scaling_factor": found.latent_scale,

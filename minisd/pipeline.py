@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from .fast.ways import AsLoaded
 from .files.checkpoint import Checkpoint, open_checkpoint
 from .files.model import StableDiffusion, averaged, load_model, load_vae
 from .files.saving import save_model
+from .files.training import said
 from .library.names import resolve
 from .library.places import tiny_checkpoint
 from .models.family import Recognition, Training
@@ -54,6 +54,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     vae: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     prediction: str | None = None,
+    zero_snr: bool | None = None,
     offload: bool = False,
     ema: bool = False,
     fast: bool | None = None,
@@ -68,6 +69,7 @@ def load(
     vae: a file whose VAE takes the place of the checkpoint's: a VAE alone, another checkpoint, or the tiny TAESD (whose two
         halves may be two files).
     prediction: "epsilon" or "v", what the network predicts, where the file says nothing of it or the wrong thing.
+    zero_snr: whether it was trained with zero terminal SNR, likewise; only with prediction v.
     offload: keep the parts in main memory and bring each to the device while it works: slower, for a small GPU.
     ema: draw with the moving average of the UNet's weights that some files carry beside them.
     fast: False computes with the modules as they stand, always; by default as the environment's MINISD_FAST (1 or 0) says.
@@ -80,16 +82,12 @@ def load(
     where = to_device(device)
     kind = to_dtype(dtype, where)
     chosen()  # a wrong MINISD_KERNELS is told before anything is read
-    if prediction is not None:
-        one_of("epsilon", "v").check("prediction", prediction)
-    checkpoint = open_checkpoint(resolve(path) if path is not None else tiny_checkpoint())
+    checkpoint = said(open_checkpoint(resolve(path) if path is not None else tiny_checkpoint()), prediction, zero_snr)
     if ema:
         checkpoint = averaged(checkpoint)
     vae_files = [resolve(file, "vae") for file in ([vae] if isinstance(vae, str | os.PathLike) else vae or ())]
     with memory_errors():
         model, recognition = load_model(checkpoint, torch.device("cpu") if offload else where, kind, strict, vae_files)
-        if prediction is not None:
-            recognition = replace(recognition, training=replace(recognition.training, prediction=prediction))
         pipe = Pipeline(model, recognition, checkpoint, where, kind, fast)
         if vae_files:
             pipe.replace_vae(*vae_files)
@@ -240,7 +238,8 @@ class Pipeline:
         how: dict[str, Any] = {"ema": self.checkpoint.ema, "way": way}
         if changed := self.as_loaded.changed():
             how["changed"] = changed
-        how |= {"prediction": self.training.prediction if self.training.prediction in ("epsilon", "v") else None}
+        if self.training.prediction in ("epsilon", "v"):
+            how |= {"prediction": self.training.prediction, "zero_snr": self.training.zero_terminal}
         here = {"device": self.device.type, "dtype": name_of(self.dtype), "torch": torch.__version__, "version": __version__}
         return recipe_of(plan, i) | files | how | here
 

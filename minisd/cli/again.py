@@ -48,7 +48,7 @@ def again(args: argparse.Namespace) -> int:
     same = device == recipe.get("device")  # another kind of device has a number format of its own
     common: dict[str, Any] = {"device": device, "dtype": args.dtype or (recipe.get("dtype") if same else None)}
     common |= {"offload": args.offload}
-    how: dict[str, Any] = {"prediction": recipe.get("prediction"), "ema": recipe.get("ema") is True}
+    how: dict[str, Any] = {name: recipe.get(name) for name in ("prediction", "zero_snr")} | {"ema": recipe.get("ema") is True}
     pipe = load(
         args.model or recipe.get("model_path"), vae=args.vae or recipe.get("vae_paths") or recipe.get("vae_path"), **common, **how
     )

@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MinisdError, UsageError
-from .options import Parser, add_device, add_options, check_distinct, check_output, one_line, request_of, undisturbed
+from .options import (
+    Parser,
+    add_device,
+    add_options,
+    add_training,
+    check_distinct,
+    check_output,
+    one_line,
+    request_of,
+    undisturbed,
+)
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -53,7 +63,7 @@ def add_files(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--refiner", metavar="FILE", help="a second checkpoint that finishes what the first began")
     files.add_argument("--ema", action="store_true", help="draw with the moving average of the weights, where the file has it")
     files.add_argument("--strict", action="store_true", help="refuse a checkpoint with tensors that nothing asks for")
-    files.add_argument("--prediction", metavar="NAME", help="epsilon or v, where the file does not say which")
+    add_training(files)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -76,7 +86,7 @@ def draw(args: argparse.Namespace) -> int:
     from ..result import Interrupted, with_bar
 
     common: dict[str, Any] = {"device": args.device, "dtype": args.dtype, "offload": args.offload, "strict": args.strict}
-    pipe = load(args.model, vae=args.vae, prediction=args.prediction, ema=args.ema, **common)
+    pipe = load(args.model, vae=args.vae, prediction=args.prediction, zero_snr=args.zero_snr, ema=args.ema, **common)
     args.refiner = load(args.refiner, **common) if args.refiner else None
     look = Preview(pipe, args.preview) if args.preview else None
     steps = pipe.stream(request_of(args.prompt, args))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from .options import Parser, add_output_options, byte_bar, size
+from .options import Parser, add_output_options, add_training, byte_bar, size
 
 if TYPE_CHECKING:
     import torch
@@ -59,14 +59,15 @@ def convert(args: argparse.Namespace) -> int:
     dtype = stored_dtype(args.dtype)
     source, vae, text = files(args.file, args.vae, args.text)
     if source.is_dir() or args.diffusers:
-        if args.prune or vae or text:
-            raise UsageError("--prune, --vae, --text: expected with files on both sides; convert once more")
+        if args.prune or vae or text or args.prediction or args.zero_snr is not None:
+            given = "--prune, --vae, --text, --prediction, --zero-snr"
+            raise UsageError(f"{given}: expected with files on both sides; convert once more")
         with byte_bar("converting") as tell:
             print((from_folder if source.is_dir() else to_folder)(source, args.output, dtype, tell))
         return 0
     tell_replaced(args.output, [each for each in (source, vae, text) if each])
     with byte_bar("converting") as tell:
-        path = convert(source, args.output, dtype, args.prune, vae, text, tell)
+        path = convert(source, args.output, dtype, args.prune, vae, text, tell, args.prediction, args.zero_snr)
     return written(path, source if dtype and dtype.itemsize == 1 else None)
 
 
@@ -91,7 +92,7 @@ def save(args: argparse.Namespace) -> int:
     dtype = stored_dtype(args.dtype)
     source, vae, text = files(args.model, args.vae, args.text)
     with byte_bar("saving") as tell:
-        path = save(source, args.filename_prefix, dtype, vae, text, tell)
+        path = save(source, args.filename_prefix, dtype, vae, text, tell, prediction=args.prediction, zero_snr=args.zero_snr)
     return written(path, source if dtype and dtype.itemsize == 1 else None)
 
 
@@ -99,6 +100,7 @@ def add_writing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", metavar="NAME", help=f"{DTYPE} (default: what the file has)")
     parser.add_argument("--vae", metavar="FILE", help="with the VAE of this file")
     parser.add_argument("--text", metavar="FILE", help="with the text encoders of this checkpoint")
+    add_training(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -159,6 +161,7 @@ def merge_parser() -> Parser:
     parser.add_argument("--density", type=float, metavar="D", help="ties, dare: the part of the changes to keep (0.2, 0.1)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="dare: of the choice (default: 0)")
     parser.add_argument("--dtype", metavar="NAME", help=f"{DTYPE} (default: the first model's)")
+    add_training(parser, "the models differ, or a file")
     parser.add_argument("--from", dest="recipe", metavar="FILE", help="repeat the merge that made this file, from its sources")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -175,8 +178,9 @@ def merge(args: argparse.Namespace) -> int:
     options = (args.ratio, base, args.method, by_part, args.blocks, args.density, args.seed, stored_dtype(args.dtype))
     with byte_bar("merging") as tell:
         if args.recipe is None:
-            print(merge(models, args.output, *options, progress=tell))
-        elif models or any(options[:2]) or by_part or args.blocks:
+            said = {"prediction": args.prediction, "zero_snr": args.zero_snr}
+            print(merge(models, args.output, *options, progress=tell, **said))
+        elif models or any(options[:2]) or by_part or args.blocks or args.prediction or args.zero_snr is not None:
             raise UsageError("merge: expected models and ratios, or --from FILE, which has its own; found both")
         else:
             merged = resolve(args.recipe)

@@ -46,6 +46,14 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
+def add_training(parser: Any, file: str = "the file") -> None:
+    """The options that say how a checkpoint was trained, where its file does not."""
+    parser.add_argument("--prediction", metavar="NAME", help=f"epsilon or v, where {file} does not say which")
+    parser.add_argument(
+        "--zero-snr", action=argparse.BooleanOptionalAction, help="trained with zero terminal SNR or not, likewise; with v"
+    )
+
+
 def size(text: str) -> tuple[int, int]:
     try:
         return pair(text)
@@ -127,7 +135,7 @@ def check_distinct(outputs: Iterable[Path], inputs: Iterable[str | None]) -> Non
 # What Python calls an argument, and what the command line does.
 FLAGS = {option.name: option.flag for option in OPTIONS.values() if option.flag}
 FLAGS |= {name: f"--{name}" for name in ("device", "dtype", "prediction", "method", "base", "blocks", "density", "ratio", "name")}
-FLAGS |= {"axis": "--x, --y"}
+FLAGS |= {"zero_snr": "--zero-snr", "axis": "--x, --y"}
 
 
 def one_line(error: Any) -> str:

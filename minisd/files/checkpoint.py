@@ -14,7 +14,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ class Checkpoint:
     modified: int  # time of the last change when it was opened, in ns
     ema: bool = False  # whether the UNet's entries are those of its moving average, see `averaged` in model.py
     renamed: Mapping[str, str] = field(default_factory=dict)  # of those whose writer has other names: by the usual name its own
+    prediction: str | None = None  # "epsilon" or "v", and whether zero terminal SNR: what the user says of its training, …
+    zero_snr: bool | None = None  # … which counts more than what the file says
 
     @property
     def shapes(self) -> Shapes:
@@ -210,18 +212,23 @@ def read_floats(checkpoint: Checkpoint, key: str, count: int | None = None) -> l
     return list(values)
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: Path, stopped: Callable[[], bool] = bool) -> str:
     """The sha256 of a whole file; its first 10 digits are what A1111 and Civitai call the model hash (AutoV2).
 
-    Remembered by path, size and time of change, because a large file takes seconds.
+    Remembered by path, size and time of change, because a large file takes seconds.  stopped: whether nobody wants to know any
+    more, which ends it with an InterruptedError.
     """
-    name = state_of(path)
-    known = known_hashes()
-    if name not in known:
+    known = known_sha256(path)
+    if known is None:
+        found = hashlib.sha256()
         with open_regular(path) as file:
-            known[name] = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-        keep("sha256", known)
-    return known[name]
+            while piece := file.read(1 << 22):
+                if stopped():
+                    raise InterruptedError
+                found.update(piece)
+        name, known = state_of(path), found.hexdigest()
+        keep("sha256", known_hashes() | {name: known})
+    return known
 
 
 def known_sha256(path: Path) -> str | None:

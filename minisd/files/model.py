@@ -15,12 +15,11 @@ from ..errors import CheckpointError
 from ..models.clip import TextEncoder, text_encoder
 from ..models.family import UNET, VAE, Family, Recognition
 from ..models.shapes import Shapes, below
-from ..models.taesd import TinyAutoencoder, prefix_of
+from ..models.taesd import TinyAutoencoder, build_tiny, prefix_of
 from ..models.unet import UNet
 from ..models.vae import AutoencoderKL
-from ..system.memory import first_line
 from .checkpoint import Checkpoint, open_checkpoint
-from .recognition import listing, looks_like, recognise, vae_name
+from .recognition import check_parts, listing, looks_like, recognise, vae_name
 from .tensors import load_tensors
 from .upload import upload_tensors
 from .writers import check_nothing_left_out, is_unneeded, tell_extra, torn
@@ -97,6 +96,7 @@ def build(checkpoint: Checkpoint, family: Family, strict: bool = False) -> Stabl
     check_nothing_left_out(checkpoint.path, shapes, family)
     model = described(checkpoint, family.title, lambda: StableDiffusion(shapes, family))
     compare(checkpoint, family.title, model, {key: shape for key, shape in shapes.items() if not is_unneeded(key)}, strict)
+    check_parts(checkpoint, family)
     return model
 
 
@@ -151,9 +151,13 @@ def load_model(
     model = build(checkpoint, recognition.family, strict)
     model.load_state_dict(load_to(checkpoint, model.state_dict(), dtype, device), strict=True, assign=True)
     if not hasattr(model, VAE):
-        latent_channels = checkpoint.shapes[f"{UNET}.out.2.weight"][0]
-        place(model, VAE, load_vae([open_checkpoint(file) for file in vae], latent_channels, device, dtype))
+        place(model, VAE, load_vae([open_checkpoint(file) for file in vae], latent_channels(checkpoint), device, dtype))
     return ready(model, device), recognition
+
+
+def latent_channels(checkpoint: Checkpoint) -> int:
+    """What a checkpoint's UNet makes latents of."""
+    return checkpoint.shapes[f"{UNET}.out.2.weight"][0]
 
 
 def load_vae(
@@ -166,6 +170,18 @@ def load_vae(
     if len(files) > 1 or prefix_of(files[0].shapes) is not None:
         return load_tiny(files, latent_channels, device, dtype)
     (checkpoint,) = files
+    name, vae = described_vae(checkpoint, latent_channels)
+    prefix = f"{name}." if name else ""
+    tensors = load_to(checkpoint, [prefix + key for key in vae.state_dict()], dtype, device)
+    vae.load_state_dict({key[len(prefix) :]: tensor for key, tensor in tensors.items()}, strict=True, assign=True)
+    return ready(vae, device)
+
+
+def described_vae(checkpoint: Checkpoint, latent_channels: int) -> tuple[str, AutoencoderKL]:
+    """Below which name a file has its VAE ("" where it is nothing else), and the module, on the meta device.
+
+    latent_channels: what the UNet has.  Raises CheckpointError if there is none, or it does not fit.
+    """
     name = vae_name(checkpoint.shapes)
     if name is None:
         what, hint = looks_like(checkpoint.shapes)
@@ -176,10 +192,8 @@ def load_vae(
     compare(checkpoint, "a VAE", vae, {key: shape for key, shape in shapes.items() if not is_unneeded(f"{VAE}.{key}")})
     if vae.latent_channels != latent_channels:
         reason = f"is a VAE for latents of {vae.latent_channels} channels, the checkpoint has {latent_channels}"
-        raise CheckpointError(checkpoint.path, reason)
-    tensors = load_to(checkpoint, [prefix + key for key in vae.state_dict()], dtype, device)
-    vae.load_state_dict({key[len(prefix) :]: tensor for key, tensor in tensors.items()}, strict=True, assign=True)
-    return ready(vae, device)
+        raise CheckpointError(checkpoint.path, reason, "take a VAE of the checkpoint's own family")
+    return name, vae
 
 
 def load_tiny(files: Sequence[Checkpoint], latent_channels: int, device: torch.device, dtype: torch.dtype) -> TinyAutoencoder:
@@ -196,23 +210,3 @@ def load_tiny(files: Sequence[Checkpoint], latent_channels: int, device: torch.d
             raise CheckpointError(file.path, "is the same half of a TAESD as the file before", "give the other", min(again))
         weights |= {prefix + key: value for key, value in load_tensors(file, file.shapes, dtype).items()}
     return build_tiny(files[-1].path, weights, latent_channels).to(device)
-
-
-def build_tiny(path: object, weights: Mapping[str, Tensor], latent_channels: int) -> TinyAutoencoder:
-    """A TinyAutoencoder of these weights; raises CheckpointError in the name of the file `path` if they make none."""
-    try:
-        with torch.device("meta"):
-            model = TinyAutoencoder(Shapes({key: tuple(value.shape) for key, value in weights.items()}))
-            if model.decoder:
-                model.decode(torch.empty(1, model.latent_channels, 2, 2))
-            if model.encoder:
-                model.encode(torch.empty(1, 3, 2 * model.downscale, 2 * model.downscale))
-        model.load_state_dict(weights, strict=True, assign=True)
-    except KeyError as error:
-        raise CheckpointError(path, "this looks like a TAESD, but a key is missing", key=str(error.args[0])) from None
-    except (ValueError, RuntimeError, IndexError) as error:
-        raise CheckpointError(path, f"this looks like a TAESD, but its shapes fit no network: {first_line(error)}") from None
-    if model.latent_channels != latent_channels:
-        reason = f"is a TAESD for latents of {model.latent_channels} channels, this checkpoint has {latent_channels}"
-        raise CheckpointError(path, reason, "take taesd for SD 1.x and 2.x, taesdxl for SDXL")
-    return model.requires_grad_(False).eval()

@@ -7,15 +7,15 @@ name.  Every conclusion comes with its reason, which `minisd inspect` shows.
 from __future__ import annotations
 
 import re
-import statistics
 import warnings
 from collections.abc import Mapping
 
 from ..errors import CheckpointError, shown
-from ..models.family import FAMILIES, SD2, SDXL, TASKS, UNET, VAE, Family, Recognition, Training
+from ..models.family import FAMILIES, LABELS, SD2, SDXL, TASKS, UNET, VAE, Family, Recognition, Training
 from ..models.shapes import Shapes, below
 from ..options import MAX_SIDE
-from .checkpoint import Checkpoint, read_floats
+from .checkpoint import Checkpoint
+from .training import trained
 from .writers import CONV_IN
 
 # Distilled UNets, told by the number of their transformer blocks (their published configurations); SDXL itself has 70.
@@ -55,6 +55,10 @@ NO_VAE = "only the VAE is missing: name one with --vae, or put it in for good: m
 
 
 UNKNOWN = "no model that minisd knows"
+
+
+VOCABULARY, LENGTH = 49_408, 77  # of CLIP: tokens that the tokenizer may give, and positions
+SIZES = {"sdxl": 6, "sdxl-refiner": 5}  # numbers in the UNet's vector beside the pooled text, 256 channels each
 
 
 PARTS = [
@@ -130,47 +134,6 @@ def transformer_blocks(shapes: Shapes) -> int:
     return sum(key.startswith(UNET) and key.endswith(".attn1.to_q.weight") for key in shapes)
 
 
-def trained(checkpoint: Checkpoint, family: Family, task: str) -> tuple[Training, str]:
-    """How the network was trained, and how that is known: by a marker in the file, its metadata, or a measured rule."""
-    shapes, metadata = checkpoint.shapes, checkpoint.metadata
-    if "edm_mean" in shapes and "edm_std" in shapes:  # Playground 2.5 (Li et al. 2024, arXiv 2402.17245)
-        mean, std = (tuple(read_floats(checkpoint, key, 4)) for key in ("edm_mean", "edm_std"))
-        training = Training("edm", sigmas=(0.002, 80.0), sigma_data=0.5, latent_mean=mean, latent_std=std)
-        return training, "prediction edm: the markers edm_mean and edm_std"
-    if "edm_vpred.sigma_max" in shapes:  # CosXL; without the other marker its published range
-        low = read_floats(checkpoint, "edm_vpred.sigma_min", 1)[0] if "edm_vpred.sigma_min" in shapes else 0.002
-        high = read_floats(checkpoint, "edm_vpred.sigma_max", 1)[0]
-        if not 0 < low < high:
-            raise CheckpointError(
-                checkpoint.path, f"expected rising noise levels, found {low} to {high}", key="edm_vpred.sigma_max"
-            )
-        return Training("v", sigmas=(low, high)), "prediction v over continuous noise levels: the marker edm_vpred.sigma_max"
-    if "v_pred" in shapes:
-        zero = "ztsnr" in shapes
-        return Training("v", zero), f"prediction v: the marker v_pred{', zero terminal SNR: ztsnr' if zero else ''}"
-    stated = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key")
-    if stated in ("epsilon", "v", "v_prediction"):
-        return Training("epsilon" if stated == "epsilon" else "v", "ztsnr" in shapes), f"prediction {stated}: the metadata"
-    if family is SD2 and task == "draw":
-        return measured_prediction(checkpoint)
-    return Training(zero_terminal="ztsnr" in shapes), "prediction epsilon: no marker and no metadata say otherwise"
-
-
-def measured_prediction(checkpoint: Checkpoint) -> tuple[Training, str]:
-    """SD 2.x predicts epsilon or v with equal keys, but the v models were trained until this bias had spread further
-    (ComfyUI supported_models.py, SD20.model_type)."""
-    key = f"{UNET}.output_blocks.11.1.transformer_blocks.0.norm1.bias"
-    if key not in checkpoint.entries:
-        return Training(), f"prediction epsilon: there is no {key} to measure"
-    numbers = read_floats(checkpoint, key)
-    if max(map(abs, numbers)) > 3.4e38:  # the largest float32; sums of larger ones overflow
-        raise CheckpointError(checkpoint.path, "holds numbers too large for weights", "the file is broken; get another copy", key)
-    spread = statistics.pstdev(numbers)
-    prediction = "v" if spread > 0.09 else "epsilon"
-    sign = ">" if spread > 0.09 else "<="
-    return Training(prediction), f"prediction {prediction}: {key} has a standard deviation of {spread:.3f} {sign} 0.09"
-
-
 def native_size(family: Family, training: Training, metadata: Mapping[str, str]) -> tuple[int, int]:
     """(width, height) to draw at where nobody says: what the file's ModelSpec metadata names, else what its kind was trained
     at; of SD 2.x the models that predict v were trained at 768."""
@@ -194,5 +157,37 @@ def listing(keys: object) -> str:
 
 
 def vae_name(shapes: Shapes) -> str | None:
-    """Below which name a file has a VAE: a checkpoint's, nothing for a VAE alone, or None."""
-    return next((name for name in (VAE, "") if "decoder.conv_in.weight" in (below(shapes, name) if name else shapes)), None)
+    """Below which name a file has a VAE: a checkpoint's, nothing for a VAE alone, or None, also of one in diffusers' names."""
+    if "decoder.conv_in.weight" in below(shapes, VAE):
+        return VAE
+    theirs = any(key.startswith("decoder.up_blocks.") for key in shapes)
+    return "" if "decoder.conv_in.weight" in shapes and not theirs else None
+
+
+def check_parts(checkpoint: Checkpoint, family: Family) -> None:
+    """Raises CheckpointError unless the parts of a file fit one another: what one gives is what the next takes."""
+    shapes, channels, pooled = checkpoint.shapes, 0, 0
+    for tower in family.towers:
+        inside = below(shapes, tower.name)
+        words = next(key for key in inside if key.endswith("token_embedding.weight"))
+        places = next(key for key in inside if key.endswith(("position_embedding.weight", "positional_embedding")))
+        check_length(checkpoint, f"{tower.name}.{words}", inside[words][0], VOCABULARY, "tokens, CLIP's vocabulary", least=True)
+        check_length(checkpoint, f"{tower.name}.{places}", inside[places][0], LENGTH, "positions", least=True)
+        channels += inside[words][1]
+        pooled += inside["text_projection"][1] if tower.pooled else 0
+    for key in (key for key in shapes if key.startswith(UNET) and key.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))):
+        check_length(checkpoint, key, shapes[key][1], channels, "channels, what the text encoders give")
+    latents = shapes[f"{UNET}.out.2.weight"][0]
+    taken = {"draw": latents, "edit": 2 * latents, "inpaint": 2 * latents + 1}[TASKS[input_channels(shapes)]]
+    check_length(checkpoint, CONV_IN, shapes[CONV_IN][1], taken, f"channels for latents of {latents}")
+    if family.vector:
+        check_length(checkpoint, LABELS, shapes[LABELS][1], pooled + SIZES[family.name] * 256, "channels: pooled text and sizes")
+    if f"{VAE}.post_quant_conv.weight" in shapes:
+        key = f"{VAE}.post_quant_conv.weight"
+        check_length(checkpoint, key, shapes[key][1], latents, "channels, the UNet's latents")
+
+
+def check_length(checkpoint: Checkpoint, key: str, found: int, expected: int, what: str, least: bool = False) -> None:
+    if found < expected if least else found != expected:
+        reason = f"its parts do not fit: expected {'at least ' * least}{expected:,} {what}, found {found:,}"
+        raise CheckpointError(checkpoint.path, reason, "was it put together from models of two families?", key)

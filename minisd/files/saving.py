@@ -12,7 +12,9 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import struct
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,18 +24,23 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, NonFiniteError, UsageError
+from ..errors import CheckpointError, NonFiniteError, OutputError, UsageError
+from ..models.family import VAE, Recognition, Training
+from ..models.shapes import below
 from ..system.atomic import check_place, check_room, counted, drafting, placed, replacing
 from .checkpoint import Checkpoint, open_checkpoint
 from .entry import PLAIN, Entry
+from .model import build
 from .recognition import recognise
 from .tensors import STORED, one_thread, read_stored
+from .training import STATED, markers, metadata_of
+from .training import title_of as training_title
 from .writers import MARKERS
 
 NAMES = {dtype: name for name, dtype in STORED.items()}
 AHEAD = 16  # pieces that may wait for their hash
 FLUSH = 32 << 20  # bytes that are brought to the disk together: when the last is written, little is left to wait for
-NO_HASH = "0x" + "0" * 64
+HASH = "modelspec.hash_sha256"  # the hash over all tensors is written there, when it is known, whatever stood there
 ARCHITECTURES = {  # ModelSpec's identifiers, by family and task
     ("sd1", "draw"): "stable-diffusion-v1",
     ("sd1", "inpaint"): "stable-diffusion-v1-inpainting",
@@ -45,8 +52,11 @@ ARCHITECTURES = {  # ModelSpec's identifiers, by family and task
 }
 
 
-Planned = Mapping[str, tuple[str, tuple[int, ...]]]  # (dtype by safetensors' name, shape) by key
+Facts = tuple[str, tuple[int, ...]]  # of a tensor: dtype by safetensors' name, shape
+Planned = Mapping[str, Facts]
+Read = Callable[[str], Iterable[Tensor]]  # gives the numbers of a tensor in their order, in pieces of any size
 Progress = Callable[[int, int], None]
+NOTHING: Mapping[str, Future[str]] = {}
 
 
 def save_model(model: nn.Module, checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Path:
@@ -54,21 +64,33 @@ def save_model(model: nn.Module, checkpoint: Checkpoint, path: str | os.PathLike
 
     Raises NonFiniteError if it holds NaN or infinity by now, and OutputError.
     """
-    for key, value in model.state_dict().items():
+    tensors = model.state_dict()
+    for key, value in tensors.items():
         if not value.isfinite().all():
             raise NonFiniteError(f"save: {key} holds NaN or infinity; what changed it?")
-    tensors = dict(model.state_dict())
-    tensors |= {key: read_stored(checkpoint, key) for key in MARKERS if key in checkpoint.entries}
+    found = recognise(checkpoint, vae_given=True)
     planned = {key: (NAMES[value.dtype], tuple(value.shape)) for key, value in tensors.items()}
-    return write_checkpoint(path, planned, lambda key: [tensors[key].cpu()], described(checkpoint))
+    planned, read = with_markers(planned, lambda key: [tensors[key].cpu()], found.training, checkpoint)
+    return write_checkpoint(path, planned, read, described(checkpoint, found), found)
 
 
-def described(checkpoint: Checkpoint) -> dict[str, str]:
+def with_markers(planned: Planned, read: Read, training: Training, source: Checkpoint | None) -> tuple[dict[str, Facts], Read]:
+    """The same with the markers of this training, as `source` has them or new, and with no others."""
+    wanted = markers(training)
+    known = {key: source.entries[key] for key in wanted if key in source.entries} if source else {}
+    facts = {key: (known[key].dtype, known[key].shape) if key in known else ("F32", (len(wanted[key]),)) for key in wanted}
+
+    def read_marker(key: str) -> Iterable[Tensor]:
+        return [read_stored(source, key) if source and key in known else torch.tensor(wanted[key])]
+
+    kept = {key: each for key, each in planned.items() if key not in MARKERS}
+    return kept | facts, lambda key: read_marker(key) if key in wanted else read(key)
+
+
+def described(checkpoint: Checkpoint, found: Recognition | None) -> dict[str, str]:
     """The source's metadata, completed to what ModelSpec asks for; of a file that is no checkpoint only its own."""
     metadata = {"format": "pt"} | dict(checkpoint.metadata)
-    try:
-        found = recognise(checkpoint)
-    except CheckpointError:
+    if found is None:
         return metadata
     architecture = ARCHITECTURES.get((found.family.name, found.task), found.family.name)
     if (found.family.name, found.training.prediction) == ("sd2", "v"):
@@ -77,33 +99,41 @@ def described(checkpoint: Checkpoint) -> dict[str, str]:
         "modelspec.architecture": architecture,
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": checkpoint.path.stem,
-        "modelspec.resolution": "{}x{}".format(*found.size),
-        "modelspec.prediction_type": found.training.prediction,
     }
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    ours = {"modelspec.sai_model_spec": "1.0.1", "modelspec.date": now, "modelspec.hash_sha256": NO_HASH}
-    return defaults | metadata | ours
+    ours = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.date": now,
+        HASH: "",
+        "modelspec.resolution": "{}x{}".format(*found.size),
+    }
+    ours |= metadata_of(found.training)
+    return defaults | {key: value for key, value in metadata.items() if key not in STATED} | ours
 
 
 def write_checkpoint(
     path: str | os.PathLike[str],
     planned: Planned,
-    read: Callable[[str], Iterable[Tensor]],
+    read: Read,
     metadata: Mapping[str, str],
+    meant: Recognition | None = None,
     progress: Progress | None = None,
     by_number: bool = False,
+    later: Mapping[str, Future[str]] = NOTHING,
 ) -> Path:
     """Writes a .safetensors file; returns its path.
 
-    read: gives the numbers of a tensor in their order, in pieces of any size.  progress: is told (bytes done, bytes in all).
-    by_number: puts the next free number behind the name, so that nothing is replaced.
+    metadata: a field HASH gets the hash of the content.  meant: what the result is, where it is a checkpoint.
+    progress: is told (bytes done, bytes in all).  by_number: puts the next free number behind the name: nothing is replaced.
+    later: what takes the place of these texts in the metadata once it is known: 64 hexadecimal digits each.
     Raises UsageError (the name), OutputError, and what `read` raises; the target is then what it was.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UsageError(f"output {path}: expected a name that ends in .safetensors")
     check_place(path)
-    head = header(planned, metadata)
+    unknown = secrets.token_hex(32)  # stands where the hash will be; no stranger's metadata can hold it
+    head = header(planned, {key: f"0x{unknown}" if key == HASH else value for key, value in metadata.items()})
     total = sum(Entry(*facts, 0).nbytes for facts in planned.values())
     check_room(path, len(head) + total)
     with one_thread(), drafting(path) if by_number else replacing(path) as draft:
@@ -111,10 +141,11 @@ def write_checkpoint(
             file.write(head)
             pieces = (bytes_of(piece) for key in sorted(planned) for piece in checked(read(key), key, planned[key]))
             content = write_hashed(file, pieces, lambda done: progress(done, total) if progress else None)
-            if NO_HASH.encode() in head:  # its place was kept free in the header
-                file.seek(head.index(NO_HASH.encode()))
-                file.write(f"0x{content}".encode())
-        read_back(draft, planned)
+            for text, digits in {unknown: content, **{text: each.result() for text, each in later.items()}}.items():
+                head = head.replace(text.encode(), digits.encode())
+            file.seek(0)
+            file.write(head)
+        read_back(draft, planned, meant)
         return placed(draft, counted(path)) if by_number else path
 
 
@@ -171,7 +202,28 @@ def bytes_of(numbers: Tensor) -> memoryview:
     return memoryview(numbers.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def read_back(draft: Path, planned: Planned) -> None:
-    written = {key: (entry.dtype, entry.shape) for key, entry in open_checkpoint(draft).entries.items()}
-    if written != dict(planned):
+def read_back(draft: Path, planned: Planned, meant: Recognition | None) -> None:
+    """What was written is read as anybody will read it: its header and, where it is to be a checkpoint, the model.
+
+    Raises OutputError if it is not what was meant.
+    """
+    written = open_checkpoint(draft)
+    if {key: (entry.dtype, entry.shape) for key, entry in written.entries.items()} != dict(planned):
         raise OSError("what was written is not what was read back")
+    if meant is None:
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is odd about the source was told when it was opened
+            found = recognise(written, vae_given=not below(written.shapes, VAE))
+            build(written, found.family)
+    except CheckpointError as error:
+        why = f"{error.key}: {error.reason}" if error.key else error.reason
+        raise OutputError(f"the result would be no checkpoint that minisd opens, and was not kept: {why}") from error
+    expected, came = (title_of(each) for each in (meant, found))
+    if expected != came:
+        raise OutputError(f"the result would be taken for something else, and was not kept: expected {expected}, found {came}")
+
+
+def title_of(what: Recognition) -> str:
+    return f"{what.family.title}, task {what.task}, {training_title(what.training)}, {'x'.join(map(str, what.size))}"

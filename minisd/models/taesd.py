@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UsageError
+from ..errors import CheckpointError, UsageError
 from .shapes import Shapes, below, numbered
 
 LAYER = re.compile(r"\d{1,3}\.((conv\.[024]\.)?(weight|bias)|skip\.weight)")
@@ -117,3 +117,25 @@ def prefix_of(shapes: Mapping[str, object]) -> str | None:
     if shapes and all(LAYER.fullmatch(key) for key in shapes):
         return "encoder.layers." if "0.weight" in shapes else "decoder.layers."  # layer 0 of a decoder has no weights
     return None
+
+
+def build_tiny(path: object, weights: Mapping[str, Tensor], latent_channels: int) -> TinyAutoencoder:
+    """A TinyAutoencoder of these weights; raises CheckpointError in the name of the file `path` if they make none."""
+    try:
+        with torch.device("meta"):
+            model = TinyAutoencoder(Shapes({key: tuple(value.shape) for key, value in weights.items()}))
+            if model.decoder:
+                model.decode(torch.empty(1, model.latent_channels, 2, 2))
+            if model.encoder:
+                model.encode(torch.empty(1, 3, 2 * model.downscale, 2 * model.downscale))
+        model.load_state_dict(weights, strict=True, assign=True)
+    except KeyError as error:
+        raise CheckpointError(path, "this looks like a TAESD, but a key is missing", key=str(error.args[0])) from None
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise CheckpointError(
+            path, f"this looks like a TAESD, but its shapes fit no network: {str(error).splitlines()[0]}"
+        ) from None
+    if model.latent_channels != latent_channels:
+        reason = f"is a TAESD for latents of {model.latent_channels} channels, this checkpoint has {latent_channels}"
+        raise CheckpointError(path, reason, "take taesd for SD 1.x and 2.x, taesdxl for SDXL")
+    return model.requires_grad_(False).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,14 +13,16 @@ from torch import Tensor
 
 from ..errors import CheckpointError, OutputError, UsageError
 from ..files.checkpoint import Checkpoint, open_checkpoint
-from ..files.model import StableDiffusion
+from ..files.model import StableDiffusion, build, described_vae, latent_channels
 from ..files.model import described as described_model
-from ..files.recognition import listing, recognise, vae_name
-from ..files.saving import NAMES, Progress, described, write_checkpoint
+from ..files.recognition import listing, recognise
+from ..files.saving import NAMES, Planned, Progress, described, with_markers, write_checkpoint
 from ..files.tensors import TORCH, finite, stored_pieces
+from ..files.training import said
 from ..files.writers import MARKERS, is_bookkeeping, is_unneeded, may_be_left_out
 from ..models.blocks import part_of
-from ..models.family import VAE
+from ..models.family import VAE, Recognition
+from ..models.shapes import below
 
 Origin = dict[str, tuple[Checkpoint, str]]  # for a key of the result: the file, and the key there
 STORABLE = {str(dtype).removeprefix("torch."): dtype for dtype in TORCH.values() if dtype != torch.float64}
@@ -34,6 +37,8 @@ def convert(
     vae: str | os.PathLike[str] | None = None,
     text: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    prediction: str | None = None,
+    zero_snr: bool | None = None,
 ) -> Path:
     """Writes a checkpoint (.safetensors or .ckpt) anew as .safetensors; returns its path.
 
@@ -43,10 +48,11 @@ def convert(
         module asks for.
     vae: a VAE file or another checkpoint, whose VAE takes the place of the source's.
     text: another checkpoint of the same family, whose text encoders take the place of the source's.
+    prediction, zero_snr: as for `load`, where the source says nothing of its training or the wrong thing; the result says it.
     Raises CheckpointError (the sources, also if they hold NaN), UsageError (the target's name) and OutputError (the target; what
     stood there is then whole).
     """
-    return write_parts(open_checkpoint(source), target, dtype, prune, vae, text, progress)
+    return write_parts(said(open_checkpoint(source), prediction, zero_snr), target, dtype, prune, vae, text, progress)
 
 
 def save(
@@ -57,12 +63,14 @@ def save(
     text: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     folder: str | os.PathLike[str] = ".",
+    prediction: str | None = None,
+    zero_snr: bool | None = None,
 ) -> Path:
     """Puts a checkpoint together as ComfyUI's CheckpointSave does, and writes it under the next free number; returns its path.
 
     filename_prefix: "checkpoints/mymix" gives checkpoints/mymix_00001_.safetensors, then _00002_; folders are made where they are
         missing, below `folder` and nowhere else.
-    dtype, vae, text: as for `convert`; what nobody needs is left out.
+    dtype, vae, text, prediction, zero_snr: as for `convert`; what nobody needs is left out.
     Raises CheckpointError, UsageError (the prefix leads out of the folder), OutputError.
     """
     root = Path(folder)
@@ -70,8 +78,8 @@ def save(
     inside = root.resolve() in target.resolve().parents
     if not filename_prefix.isprintable() or Path(filename_prefix).name in ("", "..") or not inside:
         raise UsageError(f"filename prefix: expected folder and name below {root}, found {filename_prefix!r}")
-    checkpoint = open_checkpoint(model)
-    recognise(checkpoint)
+    checkpoint = said(open_checkpoint(model), prediction, zero_snr)
+    recognise(checkpoint, vae is not None)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -96,14 +104,17 @@ def write_parts(
     by_number: bool = False,
 ) -> Path:
     check_dtype(dtype)
+    found = what_it_is(checkpoint, vae is not None)
     dropped = {key for key in checkpoint.entries if is_pruned(key)} | extra_keys(checkpoint) if prune else set()
     origin: Origin = {key: (checkpoint, key) for key in checkpoint.entries if key not in dropped}
     if vae is not None:
-        origin = {key: place for key, place in origin.items() if part_of(key) != "vae"} | vae_of(open_checkpoint(vae))
+        origin = {key: place for key, place in origin.items() if part_of(key) != "vae"} | vae_of(open_checkpoint(vae), checkpoint)
     if text is not None:
         origin |= text_of(open_checkpoint(text), checkpoint)
     entries = {key: file.entries[name] for key, (file, name) in origin.items()}
-    planned = {key: (stored_name(key, entry.dtype, entry.shape, dtype), entry.shape) for key, entry in entries.items()}
+    if found:
+        build(replace(checkpoint, entries=entries), found.family)  # raises before anything is written
+    planned: Planned = {key: (stored_name(key, each.dtype, each.shape, dtype), each.shape) for key, each in entries.items()}
 
     def read(key: str) -> Iterator[Tensor]:
         file, name = origin[key]
@@ -114,7 +125,24 @@ def write_parts(
             else:
                 yield piece
 
-    return write_checkpoint(target, planned, read, described(checkpoint), progress, by_number)
+    metadata = described(checkpoint, found)
+    if found is None:
+        return write_checkpoint(target, planned, read, metadata, None, progress, by_number)
+    marked, read_marked = with_markers(planned, read, found.training, checkpoint)
+    return write_checkpoint(target, marked, read_marked, metadata, found, progress, by_number)
+
+
+def what_it_is(checkpoint: Checkpoint, vae_given: bool) -> Recognition | None:
+    """What a checkpoint is, also one that leaves its VAE to another file; None of what is no checkpoint, but can be written anew.
+
+    Raises CheckpointError of one that is to get another VAE, and UsageError where what the user says of it makes no sense.
+    """
+    try:
+        return recognise(checkpoint, vae_given or not below(checkpoint.shapes, VAE))
+    except CheckpointError:
+        if vae_given or checkpoint.prediction or checkpoint.zero_snr is not None:
+            raise
+        return None
 
 
 def stored_name(key: str, stored: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> str:
@@ -146,14 +174,14 @@ def narrowed(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     return numbers.float().clamp(-limit, limit).to(dtype)
 
 
-def vae_of(checkpoint: Checkpoint) -> Origin:
-    """Where the weights of a file's VAE are, by the names that they have in a checkpoint.  Raises CheckpointError."""
-    name = vae_name(checkpoint.shapes)
-    if name is None:
-        raise CheckpointError(checkpoint.path, "expected a VAE, or a checkpoint that has one")
+def vae_of(vae: Checkpoint, checkpoint: Checkpoint) -> Origin:
+    """Where the weights of a file's VAE are, by the names that they have in a checkpoint.
+
+    Raises CheckpointError if the file has none that is whole and fits the checkpoint.
+    """
+    name, module = described_vae(vae, latent_channels(checkpoint))
     prefix = f"{name}." if name else ""
-    inside = {f"{VAE}.{key.removeprefix(prefix)}": key for key in checkpoint.entries if key.startswith(prefix)}
-    return {key: (checkpoint, original) for key, original in inside.items() if not is_unneeded(key)}
+    return {f"{VAE}.{key}": (vae, f"{prefix}{key}") for key in module.state_dict()}
 
 
 def text_of(checkpoint: Checkpoint, like: Checkpoint) -> Origin:
@@ -179,9 +207,11 @@ def extra_keys(checkpoint: Checkpoint) -> set[str]:
 
     None of a file that minisd cannot draw with: there nothing tells what is needed.
     """
+    found = what_it_is(checkpoint, vae_given=False)
+    if found is None:
+        return set()
     try:
-        family = recognise(checkpoint).family
-        model = described_model(checkpoint, family.title, lambda: StableDiffusion(checkpoint.shapes, family))
+        model = described_model(checkpoint, found.family.title, lambda: StableDiffusion(checkpoint.shapes, found.family))
     except CheckpointError:
         return set()
     return {key for key in checkpoint.entries.keys() - model.state_dict().keys() if not is_unneeded(key)}

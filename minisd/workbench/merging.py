@@ -7,7 +7,6 @@ is written into the result, and `repeat` does it again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -20,14 +19,17 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, UsageError
-from ..files.checkpoint import Checkpoint, file_sha256, known_sha256, open_checkpoint
+from ..files.checkpoint import Checkpoint, file_sha256, open_checkpoint
+from ..files.model import build
 from ..files.recognition import listing, recognise
-from ..files.saving import NAMES, Progress, described, write_checkpoint
+from ..files.saving import NAMES, Planned, Progress, Read, described, with_markers, write_checkpoint
 from ..files.tensors import TORCH, finite, read_stored, stored_pieces
 from ..files.writers import CONV_IN, is_bookkeeping, is_unneeded
 from ..models.blocks import block_of, block_ratios, part_of
 from .arithmetic import dare, generator_for, slerp, ties, weighted
 from .converting import check_dtype, extra_keys, narrowed, stored_name
+from .sources import Hashes, hashing, identity
+from .sources import mixed as mixed_training
 
 PARTS = ("unet", "text", "vae")
 METHODS = ("weighted", "slerp", "ties", "dare")
@@ -46,6 +48,8 @@ class Recipe:
     by_block: Mapping[str, float] = field(default_factory=dict)
     density: float | None = None
     seed: int = 0
+    prediction: str | None = None
+    zero_snr: bool | None = None
 
 
 def merge(
@@ -60,6 +64,8 @@ def merge(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
+    prediction: str | None = None,
+    zero_snr: bool | None = None,
 ) -> Path:
     """Mixes two models or more into one; returns its path.
 
@@ -70,36 +76,58 @@ def merge(
     by_part: other ratios for "unet", "text" or "vae"; blocks: for blocks of the UNet, see blocks.block_ratios.  With two models.
     density: for "ties" and "dare", the part of the changes that is kept; by default that of the papers.  seed: of dare's choice.
     dtype: of the result; by default that of the first model.
+    prediction, zero_snr: how the result draws, as for `load`, where the models were not trained alike.
     Where A is an inpainting model and B is not, A keeps the channels that B lacks (A1111 extras.py, run_modelmerger).
-    A ratio of 0 copies A, of 1 (without a base) B, to the bit.
+    A ratio of 0 copies A, of 1 (without a base) B, to the bit.  Moving averages of the training (model_ema.*) are left out.
     Raises CheckpointError (a source that is broken, or of another family than A), UsageError, OutputError.
     """
     models = [open_checkpoint(path) for path in (*sources, *([base] if base is not None else []))]
     check_dtype(dtype)
     by_block = block_ratios(blocks, models[0].entries) if isinstance(blocks, str) else dict(blocks or {})
     given = (float(ratios),) if isinstance(ratios, int | float) else tuple(ratios)
-    recipe = settled(Recipe(method, given, by_part or {}, by_block, density, seed), len(sources) - 1, base is not None)
+    recipe = Recipe(method, given, by_part or {}, by_block, density, seed, prediction, zero_snr)
+    recipe = settled(recipe, len(sources) - 1, base is not None)
     for other in models[1:]:
         check_alike(models[0], other)
     if len({other.entries[CONV_IN].shape for other in models[1:]}) > 1:
         raise UsageError("merge: expected the models beside the first to take the same input, found inpainting models and others")
-    planned = {key: (stored_name(key, entry.dtype, entry.shape, dtype), entry.shape) for key, entry in models[0].entries.items()}
+    found, like = mixed_training(models, shares(models, recipe, base is not None), recipe.prediction, recipe.zero_snr)
+    build(models[0], found.family)  # raises before anything is written
+    kept = {key: entry for key, entry in models[0].entries.items() if not key.startswith("model_ema.")}
+    planned = {key: (stored_name(key, entry.dtype, entry.shape, dtype), entry.shape) for key, entry in kept.items()}
+    planned, read = with_markers(planned, reader(models, recipe, planned, base is not None), found.training, like)
+    with hashing([model.path for model in models]) as hashes:
+        own = {key: value for key, value in described(models[0], found).items() if key not in THEIRS}
+        metadata = own | {"modelspec.title": Path(target).stem} | notes(models, hashes, recipe, base is not None, dtype)
+        return write_checkpoint(target, planned, read, metadata, found, progress, later=hashes.later)
+
+
+def reader(models: Sequence[Checkpoint], recipe: Recipe, planned: Planned, with_base: bool) -> Read:
+    """What gives the numbers of a tensor of the result."""
 
     def read(key: str) -> Iterator[Tensor]:
         if planned[key][0] not in TORCH:
             yield from stored_pieces(models[0], key)
             return
         alone = is_unneeded(key) or any(key not in model.entries for model in models)
-        pieces = stored_pieces(models[0], key) if alone else mixed(models, key, recipe, base is not None)
+        pieces = stored_pieces(models[0], key) if alone else mixed(models, key, recipe, with_base)
         for piece in pieces:
             result = narrowed(piece, TORCH[planned[key][0]])
             if not finite(result) and not is_bookkeeping(key):
                 raise why_not_finite(models, key, planned[key][0])
             yield result
 
-    own = {key: value for key, value in described(models[0]).items() if key not in THEIRS}
-    metadata = own | {"modelspec.title": Path(target).stem} | notes(models, recipe, base is not None, dtype)
-    return write_checkpoint(target, planned, read, metadata, progress)
+    return read
+
+
+def shares(models: Sequence[Checkpoint], recipe: Recipe, with_base: bool) -> list[list[float]]:
+    """How much of each model, and of the base, the UNet's tensors have: every sum that occurs, once."""
+    others = len(models) - 1 - with_base
+    found = []
+    for ratios in dict.fromkeys(tuple(ratios_of(key, recipe)) for key in models[0].entries if part_of(key) == "unet"):
+        each = ratios if len(ratios) == others else ratios * others  # ties has one for all
+        found.append([1.0, *each, -sum(each)] if with_base else [1 - sum(each), *each])
+    return found
 
 
 def settled(recipe: Recipe, others: int, with_base: bool) -> Recipe:
@@ -211,19 +239,21 @@ def why_not_finite(models: Iterable[Checkpoint], key: str, dtype: str) -> Checkp
     return UsageError(f"merge: {key} becomes too large for {dtype}; choose smaller ratios, or dtype bfloat16 or float32")
 
 
-def notes(models: Sequence[Checkpoint], recipe: Recipe, with_base: bool, dtype: torch.dtype | None) -> dict[str, str]:
+def notes(
+    models: Sequence[Checkpoint], hashes: Hashes, recipe: Recipe, with_base: bool, dtype: torch.dtype | None
+) -> dict[str, str]:
     """What the metadata says about the merge: ours, ModelSpec's and, for what A1111 can do, A1111's."""
-    sources = [identity(model) for model in models]
+    sources = [identity(model, hashes.texts[model.path]) for model in models]
     ours = asdict(recipe) | {"sources": sources, "with_base": with_base, "dtype": NAMES[dtype] if dtype else None}
     found = {RECIPE: json.dumps(ours), "modelspec.merged_from": ", ".join(model.path.name for model in models)}
     if recipe.method != "weighted" or len(recipe.ratios) > 1 or recipe.by_part or recipe.by_block:
         return found
-    hashes = [source["sha256"] for source in sources]
+    digests = [source["sha256"] for source in sources]
     theirs = {
         "type": "webui",
-        "primary_model_hash": hashes[0],
-        "secondary_model_hash": hashes[1],
-        "tertiary_model_hash": hashes[2] if with_base else None,
+        "primary_model_hash": digests[0],
+        "secondary_model_hash": digests[1],
+        "tertiary_model_hash": digests[2] if with_base else None,
         "interp_method": "Add difference" if with_base else "Weighted sum",
         "multiplier": recipe.ratios[0],
         "save_as_half": dtype == torch.float16,
@@ -241,26 +271,8 @@ def notes(models: Sequence[Checkpoint], recipe: Recipe, with_base: bool, dtype: 
             "sd_merge_recipe": model.metadata.get("sd_merge_recipe"),
         }
         for source, model in zip(sources, models, strict=True)
-        if source["sha256"]
     }
     return found | {"sd_merge_recipe": json.dumps(theirs), "sd_merge_models": json.dumps(known)}
-
-
-def identity(model: Checkpoint) -> dict[str, Any]:
-    """What tells a source from others: at once, so the sha256 of the file only where it is known already."""
-    return {
-        "name": model.path.name,
-        "bytes": model.size,
-        "legacy_hash": legacy_hash(model.path),
-        "sha256": known_sha256(model.path),
-    }
-
-
-def legacy_hash(path: Path) -> str:
-    """A1111's first model hash: of 64 KiB, 1 MiB into the file (modules/hashes.py)."""
-    with path.open("rb") as file:
-        file.seek(0x100000)
-        return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
 
 
 def repeat(
@@ -282,6 +294,7 @@ def repeat(
     try:
         facts = json.loads(text)
         options = {name: facts[name] for name in ("method", "by_part", "density", "seed")}
+        options |= {name: facts.get(name) for name in ("prediction", "zero_snr")}
         ratios, blocks, dtype = tuple(facts["ratios"]), dict(facts["by_block"]), TORCH[facts["dtype"]] if facts["dtype"] else None
         sources = [found_again(source, places, checkpoint.path) for source in facts["sources"]]
         base = sources.pop() if facts["with_base"] else None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 
@@ -12,13 +13,15 @@ from safetensors.torch import load_file, save_file
 
 import minisd
 from minisd.cli import main
-from minisd.files.checkpoint import file_sha256
+from minisd.errors import OutputError
+from minisd.files.checkpoint import file_sha256, known_sha256
 from minisd.files.writers import CONV_IN
 from minisd.models.blocks import block_ratios, blocks_of, group_of, part_of
 from minisd.workbench.arithmetic import dare, generator_for, slerp, ties
 from minisd.workbench.blueprint import random_weights
 from minisd.workbench.differing import diff
-from minisd.workbench.merging import legacy_hash, merge, repeat
+from minisd.workbench.merging import merge, repeat
+from minisd.workbench.sources import legacy_hash
 
 
 @pytest.fixture(scope="module")
@@ -319,18 +322,37 @@ def test_recipes_that_lie_are_told(models, tmp_path, recipe):
 
 def test_a1111_reads_its_recipe(models, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    digest = file_sha256(models[0])
+    file_sha256(models[0])  # known beforehand; the others are found out
     path = merge([models[0], models[1]], tmp_path / "m.safetensors", 0.3, base=models[2], dtype=torch.float16)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
+    digests = [hashlib.sha256(model.read_bytes()).hexdigest() for model in models[:3]]
     recipe = json.loads(metadata["sd_merge_recipe"])
     assert (recipe["interp_method"], recipe["multiplier"], recipe["save_as_half"]) == ("Add difference", 0.3, True)
-    assert (recipe["primary_model_hash"], recipe["secondary_model_hash"]) == (
-        digest,
-        None,
-    )  # what is not known is not read for it
-    known = {"name": "a.safetensors", "legacy_hash": legacy_hash(models[0]), "sd_merge_recipe": None}
-    assert json.loads(metadata["sd_merge_models"]) == {digest: known}
+    assert [recipe[f"{which}_model_hash"] for which in ("primary", "secondary", "tertiary")] == digests
+    known = {
+        digest: {"name": model.name, "legacy_hash": legacy_hash(model), "sd_merge_recipe": None}
+        for digest, model in zip(digests, models, strict=False)
+    }
+    assert json.loads(metadata["sd_merge_models"]) == known
+    assert [source["sha256"] for source in json.loads(metadata["minisd.merge"])["sources"]] == digests
+    assert [known_sha256(model) for model in models[:3]] == digests  # and remembered
+
+
+def test_a_hash_that_nobody_waits_for_is_not_found_out(models, tmp_path, monkeypatch):
+    """What goes wrong while merging is told at once, not after gigabytes of reading."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    stopped = []
+
+    def fail(*_, later):
+        raise OutputError("output: full")
+
+    monkeypatch.setattr("minisd.workbench.merging.write_checkpoint", fail)
+    monkeypatch.setattr("minisd.workbench.sources.hashed", lambda path, stop: stopped.append(stop.wait(60)) or "0" * 64)
+    with pytest.raises(OutputError):
+        merge(models[:2], tmp_path / "m.safetensors")
+    assert all(stopped)
 
 
 def test_a_recipe_of_another_merge_is_not_handed_on(models, tmp_path):

@@ -13,7 +13,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from torch import Tensor
 
 from ...errors import CheckpointError, OutputError, UsageError, taken_apart
 from ...files.checkpoint import Checkpoint, open_checkpoint
-from ...files.recognition import listing, recognise
-from ...files.saving import NO_HASH, Progress, write_checkpoint
+from ...files.recognition import listing, native_size, recognise
+from ...files.saving import Progress, with_markers, write_checkpoint
 from ...files.tensors import TORCH, check_floats, read_stored
-from ...files.writers import is_unneeded
-from ...models.family import REFINER, SD1, SD2, SDXL, VAE, Family
+from ...files.training import metadata_of, said_training, title_of
+from ...files.writers import CONV_IN, is_unneeded
+from ...models.family import REFINER, SD1, SD2, SDXL, TASKS, VAE, Family, Recognition, Training
 from ...system.atomic import check_place, check_room, draft_of, strays, sync
 from ...system.regular import open_regular
 from ..converting import FLOAT8, rounded, stored_name
@@ -111,7 +112,7 @@ def write_component(
         tensor = tensor.T if link.transposed else tensor.chunk(len(link.theirs))[part]
         return [rounded(tensor, TORCH[planned[name][0]], checkpoint, link.raw)]
 
-    write_checkpoint(folder / f"{weights_name(folder.name)}.safetensors", planned, read, {"format": "pt"}, progress)
+    write_checkpoint(folder / f"{weights_name(folder.name)}.safetensors", planned, read, {"format": "pt"}, progress=progress)
     return sum(checkpoint.entries[link.raw].nbytes for link in links)
 
 
@@ -124,20 +125,19 @@ def from_folder(source: AnyPath, target: AnyPath, dtype: torch.dtype | None = No
     with taken_apart(folder):
         origin = raw_origin(folder)
         rest = open_checkpoint(folder / REST) if (folder / REST).exists() else None
-        markers, metadata = training_of(folder) if rest is None else ((), dict(rest.metadata))
+        found, metadata = what_it_is(folder, origin, rest)
     kept = [key for key in rest.entries if key not in origin] if rest else []
-    planned = {key: (stored_name(key, found.dtype, found.shape, dtype), found.shape) for key, found in origin.items()}
-    if "modelspec.hash_sha256" in metadata:
-        metadata["modelspec.hash_sha256"] = NO_HASH  # to be found out again
+    planned = {key: (stored_name(key, each.dtype, each.shape, dtype), each.shape) for key, each in origin.items()}
     planned |= {key: (rest.entries[key].dtype, rest.entries[key].shape) for key in kept if rest}
-    planned |= dict.fromkeys(markers, ("F32", (0,)))
 
     def read(key: str) -> list[Tensor]:
         if key in origin:
             return [rounded(tensor, TORCH[planned[key][0]], file, name) for tensor, file, name in origin[key].read()]
-        return [read_stored(rest, key) if rest and key in kept else torch.zeros(0)]
+        assert rest
+        return [read_stored(rest, key)]
 
-    return write_checkpoint(target, planned, read, {"format": "pt"} | metadata, progress)
+    marked, read_marked = with_markers(planned, read, found.training, rest)
+    return write_checkpoint(target, marked, read_marked, {"format": "pt"} | metadata, found, progress)
 
 
 @dataclass(frozen=True)
@@ -244,11 +244,44 @@ def weights_name(folder: str) -> str:
     return "model" if folder.startswith("text_encoder") else "diffusion_pytorch_model"
 
 
-def training_of(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The markers and the metadata by which the raw file says how it was trained, from the folder's scheduler."""
+def what_it_is(folder: Path, origin: Mapping[str, Found], rest: Checkpoint | None) -> tuple[Recognition, dict[str, str]]:
+    """What the raw file will be, by the folder's configs, and its metadata.
+
+    Raises CheckpointError if the configs say something else of the training than what waits in the rest.
+    """
+    family, training = family_of(folder), training_of(folder)
+    metadata = dict(rest.metadata) if rest else {}
+    config = folder / "unet" / "config.json"
+    side = read_json(config).get("sample_size") if rest is None and config.is_file() else None
+    if type(side) is int:
+        metadata |= {"modelspec.resolution": f"{8 * side}x{8 * side}"}
+    if rest and (known := said_training(rest)) and title_of(known) != title_of(training):
+        raise CheckpointError(
+            folder,
+            f"its scheduler says that it {title_of(training)}, its {REST} that it {title_of(known)}",
+            f"put the scheduler's config right, or remove {REST}",
+        )
+    channels = origin[CONV_IN].shape[1] if CONV_IN in origin else 0
+    if channels not in TASKS:
+        raise CheckpointError(folder, f"expected a UNet with {', '.join(map(str, TASKS))} input channels, found {channels}")
+    size = native_size(family, training, metadata)
+    return Recognition(family, TASKS[channels], training, size, ()), metadata | metadata_of(training)
+
+
+def training_of(folder: Path) -> Training:
+    """How the model was trained, by the folder's scheduler and VAE."""
     schedule = read_json(folder / "scheduler" / "scheduler_config.json")
-    metadata = {"modelspec.prediction_type": "v" if schedule.get("prediction_type") == "v_prediction" else "epsilon"}
-    return ("ztsnr",) if schedule.get("rescale_betas_zero_snr") else (), metadata
+    predicts_v = schedule.get("prediction_type") == "v_prediction"
+    if not str(schedule.get("_class_name")).startswith("EDM"):
+        return Training("v" if predicts_v else "epsilon", predicts_v and schedule.get("rescale_betas_zero_snr") is True)
+    low, high = (float(schedule.get(name, default)) for name, default in (("sigma_min", 0.002), ("sigma_max", 80.0)))
+    if predicts_v:
+        return Training("v", sigmas=(low, high))
+    vae = read_json(folder / "vae" / "config.json")
+    mean, std = (tuple(float(each) for each in vae[name]) for name in ("latents_mean", "latents_std"))
+    return Training(
+        "edm", sigmas=(low, high), sigma_data=float(schedule.get("sigma_data", 0.5)), latent_mean=mean, latent_std=std
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

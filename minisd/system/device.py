@@ -49,11 +49,16 @@ def to_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dty
 
 def cpu_computes_bfloat16() -> bool:
     """Whether the CPU has instructions for bfloat16 products; without them it is slower than float32."""
+    return bool(cpu_bfloat16())
+
+
+def cpu_bfloat16() -> list[str]:
+    """Those instructions, by Linux's names: Intel's and AMD's, and Arm's."""
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        flags = Path("/proc/cpuinfo").read_text().split()
     except OSError:
-        return False
-    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+        return []
+    return [flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if flag in flags]
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -13,7 +13,7 @@ try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # Triton is for Linux: elsewhere the kernels can be imported, and refuse to run
+except Exception:  # not installed, or broken (`minisd doctor` says how): the kernels can be imported, and refuse to run
     triton = tl = TensorDescriptor = None
 
 

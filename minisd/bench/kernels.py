@@ -59,8 +59,8 @@ def bench_kernel(report: Report, name: str, shapes: list[Any], args: Any) -> Non
     title = f"{name}, {name_of(clock.dtype)}" + (f", shapes of {Path(args.shapes_of).name}" if args.shapes_of else "")
     report.table(f"{title}: error is relative to float64, to ours is time over that of the kernel", COLUMNS)
     report.note(f"ceilings in this run: copy {clock.bandwidth / 1e12:.3g} TB/s, matmul {clock.matmul_rate / 1e12:.3g} TFLOP/s")
-    if not clock.is_cuda:
-        report.note(what_a_cpu_shows(clock.dtype))
+    if not clock.is_cuda or kernels().checks.triton is None:
+        report.note(what_is_shown(clock.dtype))
     theirs = None
     if args.against:
         with report.attempt(args.against.name):
@@ -76,7 +76,9 @@ def bench_kernel(report: Report, name: str, shapes: list[Any], args: Any) -> Non
             measure(report, name, shape, runs, wanted)
 
 
-def what_a_cpu_shows(dtype: torch.dtype) -> str:
+def what_is_shown(dtype: torch.dtype) -> str:
+    if kernels().checks.triton is None:
+        return "minisd's own kernels are left out: they need Triton, which is not installed: `pip install triton` (on Linux)"
     if not runs_here(torch.device("cpu")):
         return "minisd's own kernels are left out: they run on a GPU, or for their errors with TRITON_INTERPRET=1"
     if dtype == torch.bfloat16:

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .entry import MAX_TENSORS, PLAIN, Entry
-from .pickled import CONVERT, DAMAGED, NONSENSE, Machine, Storage, UnreadableError, View
+from .pickled import CONVERT, DAMAGED, NONSENSE, Machine, Storage, UnreadableError, Unused, View, shown_name
 
 MAX_READ = 4 << 20  # bytes of a pickle or of an archive's directory; 10,000 tensors take 2.5 MB
 MAX_DIMENSIONS = 8
@@ -39,7 +39,8 @@ def read_torch_file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             size = file.seek(0, io.SEEK_END)
             top, records = from_archive(file) if file.peek_at(0, 4) == b"PK\x03\x04" else from_legacy(file, size)
             if not isinstance(top, dict):
-                raise UnreadableError("holds no dict of tensors", CONVERT)
+                of = f", but an object of {shown_name(top.of)}" if isinstance(top, Unused) and top.of else ""
+                raise UnreadableError(f"holds no dict of tensors{of}", CONVERT)
             return entries(top, records, size), about(top)
     except UnreadableError as error:
         raise CheckpointError(path, str(error), error.hint, error.key) from None
@@ -150,7 +151,9 @@ def entries(top: dict[str, Any], records: Records, size: int) -> dict[str, Entry
         raise UnreadableError(f"has {len(found):,} tensors; at most {MAX_TENSORS:,} were expected", CONVERT)
     placed = {key: place(key, view, records) for key, view in sorted(found, key=lambda pair: pair[0])}
     if not placed:
-        raise UnreadableError("holds no tensors that minisd could find", "minisd looks at its top and below state_dict")
+        objects = list(dict.fromkeys(shown_name(value.of) for value in top.values() if isinstance(value, Unused) and value.of))
+        beside = f"; its objects, such as {', '.join(objects[:5])}, are not made" if objects else ""
+        raise UnreadableError(f"holds no tensors that minisd could find{beside}", "minisd looks at its top and below state_dict")
     if len(placed) < len(found):
         raise UnreadableError("has two tensors of one name", CONVERT)
     if sum(entry.nbytes for entry in placed.values()) > 2 * size:  # aliases are honest up to weights and averages in one
@@ -178,9 +181,10 @@ def place(key: str, view: View, records: Records) -> Entry:
     start, length = records[storage.key]
     if nbytes(storage) != length:
         raise UnreadableError(f"expected {length:,} bytes of {storage.dtype}, found {storage.numel:,} elements", key=key)
-    if offset + math.prod(shape) > storage.numel:
-        raise UnreadableError(f"needs more numbers than the {storage.numel:,} of its storage", key=key)
-    return Entry(storage.dtype, shape, start + offset * PLAIN[storage.dtype], order_of_axes(key, shape, stride))
+    size = PLAIN[view.dtype]
+    if offset + math.prod(shape) > length // size:
+        raise UnreadableError(f"needs more numbers than the {length // size:,} of its storage", key=key)
+    return Entry(view.dtype, shape, start + offset * size, order_of_axes(key, shape, stride))
 
 
 def order_of_axes(key: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -188,7 +188,15 @@ def harmless_but_refused() -> dict[str, bytes]:
         "an attribute of an allowed class": with_weights(named("collections", "OrderedDict.fromkeys") + b"(](K\x01etR"),
         "torch by a dotted name": b"\x80\x04" + text("torch") + text("serialization.os.system") + b"\x93.",
         "a type of tensor from elsewhere": with_weights(named("torch._utils", "_rebuild_sparse_tensor") + b")R"),
-        "a whole module": with_weights(named("torch.nn.modules.linear", "Linear") + b")\x81}b"),
+        "a whole module": b"\x80\x02" + named("torch.nn.modules.linear", "Linear") + b")\x81}b.",
+        "a function of ours called": with_weights(named("trainer.tools", "load") + b"(" + text("x") + b"tR"),
+        "a class of ours called": with_weights(named("trainer.tools", "Loader") + b"(" + text("x") + text("y") + b"tR"),
+        "a function of numpy called": with_weights(named("numpy.testing", "runstring") + b"(" + text("x") + b"}tR"),
+        "a function of the system named": with_weights(named("posix", "system")),
+        "an object of the system": with_weights(named("subprocess", "Popen") + b")\x81}b"),
+        "a tensor of a tensor of a tensor": with_weights(
+            (named("torch._tensor", "_rebuild_from_type_v2") + b"(") * 3 + named("torch", "Tensor") + b")Nt" + b"R" * 3
+        ),
         "something behind the end": benign + b"cposix\nsystem\n(X\x04\x00\x00\x00truetR.",
         "NEWOBJ_EX": b"\x80\x04" + named("collections", "OrderedDict") + b")}\x92.",
         "PERSID": with_weights(b"P0\n"),
@@ -262,10 +270,10 @@ def bad_views() -> dict[str, tuple[bytes, str]]:
         "a storage of half the bytes": (tensor(of=storage(6, "HalfStorage")), "expected 24 bytes of F16, found 6"),
         "a storage that is missing": (tensor(of=storage(6, key="1")), "are missing"),
         "a storage outside": (tensor(of=storage(6, key="../version")), "are missing"),
-        "a storage below nothing": (tensor(of=storage(-6)), "is of a type"),
+        "a storage below nothing": (tensor(of=storage(-6)), "is of no type or size"),
         "complex numbers": (tensor(of=storage(3, "ComplexFloatStorage")), "asks for torch.ComplexFloatStorage"),
         "quantised numbers": (tensor(of=storage(6, "QInt32Storage")), "asks for torch.QInt32Storage"),
-        "a dtype for a storage": (tensor(of=storage(6, "float32")), "is of a type"),
+        "a dtype for a storage": (tensor(of=storage(6, "float32")), "asks for torch.float32"),
     }
 
 

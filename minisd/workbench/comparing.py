@@ -286,7 +286,7 @@ def cells_again(recipe: Mapping[str, Any]) -> Cells:
         raise UsageError("the picture's minisd chunk is not that of a comparison") from None
     models = [None if file["model_path"] is None else str(file["model_path"]) for file in files] or [None]
     for model, file in zip(models, files, strict=False):
-        repeat(dict(recipe) | file, path_of(model))  # warns
+        repeat(dict(recipe) | file, open_checkpoint(path_of(model)).path)  # warns; what is no checkpoint is not hashed first
     request = repeat(dict(recipe) | asked | {"model_sha256": None, "model_tensors_sha256": None}, path_of(models[0]))
     x, y = (Axis("model", tuple(models)) if name == "model" else Axis.checked(name, values) for name, values in given)
     return settle_cells(request, models[:1], (), x, y)

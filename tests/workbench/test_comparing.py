@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import os
 import weakref
 from pathlib import Path
 
@@ -198,6 +199,10 @@ def test_another_checkpoint_at_the_recorded_path_is_told(tmp_path, capsys):
     Path("a.safetensors").write_bytes(tiny_checkpoint().read_bytes())
     assert main(["again", "compare.png"]) == 0
     assert "a.safetensors is not the checkpoint that drew this picture" in capsys.readouterr().err
+    Path("a.safetensors").unlink()
+    os.mkfifo("a.safetensors")
+    assert main(["again", "compare.png"]) == 3
+    assert "a.safetensors: is not a regular file, expected a .safetensors or .ckpt file" in capsys.readouterr().err
 
 
 def test_a_merge_made_again_is_the_same_checkpoint_and_one_with_false_metadata_is_not(capsys):

@@ -34,6 +34,14 @@ class CheckpointError(MinisdError):
         super().__init__(where + reason + (f" ({hint})" if hint else ""))
 
 
+class ShapeError(ValueError):
+    """A tensor has a shape that no network gives it; becomes a CheckpointError where the file is known.  key: its whole name."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(reason)
+        self.key = key
+
+
 @contextlib.contextmanager
 def taken_apart(path: object) -> Iterator[None]:
     """Whatever goes wrong while a stranger's file is taken apart is a CheckpointError about that file, even what nobody

@@ -11,20 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ShapeError
 from ..models.clip import TextEncoder, text_encoder
 from ..models.family import UNET, VAE, Family, Recognition
+from ..models.fit import check_dimensions, check_fit, check_vae
 from ..models.shapes import Shapes, below
 from ..models.taesd import TinyAutoencoder, build_tiny, prefix_of
 from ..models.unet import UNet
 from ..models.vae import AutoencoderKL
 from .checkpoint import Checkpoint, open_checkpoint
-from .recognition import check_parts, listing, looks_like, recognise, vae_name
+from .recognition import listing, looks_like, recognise, vae_name
 from .tensors import load_tensors
 from .upload import upload_tensors
-from .writers import check_nothing_left_out, is_unneeded, tell_extra, torn
+from .writers import check_nothing_left_out, is_asked_for, is_unneeded, tell_extra, torn
 
 Module = TypeVar("Module", bound=nn.Module)
+Made = TypeVar("Made")
 
 
 class StableDiffusion(nn.Module):
@@ -94,19 +96,23 @@ def build(checkpoint: Checkpoint, family: Family, strict: bool = False) -> Stabl
     """
     shapes = checkpoint.shapes
     check_nothing_left_out(checkpoint.path, shapes, family)
+    wanted = Shapes({key: shape for key, shape in shapes.items() if is_asked_for(key)})
+    described(checkpoint, family.title, lambda: check_dimensions(wanted))
     model = described(checkpoint, family.title, lambda: StableDiffusion(shapes, family))
     compare(checkpoint, family.title, model, {key: shape for key, shape in shapes.items() if not is_unneeded(key)}, strict)
-    check_parts(checkpoint, family)
+    described(checkpoint, family.title, lambda: check_fit(shapes, family))
     return model
 
 
-def described(checkpoint: Checkpoint, title: str, make: Callable[[], Module]) -> Module:
+def described(checkpoint: Checkpoint, title: str, make: Callable[[], Made]) -> Made:
     """What `make` builds of a file's shapes, on the meta device; what goes wrong on the way is the file's fault."""
     try:
         with torch.device("meta"), NoInit():
             return make()
     except KeyError as error:
         raise CheckpointError(checkpoint.path, f"this looks like {title}, but a key is missing", key=str(error.args[0])) from None
+    except ShapeError as error:
+        raise CheckpointError(checkpoint.path, f"this looks like {title}, but {error}", key=error.key) from None
     except (ValueError, RuntimeError, ZeroDivisionError, IndexError) as error:
         raise CheckpointError(checkpoint.path, f"this looks like {title}, but its shapes fit no network: {error}") from None
 
@@ -193,6 +199,7 @@ def described_vae(checkpoint: Checkpoint, latent_channels: int) -> tuple[str, Au
     if vae.latent_channels != latent_channels:
         reason = f"is a VAE for latents of {vae.latent_channels} channels, the checkpoint has {latent_channels}"
         raise CheckpointError(checkpoint.path, reason, "take a VAE of the checkpoint's own family")
+    described(checkpoint, "a VAE", lambda: check_vae(shapes, latent_channels))
     return name, vae
 
 

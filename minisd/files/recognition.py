@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 
 from ..errors import CheckpointError, shown
-from ..models.family import FAMILIES, LABELS, SD2, SDXL, TASKS, UNET, VAE, Family, Recognition, Training
+from ..models.family import FAMILIES, SD2, SDXL, TASKS, UNET, VAE, Family, Recognition, Training
 from ..models.shapes import Shapes, below
 from ..options import MAX_SIDE
 from .checkpoint import Checkpoint
@@ -55,10 +55,6 @@ NO_VAE = "only the VAE is missing: name one with --vae, or put it in for good: m
 
 
 UNKNOWN = "no model that minisd knows"
-
-
-VOCABULARY, LENGTH = 49_408, 77  # of CLIP: tokens that the tokenizer may give, and positions
-SIZES = {"sdxl": 6, "sdxl-refiner": 5}  # numbers in the UNet's vector beside the pooled text, 256 channels each
 
 
 PARTS = [
@@ -162,32 +158,3 @@ def vae_name(shapes: Shapes) -> str | None:
         return VAE
     theirs = any(key.startswith("decoder.up_blocks.") for key in shapes)
     return "" if "decoder.conv_in.weight" in shapes and not theirs else None
-
-
-def check_parts(checkpoint: Checkpoint, family: Family) -> None:
-    """Raises CheckpointError unless the parts of a file fit one another: what one gives is what the next takes."""
-    shapes, channels, pooled = checkpoint.shapes, 0, 0
-    for tower in family.towers:
-        inside = below(shapes, tower.name)
-        words = next(key for key in inside if key.endswith("token_embedding.weight"))
-        places = next(key for key in inside if key.endswith(("position_embedding.weight", "positional_embedding")))
-        check_length(checkpoint, f"{tower.name}.{words}", inside[words][0], VOCABULARY, "tokens, CLIP's vocabulary", least=True)
-        check_length(checkpoint, f"{tower.name}.{places}", inside[places][0], LENGTH, "positions", least=True)
-        channels += inside[words][1]
-        pooled += inside["text_projection"][1] if tower.pooled else 0
-    for key in (key for key in shapes if key.startswith(UNET) and key.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))):
-        check_length(checkpoint, key, shapes[key][1], channels, "channels, what the text encoders give")
-    latents = shapes[f"{UNET}.out.2.weight"][0]
-    taken = {"draw": latents, "edit": 2 * latents, "inpaint": 2 * latents + 1}[TASKS[input_channels(shapes)]]
-    check_length(checkpoint, CONV_IN, shapes[CONV_IN][1], taken, f"channels for latents of {latents}")
-    if family.vector:
-        check_length(checkpoint, LABELS, shapes[LABELS][1], pooled + SIZES[family.name] * 256, "channels: pooled text and sizes")
-    if f"{VAE}.post_quant_conv.weight" in shapes:
-        key = f"{VAE}.post_quant_conv.weight"
-        check_length(checkpoint, key, shapes[key][1], latents, "channels, the UNet's latents")
-
-
-def check_length(checkpoint: Checkpoint, key: str, found: int, expected: int, what: str, least: bool = False) -> None:
-    if found < expected if least else found != expected:
-        reason = f"its parts do not fit: expected {'at least ' * least}{expected:,} {what}, found {found:,}"
-        raise CheckpointError(checkpoint.path, reason, "was it put together from models of two families?", key)

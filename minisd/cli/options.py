@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -125,11 +126,11 @@ def check_output(given: Path | None, default: Path) -> Path:
 
 def check_distinct(outputs: Iterable[Path], inputs: Iterable[str | None]) -> None:
     """Raises UsageError if an output is named twice or is also read: what is written later would replace the other."""
-    taken = {Path(path).resolve() for path in inputs if path}
+    taken = {os.path.realpath(path) for path in inputs if path}  # Path.resolve raises where links lead in a circle
     for path in outputs:
-        if path.resolve() in taken:
+        if (target := os.path.realpath(path)) in taken:
             raise UsageError(f"output {path}: expected a name of its own, found one that is read or written before")
-        taken.add(path.resolve())
+        taken.add(target)
 
 
 # What Python calls an argument, and what the command line does.

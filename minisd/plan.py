@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import secrets
@@ -19,7 +20,7 @@ from .diffusion.levels import BY_SIGMA
 from .diffusion.samplers import SAMPLERS, Sampler
 from .errors import UsageError
 from .models.family import Recognition
-from .options import MAX_IMAGES, OPTIONS, checked, one_of, whole
+from .options import MAX_IMAGES, MAX_SIDE, OPTIONS, checked, one_of, whole
 from .pictures.init import Picture, as_tensor, fingerprint, open_picture, to_mask, to_pixels
 from .pictures.masks import paste
 from .request import Request
@@ -28,6 +29,9 @@ MAX_PROMPT = 10_000  # characters; the text encoder reads about 300 of them
 
 
 STRENGTH = 0.8  # of img2img where nobody says (diffusers' and OctoAI's default)
+
+
+LARGEST = 4  # times the pixels that a model was trained at: what is drawn over a picture at most, where nobody says
 
 
 RANDOM_SEEDS = 4_294_967_294  # A1111 processing.py, get_fixed_seed
@@ -255,8 +259,10 @@ def check_sigmas(given: object) -> None:
 
 
 def picture_size(request: Request, model: Capabilities, init: Image.Image | None) -> tuple[int, int]:
-    """(width, height): as asked for, else that of the init image in whole eights, else the model's own."""
-    default = tuple(max(8, side // 8 * 8) for side in init.size) if init else model.recognition.size
+    """(width, height): as asked for, else those of the init image, else the model's own."""
+    default = model.recognition.size
+    if init is not None and None in (request.width, request.height):
+        default = size_from(request, init, default)
     width, height = (
         side if side is not None else own for side, own in zip((request.width, request.height), default, strict=True)
     )
@@ -266,6 +272,21 @@ def picture_size(request: Request, model: Capabilities, init: Image.Image | None
             near = side // 8 * 8
             raise UsageError(f"{name}: expected a multiple of 8, found {side}; the nearest are {near} and {near + 8}")
     return width, height
+
+
+def size_from(request: Request, init: Image.Image, own: tuple[int, int]) -> tuple[int, int]:
+    """The init image's size in whole eights; in its proportions, if a model that draws at `own` size could not draw so large."""
+    (width, height), most = init.size, LARGEST * own[0] * own[1]
+    scale = min(1.0, math.sqrt(most / (width * height)), MAX_SIDE / max(width, height))
+    fitting = max(8, int(width * scale) // 8 * 8), max(8, int(height * scale) // 8 * 8)
+    if scale < 1:
+        name = path_of(request.init_image)
+        found = (
+            f"init_image{f' {os.path.basename(name)}' if name else ''}: {width}x{height} is more than this model can draw well"
+        )
+        sizes = f"drawing {fitting[0]}x{fitting[1]} (it was trained at {own[0]}x{own[1]})"
+        warnings.warn(f"{found}: {sizes}; give a size for another", stacklevel=2)
+    return fitting
 
 
 def settle_init(request: Request, model: Capabilities, init: Image.Image | None, width: int, height: int) -> InitImage | None:

@@ -52,7 +52,8 @@ class Request:
 
     prompt: a text, or a list of texts, each of which gives num_images pictures; or what `Pipeline.encode_prompt` makes of them.
     negative_prompt, guidance_scale, seed: one for all pictures, or a list with one for each prompt or picture.
-    width, height: pixels, multiples of 8; by default those of the init image, else what the checkpoint was trained at.
+    width, height: pixels, multiples of 8; by default those of the init image, scaled down where it has more than four times the
+        pixels that the checkpoint was trained at; without one, those.
     steps: 1 … 999.  guidance_scale: 1 takes the prompt as trained and half the time, more follows it harder.
     sampler: "euler", "ddim", or a function (denoise, x, sigmas, noise) that yields (latents, estimate): diffusion/samplers.
     seed: picture i uses seed + i and equals the single run with that seed; None or -1 draws one.

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import minisd
+from minisd.cli import main
 from minisd.diffusion.denoiser import ClassifierFree, Conditioning, Timeline
 from minisd.diffusion.program import program
 from minisd.errors import UsageError
@@ -126,6 +127,50 @@ def test_a_picture_on_its_side_is_put_upright_in_every_form(tiny, tmp_path):
         results = [tiny("a star", init_image=each, seed=1, steps=2, strength=0.5) for each in (opened, tmp_path / "x.png")]
     assert results[0].images[0].size == (32, 64)
     assert same(*results)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "turned", "size"),
+    [
+        (4032, 3024, False, (144, 104)),
+        (4624, 3468, True, (104, 144)),
+        (6000, 4000, True, (104, 152)),
+        (4200, 8, False, (2928, 8)),
+    ],
+)
+def test_a_photograph_is_scaled_to_what_the_model_can_draw(width, height, turned, size, tiny, tmp_path):
+    """At most four times the 64x64 that this one was trained at, in the photograph's proportions, as it stands upright."""
+    photo = Image.new("RGB", (width, height), "grey")
+    exif = photo.getexif()
+    exif[0x0112] = 6 if turned else 1
+    photo.save(tmp_path / "phone.jpg", exif=exif)
+    request = Request("a star", init_image=tmp_path / "phone.jpg", seed=1)
+    seen = f"{height}x{width}" if turned else f"{width}x{height}"
+    with pytest.warns(UserWarning, match=rf"^init_image phone.jpg: {seen} is more .* drawing {size[0]}x{size[1]}") as told:
+        found = planned(request, tiny.capabilities())
+    assert (found.width, found.height) == size
+    assert tuple(found.init.pixels.shape) == (1, 3, size[1], size[0])
+    assert len(told) == 1
+    given = planned(replace(request, width=64, height=48), tiny.capabilities())
+    assert (given.width, given.height) == (64, 48)
+
+
+def test_a_picture_within_four_times_the_models_size_keeps_its_own(tiny):
+    found = planned(Request("a star", init_image=Image.new("RGB", (131, 121))), tiny.capabilities())
+    assert (found.width, found.height) == (128, 120)
+
+
+def test_a_size_that_came_from_a_photograph_is_not_told_as_an_option(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (4624, 3468), "grey").save("large.jpg")
+    assert main(["a red star", "--init", "large.jpg", "--steps", "2", "--seed", "1", "-o", "x.png"]) == 0
+    said = capsys.readouterr().err
+    assert said.startswith("minisd: warning: --init large.jpg: 4624x3468 is more than this model can draw well: drawing 144x104")
+    assert said.count("\n") == 1
+    assert Image.open("x.png").size == (144, 104)
+    Image.new("RGB", (7100, 7100)).save("huge.png")
+    assert main(["a red star", "--init", "huge.png"]) == 2
+    assert "--init huge.png: expected at most 50 million pixels, found 7100x7100; scale it down" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from .. import __version__
 from ..errors import MinisdError, OutOfMemoryError, OutputError
 from . import again, bench, completion, doctor, draw, files, models
-from .options import Parser, one_line
+from .options import Parser, one_line, with_flags
 from .streams import careful_streams, ended_by_signals
 
 CLOSED = 141  # as the shell counts SIGPIPE
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     data = "--json" in arguments or arguments[:1] == ["completion"]
     with careful_streams(data) as closed, ended_by_signals() as came:
-        warnings.showwarning = lambda message, *_: print(f"minisd: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_: tell(message)
         try:
             status = run(arguments)
             sys.stdout.flush()
@@ -147,6 +147,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return MinisdError.exit_code
             leave_stdout()
             return OutputError.exit_code
+
+
+def tell(message: Warning | str) -> None:
+    print(f"minisd: warning: {with_flags(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 def leave_stdout() -> None:

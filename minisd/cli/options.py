@@ -142,7 +142,10 @@ FLAGS |= {"zero_snr": "--zero-snr", "axis": "--x, --y"}
 def one_line(error: Any) -> str:
     """An error's text; that of a UsageError, which begins with the name of an argument, with the name of the option."""
     text = " ".join(str(error).split())
-    if not isinstance(error, UsageError):
-        return text
+    return with_flags(text) if isinstance(error, UsageError) else text
+
+
+def with_flags(text: str) -> str:
+    """A text that begins with the name of an argument, with that of the option."""
     text = re.sub(r"^\w+(?=:| )", lambda name: FLAGS.get(name[0], name[0]), text)
     return text.replace("an init_image", "--init PICTURE")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 
 from ..errors import CheckpointError, shown
 from ..models.family import FAMILIES, SD2, SDXL, TASKS, UNET, VAE, Family, Recognition, Training
@@ -108,7 +109,7 @@ def recognise(checkpoint: Checkpoint, vae_given: bool = False) -> Recognition:
     if family is SDXL and (name := DISTILLED.get(transformer_blocks(shapes))):
         reasons.append(f"distilled like {name}: {transformer_blocks(shapes)} transformer blocks, SDXL has 70")
     training, why = trained(checkpoint, family, TASKS[channels])
-    size = native_size(family, training, checkpoint.metadata)
+    size = native_size(family, training, checkpoint.metadata, checkpoint.path)
     return Recognition(family, TASKS[channels], training, size, (*reasons, why))
 
 
@@ -130,7 +131,7 @@ def transformer_blocks(shapes: Shapes) -> int:
     return sum(key.startswith(UNET) and key.endswith(".attn1.to_q.weight") for key in shapes)
 
 
-def native_size(family: Family, training: Training, metadata: Mapping[str, str]) -> tuple[int, int]:
+def native_size(family: Family, training: Training, metadata: Mapping[str, str], path: Path) -> tuple[int, int]:
     """(width, height) to draw at where nobody says: what the file's ModelSpec metadata names, else what its kind was trained
     at; of SD 2.x the models that predict v were trained at 768."""
     side = 768 if family is SD2 and training.prediction == "v" else family.size
@@ -138,11 +139,13 @@ def native_size(family: Family, training: Training, metadata: Mapping[str, str])
     if stated is None:
         return side, side
     match = re.fullmatch(r"([0-9]{2,4})x([0-9]{2,4})", stated)
-    width, height = (int(match[1]), int(match[2])) if match else (0, 0)
-    if any(length % 8 or not 64 <= length <= MAX_SIDE for length in (width, height)):
-        found = f"its metadata say modelspec.resolution = {shown(stated, 40)}"
-        warnings.warn(f"{found}, which nothing can be drawn at: taking {side}x{side} instead", stacklevel=4)
-        return side, side
+    width, height = ((int(length) + 4) // 8 * 8 for length in match.groups()) if match else (0, 0)
+    what = "no size in whole eights"
+    if not all(64 <= length <= MAX_SIDE for length in (width, height)):
+        width, height, what = side, side, "no size that can be drawn"
+    if stated != f"{width}x{height}":
+        found = f"{shown(path.name, 100)}: its metadata say modelspec.resolution = {shown(stated, 40)}"
+        warnings.warn(f"{found}, which is {what}: taking {width}x{height} instead", stacklevel=4)
     return width, height
 
 

@@ -17,9 +17,9 @@ from ..system.regular import open_regular
 from .metadata import check_head, why_not
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-MAX_PIXELS = 16 << 20  # a small file can unpack to gigabytes; the header tells before it does
+MAX_PIXELS = 48 << 20  # of 8192x6144, as cameras have them; a small file can unpack to gigabytes, and the header tells before
 MAX_LENGTH = 1 << 15  # pixels of a side: scaling one of millions takes gigabytes, however flat it is
-MAX_FILE = 64 << 20  # bytes; as many pixels of noise take 50 million as a PNG
+MAX_FILE = 128 << 20  # bytes; a photograph of as many pixels takes about 100 million as a PNG
 
 Picture = Image.Image | np.ndarray | Tensor | str | os.PathLike[str]
 
@@ -53,7 +53,7 @@ def open_picture(name: str, source: Picture) -> Image.Image:
 
 def check_size(name: str, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise UsageError(f"{name}: expected at most {MAX_PIXELS / 1e6:.0f} million pixels, found {width}x{height}")
+        raise UsageError(f"{name}: expected at most {MAX_PIXELS / 1e6:.0f} million pixels, found {width}x{height}; scale it down")
     if max(width, height) > MAX_LENGTH:
         raise UsageError(f"{name}: expected sides of at most {MAX_LENGTH:,} pixels, found {width}x{height}; crop it first")
 
@@ -118,4 +118,7 @@ def resized(image: Image.Image, width: int, height: int) -> Image.Image:
 
 def fingerprint(image: Image.Image) -> str:
     """The sha256 of a picture's size and pixels, whatever file format they came in."""
-    return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
+    hashed = hashlib.sha256(f"{image.mode} {image.size}".encode())
+    for top in range(0, image.height, 256):  # all of a photograph at once would be a second copy of it
+        hashed.update(image.crop((0, top, image.width, min(top + 256, image.height))).tobytes())
+    return hashed.hexdigest()

@@ -42,7 +42,7 @@ def mixed(
     training, _ = overridden((fitting or trainings)[0], "", prediction, zero_snr)
     like = next((i for i in left if found[i].training == training), 0)
     alike = found[like].training == training
-    size = found[like].size if alike else native_size(found[0].family, training, {})
+    size = found[like].size if alike else native_size(found[0].family, training, {}, models[0].path)
     return replace(found[0], training=training, size=size), models[like]
 
 

@@ -264,7 +264,7 @@ def what_it_is(folder: Path, origin: Mapping[str, Found], rest: Checkpoint | Non
     channels = origin[CONV_IN].shape[1] if CONV_IN in origin else 0
     if channels not in TASKS:
         raise CheckpointError(folder, f"expected a UNet with {', '.join(map(str, TASKS))} input channels, found {channels}")
-    size = native_size(family, training, metadata)
+    size = native_size(family, training, metadata, folder)
     return Recognition(family, TASKS[channels], training, size, ()), metadata | metadata_of(training)
 
 

@@ -155,8 +155,10 @@ def merge_parser() -> Parser:
         parser.add_argument(f"--{part}-ratio", type=float, metavar="R", help=f"another ratio for the {what}")
     parser.add_argument(
         "--blocks", metavar="RATIOS",
-        help="ratios for blocks of the UNet: input.0-3=0.2,middle=0.5,output=1; or a number for each; or grad_v, grad_a, "
-        "smoothstep, cosine, reverse-smoothstep, reverse-cosine, inputs, outputs",
+        help="ratios for blocks of the UNet: input.0-3=0.2,middle=0.5,output=1 (what stands outside of them, time_embed, "
+        "label_emb and out, keeps the UNet's ratio unless it is named, too); or a number for each; or grad_v, grad_a, "
+        "smoothstep, cosine, reverse-smoothstep, reverse-cosine, inputs, outputs; or comfy:INPUT,MIDDLE,OUT, the numbers of "
+        "ComfyUI's ModelMergeBlocks, which say how much of the first model is kept",
     )  # fmt: skip
     parser.add_argument("--density", type=float, metavar="D", help="ties, dare: the part of the changes to keep (0.2, 0.1)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="dare: of the choice (default: 0)")

@@ -14,6 +14,7 @@ from ..errors import UsageError
 from .family import UNET, VAE
 
 OUTSIDE = ("time_embed", "label_emb", "out")  # parts of the UNet that are in no block
+COMFY = "comfy:"
 PLACES = {"input": "input_blocks", "middle": "middle_block", "output": "output_blocks"}
 
 # Ratio by the place t of a block, 0 for the first and 1 for the last.  The names are those of SuperMerger's preset file.
@@ -92,8 +93,9 @@ def in_order(groups: Iterable[str]) -> list[str]:
 def block_ratios(spec: str, keys: Iterable[str]) -> dict[str, float]:
     """A ratio for each block that a text names; what it does not name keeps the ratio of its part.
 
-    spec: a preset ("grad_v"); a number for each block ("0,0.1,…", 25 for SD 1.x); or blocks and ranges of them with their ratio
-    ("input.0-3=0.2, middle=0.5, output=1, time_embed=0").  Raises UsageError.
+    spec: a preset ("grad_v"); a number for each block ("0,0.1,…", 25 for SD 1.x); blocks and ranges of them with their ratio
+    ("input.0-3=0.2, middle=0.5, output=1, time_embed=0, out=1"); or "comfy:" and the three numbers of ComfyUI's ModelMergeBlocks.
+    Raises UsageError.
     """
     keys = list(keys)
     blocks = blocks_of(keys)
@@ -102,12 +104,14 @@ def block_ratios(spec: str, keys: Iterable[str]) -> dict[str, float]:
     spec = spec.strip().lower()
     if spec in PRESETS:
         return {block: PRESETS[spec](i / max(len(blocks) - 1, 1)) for i, block in enumerate(blocks)}
+    if spec.startswith(COMFY):
+        return of_comfyui(spec.removeprefix(COMFY), keys)
     items = [item.strip() for item in spec.split(",")]
     if "=" not in spec:
         if len(items) != len(blocks):
             raise UsageError(
-                f"blocks: expected {len(blocks)} numbers ({blocks[0]} to {blocks[-1]}), NAME=RATIO, …, or one of "
-                f"{', '.join(PRESETS)}; found {spec!r}"
+                f"blocks: expected {len(blocks)} numbers ({blocks[0]} to {blocks[-1]}), NAME=RATIO, …, "
+                f"{COMFY}INPUT,MIDDLE,OUT, or one of {', '.join(PRESETS)}; found {spec!r}"
             )
         return {block: ratio(item) for block, item in zip(blocks, items, strict=True)}
     outside = {block_of(key) for key in keys} & set(OUTSIDE)
@@ -117,6 +121,21 @@ def block_ratios(spec: str, keys: Iterable[str]) -> dict[str, float]:
         for name, _, value in [item.partition("=")]
         for block in named(name.strip(), blocks, outside)
     }
+
+
+def of_comfyui(numbers: str, keys: Iterable[str]) -> dict[str, float]:
+    """Our ratios for "INPUT,MIDDLE,OUT" of ComfyUI's node ModelMergeBlocks (comfy_extras/nodes_model_merging.py).
+
+    Its numbers say how much of the first model is kept, ours how much of the second comes in: 1 - r.  Its `out` is meant for all
+    names that begin so, output_blocks and out; its `input` for those that no number is for, too: time_embed and label_emb.
+    """
+    kept = [ratio(number) for number in numbers.split(",")]
+    if len(kept) != 3:
+        raise UsageError(f"blocks: expected {COMFY}INPUT,MIDDLE,OUT as in ComfyUI's ModelMergeBlocks, found {COMFY}{numbers}")
+    first, middle, last = (1 - each for each in kept)
+    by_place = {"middle": middle, "output": last, "out": last}
+    blocks = {block for key in keys if (block := block_of(key))}
+    return {block: by_place.get(block.split(".")[0], first) for block in in_order(blocks)}
 
 
 def ratio(text: str) -> float:

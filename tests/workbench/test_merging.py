@@ -151,6 +151,35 @@ def test_ratios_by_block(models, tmp_path):
             assert torch.equal(value, (first, second)[ratio][key]), key
 
 
+def test_the_numbers_of_comfyuis_node_keep_the_first_model(models, tmp_path):
+    """Model 1 keeps r, model 2 brings 1 - r; `out` is for output_blocks and out, `input` for all that has no number."""
+    path = merge(models[:2], tmp_path / "m.safetensors", blocks="comfy:0.8,0.5,0.2", by_part={"text": 0, "vae": 0})
+    found, first, second = load_file(path), load_file(models[0]), load_file(models[1])
+    kept = {"input_blocks": 0.8, "time_embed": 0.8, "middle_block": 0.5, "output_blocks": 0.2, "out": 0.2}
+    seen = set()
+    for key, value in found.items():
+        if part_of(key) == "unet":
+            place = key.removeprefix("model.diffusion_model.").split(".")[0]
+            seen.add(place)
+            assert close(value, kept[place] * first[key].double() + (1 - kept[place]) * second[key].double()), key
+        else:
+            assert torch.equal(value, first[key]), key
+    assert seen == set(kept)
+
+
+def test_the_numbers_of_comfyuis_node_for_sdxl_and_wrong_ones(models, tmp_path, capsys):
+    ratios = block_ratios("Comfy: 1, 0.25, 0", manifest("sdxl-base"))
+    wanted = {"input.0": 0, "input.8": 0, "middle": 0.75, "output.0": 1, "output.8": 1, "out": 1, "time_embed": 0, "label_emb": 0}
+    assert {block: ratios[block] for block in wanted} == wanted
+    assert len(ratios) == 9 + 1 + 9 + 3
+    for wrong in ("comfy:", "comfy:1", "comfy:1,2", "comfy:1,2,3,4", "comfy:a,b,c", "comfy:1,nan,0"):
+        with pytest.raises(minisd.UsageError, match=r"^blocks: expected"):
+            block_ratios(wrong, manifest("sd15"))
+    a, b, c = (str(path) for path in models[:3])
+    assert main(["merge", a, b, "--base", c, "--blocks", "comfy:1,1,1", "-o", str(tmp_path / "x.safetensors")]) == 2
+    assert "--blocks: comfy: says how much of the first of two models is kept" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("name", "inputs", "outputs"), [("sd15", 12, 12), ("sdxl-base", 9, 9)])
 def test_blocks_and_presets_of_the_published_models(name, inputs, outputs):
     keys = manifest(name)

@@ -23,6 +23,8 @@ VECTORS = re.compile(r".*(\.bias|in_proj_bias|\.(\w*norm\w*|ln_\w+|(in_layers|ou
 EITHER = re.compile(r".*\.(proj_in|proj_out|attn_1\.[qkv])\.weight")  # a matrix, or a convolution of one pixel
 STEPS = r"op|in_layers\.2|out_layers\.3|skip_connection|nin_shortcut|out\.2|input_blocks\.0\.0"
 KERNELS = re.compile(rf".*\.((\w*_)?conv\w*|{STEPS})\.weight")
+# The norms that work on groups of channels, 32 everywhere in Stable Diffusion; those of a transformer's blocks do not.
+GROUPED = re.compile(r"(?!.*\.transformer_blocks\.).*\.((in_layers|out_layers|out)\.0|norm(_out|[12])?)\.weight")
 
 
 def check_dimensions(shapes: Shapes) -> None:
@@ -32,6 +34,8 @@ def check_dimensions(shapes: Shapes) -> None:
         expected = next((counts for pattern, counts in kinds if pattern.fullmatch(key)), (2,))
         if len(shape) not in expected or 0 in shape:
             raise ShapeError(key, f"expected {' or '.join(map(str, expected))} dimensions of 1 or more, found the shape {shape}")
+        if GROUPED.fullmatch(key) and shape[0] % 32:
+            raise ShapeError(key, f"expected a multiple of 32 channels, found {shape[0]}")
 
 
 def check_fit(shapes: Shapes, family: Family) -> None:

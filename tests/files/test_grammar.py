@@ -107,7 +107,7 @@ def test_recipes_of_merges(share, tmp_path, monkeypatch):
     merge(sources, tmp_path / "merged.safetensors", 0.3, blocks="input.1=0.5", by_part={"vae": 0.0})
     text = open_checkpoint(tmp_path / "merged.safetensors").metadata["minisd.merge"]
     rng, file = random.Random(share), InMemory()
-    monkeypatch.setattr("minisd.workbench.merging.write_checkpoint", lambda target, *_: Path(target))
+    monkeypatch.setattr("minisd.workbench.merging.write_checkpoint", lambda target, *_, **__: Path(target))
 
     def again(facts: str) -> None:
         content = save({"w": torch.zeros(1)}, {"minisd.merge": facts})
@@ -127,7 +127,7 @@ def test_folders(share, tmp_path, reduced_file, monkeypatch):
     """2,000: configurations, an index and headers changed, each as JSON or as a file."""
     folder = to_folder(reduced_file, tmp_path / "folder")
     whole = {path: path.read_bytes() for path in folder.rglob("*") if path.suffix in (".json", ".safetensors")}
-    monkeypatch.setattr("minisd.workbench.folders.folder.write_checkpoint", lambda target, *_: Path(target))
+    monkeypatch.setattr("minisd.workbench.folders.folder.write_checkpoint", lambda target, *_, **__: Path(target))
     rng = random.Random(share)
 
     def spoiled(path: Path) -> bytes:

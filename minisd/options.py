@@ -150,7 +150,8 @@ OPTIONS = {
             "mask", ANYTHING, None, "white where to paint, black where to keep", "--mask", "PICTURE", START, stands_as=TEXT
         ),
         Option(
-            "image_guidance_scale", number(0, 100), 1.5, "how closely an editing model keeps to it", "--image-cfg", "W", START
+            "image_guidance_scale", number(0, 100), 1.5, "how closely an editing model keeps to it", "--image-cfg", "W", START,
+            infotext="Image CFG scale",
         ),
         Option(
             "clip_skip", whole(1, 100), None, "1: the text encoder's last layer, 2: the one before it, …",
@@ -158,7 +159,7 @@ OPTIONS = {
         ),
         Option(
             "eta", number(0, 1), None, "0 to 1: noise that ddim adds back at each step (default: 0)",
-            "--eta", "E", FINER, infotext="Eta",
+            "--eta", "E", FINER, infotext="Eta DDIM",
         ),
         Option(
             "spacing", one_of(*SPACINGS), None,
@@ -188,7 +189,8 @@ OPTIONS = {
 RECORDED = [option.name for option in OPTIONS.values() if option.recorded]
 # What a recipe may hold, where it holds anything.
 RECIPE = {name: OPTIONS[name].stands_as or OPTIONS[name].kind for name in RECORDED}
-RECIPE |= dict.fromkeys(("prompt", "device", "dtype", "prediction", "model_path", "vae_path", "refiner_path"), TEXT)
+RECIPE |= dict.fromkeys(("prompt", "device", "dtype", "prediction", "task", "own_spacing"), TEXT)
+RECIPE |= dict.fromkeys(("model_path", "vae_path", "refiner_path"), TEXT)
 RECIPE |= {"ema": FLAG, "zero_snr": FLAG, "vae_paths": TEXTS, "own": TEXTS, "changed": TEXT}
 AXES = {option.flag.removeprefix("--"): option for option in OPTIONS.values() if option.axis and option.flag}  # by their names
 

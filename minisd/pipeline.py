@@ -235,7 +235,7 @@ class Pipeline:
                 files |= {"vae_paths": [str(file.path) for file in self.vae_files]}
         if plan.request.refiner is not None:
             files |= file_facts("refiner", plan.request.refiner.checkpoint)
-        how: dict[str, Any] = {"ema": self.checkpoint.ema, "way": way}
+        how: dict[str, Any] = {"ema": self.checkpoint.ema, "way": way, "task": self.recognition.task}
         if changed := self.as_loaded.changed():
             how["changed"] = changed
         if self.training.prediction in ("epsilon", "v"):

@@ -30,6 +30,7 @@ def recipe_of(plan: Plan, i: int) -> dict[str, Any]:
         "width": plan.width,
         "height": plan.height,
         "spacing": plan.spacing,
+        "own_spacing": plan.sampler.wish.spacing,
         "eta": plan.options.get("eta", plan.sampler.options.get("eta", 0.0)),
         "sampler": request.sampler if isinstance(request.sampler, str) else plan.sampler.label,
         "sampler_label": plan.sampler.label,

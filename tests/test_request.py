@@ -441,9 +441,18 @@ def test_no_guidance_at_all_is_told(tiny):
 
 def test_levels_and_rescaling_are_in_the_parameters_text(tiny):
     def text(**options):
-        return parameters_text(tiny("a star", seed=1, **(FAST | options)).metadata[0])
+        return parameters_text(tiny("a star", seed=1, **(FAST | options)).metadata[0]).splitlines()[-1]
 
     assert "Schedule type: Karras" in text(spacing="karras")
+    assert "Schedule type: Exponential" in text(spacing="exponential", sampler="ddim")
+    assert "Schedule type: Leading" in text(spacing="leading")
+    assert "Schedule type: Linspace" in text(spacing="linspace", sampler="ddim")
+    for usual in ({}, {"spacing": "linspace"}, {"sampler": "ddim"}, {"spacing": "karras", "sigmas": [9.0, 3.0, 0.0]}):
+        assert "Schedule" not in text(**usual)
     assert "CFG Rescale: 0.7" in text(guidance_rescale=0.7)
-    assert "Schedule" not in text()
-    assert "Rescale" not in text()
+    assert "Eta DDIM: 0.5" in text(sampler="ddim", eta=0.5)
+    for name in ("Rescale", "Eta", "Image CFG", "VAE"):
+        assert name not in text()
+    recipe = tiny("a star", seed=1, **FAST).metadata[0]
+    assert "Image CFG scale: 1.5" in parameters_text(recipe | {"task": "edit"})
+    assert "VAE hash: 0123456789, VAE: other" in parameters_text(recipe | {"vae": "other", "vae_sha256": "0123456789abcdef" * 4})

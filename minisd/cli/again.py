@@ -16,7 +16,11 @@ from .options import Parser, add_device, check_output
 
 
 def parser() -> Parser:
-    made = Parser(prog="minisd again", description="Make a picture again from the recipe in its minisd chunk.")
+    made = Parser(
+        prog="minisd again",
+        description="Make a picture again from the recipe in its minisd chunk.  Of pictures by A1111 and its like (PNG, JPEG, "
+        "WebP) it says the command that comes nearest.",
+    )
     made.add_argument("picture", type=Path, metavar="PICTURE.png")
     made.add_argument(
         "-o", "--output", type=Path, metavar="PNG", help="where to (default: PICTURE-again.png in the working folder)"

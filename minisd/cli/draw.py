@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..result import Result, Step
 
 
-# What the checkpoint in the box was taught to draw (scripts/tiny_world.py).
+# What the checkpoints in the box were taught to draw (scripts/tiny_world.py).
 KNOWN = {"circle", "square", "triangle", "star", "heart", "cross", "ring", "diamond"}
 
 
@@ -90,7 +90,7 @@ def draw(args: argparse.Namespace) -> int:
     args.refiner = load(args.refiner, **common) if args.refiner else None
     look = Preview(pipe, args.preview) if args.preview else None
     steps = pipe.stream(request_of(args.prompt, args))
-    tell_what_it_knows(args)
+    tell_what_it_knows(args.prompt, pipe.checkpoint.path)
     try:
         result = with_bar(steps, look, hidden=None)
     except (Interrupted, MinisdError) as stop:
@@ -104,13 +104,22 @@ def draw(args: argparse.Namespace) -> int:
     return status
 
 
-def tell_what_it_knows(args: argparse.Namespace) -> None:
-    if args.model is None and not KNOWN & set(re.findall(r"\w+", args.prompt.lower())):
+def tell_what_it_knows(prompt: str, checkpoint: Path) -> None:
+    """Says what the checkpoints in the box know, where a prompt names no shape that they do."""
+    words = re.findall(r"\w+", prompt.lower())
+    if in_box(checkpoint) and not KNOWN & {word.removesuffix(end) for word in words for end in ("", "s", "es")}:
         print(
             "minisd: the tiny checkpoint in the box knows eight shapes (a circle, a star, …) in ten colours and nothing else; "
-            "-m FILE draws with another",
+            "-m FILE draws with a real model",
             file=sys.stderr,
         )
+
+
+def in_box(checkpoint: Path) -> bool:
+    from ..library.places import tiny_checkpoint
+
+    tiny = tiny_checkpoint()
+    return checkpoint.resolve() in (tiny.resolve(), tiny.with_name("tiny-lit.safetensors").resolve())
 
 
 def settled_output(args: argparse.Namespace) -> Path:

@@ -22,7 +22,9 @@ def inspect_parser() -> Parser:
     parser = Parser(prog="minisd inspect", description="What a checkpoint is, from its header alone.")
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--check", action="store_true", help="also look for NaN and infinity (reads the whole file)")
-    parser.add_argument("--hash", action="store_true", help="also the model hashes (reads the whole file)")
+    parser.add_argument(
+        "--hash", action="store_true", help="also the model hashes, A1111's legacy one, too (reads the whole file)"
+    )
     parser.add_argument("--tree", action="store_true", help="also block by block; with --check also how large the numbers are")
     parser.add_argument("--size", type=size, metavar="WxH", help="of the picture whose arithmetic --tree counts")
     add_output_options(parser)

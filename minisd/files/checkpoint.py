@@ -252,6 +252,14 @@ def data_sha256(path: Path) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def legacy_hash(path: Path) -> str:
+    """A1111's first model hash, which old pictures carry: of 64 KiB, 1 MiB into the file (modules/hashes.py); smaller files all
+    have that of nothing."""
+    with path.open("rb") as file:
+        file.seek(0x100000)
+        return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+
+
 def state_of(path: Path) -> str:
     """Tells a file and what is in it from all others, without reading it.  Raises OSError."""
     stat = path.stat()

@@ -227,6 +227,9 @@ def unknown(name: str, files: list[File]) -> str:
     return f"{meant}searched {', '.join(places_shown())}; minisd models lists what there is"
 
 
+NONE = "minisd's own folder alone: there is no ./models, and MINISD_MODELS names none"
+
+
 def places_shown() -> list[str]:
     """The searched folders as a person reads them, or what to do if there are none."""
-    return [shown(str(folder), 200) for folder in searched()] or ["no folder: there is no ./models, and MINISD_MODELS names none"]
+    return [shown(str(folder), 200) for folder in searched()] or [NONE]

@@ -90,7 +90,7 @@ def in_order(groups: Iterable[str]) -> list[str]:
     return sorted(groups, key=rank)
 
 
-def block_ratios(spec: str, keys: Iterable[str]) -> dict[str, float]:
+def block_ratios(spec: str, keys: Iterable[str], with_base: bool = False) -> dict[str, float]:
     """A ratio for each block that a text names; what it does not name keeps the ratio of its part.
 
     spec: a preset ("grad_v"); a number for each block ("0,0.1,…", 25 for SD 1.x); blocks and ranges of them with their ratio
@@ -105,6 +105,8 @@ def block_ratios(spec: str, keys: Iterable[str]) -> dict[str, float]:
     if spec in PRESETS:
         return {block: PRESETS[spec](i / max(len(blocks) - 1, 1)) for i, block in enumerate(blocks)}
     if spec.startswith(COMFY):
+        if with_base:
+            raise UsageError(f"blocks: {COMFY} says how much of the first of two models is kept; expected no base with it")
         return of_comfyui(spec.removeprefix(COMFY), keys)
     items = [item.strip() for item in spec.split(",")]
     if "=" not in spec:

@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin
 
 from ..errors import UsageError
 from ..system.atomic import check_place, drafting, free_names, placed, replacing
-from .metadata import parameters_text
+from .metadata import parameters_text, tell_unreadable
 
 
 def to_pil(pixels: Any) -> Image.Image:
@@ -32,6 +32,7 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], recipe: Mapping[s
     check_writable(first)
     chunks = PngImagePlugin.PngInfo()
     if recipe is not None:
+        tell_unreadable(recipe)
         add_text(chunks, "parameters", parameters_text(recipe))
         add_text(chunks, "minisd", json.dumps(recipe, ensure_ascii=True))
     with replacing(path) if replace else drafting(first) as draft:

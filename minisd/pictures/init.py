@@ -14,12 +14,10 @@ from torch import Tensor
 
 from ..errors import MinisdError, UsageError
 from ..system.regular import open_regular
-from .metadata import check_head, why_not
+from .metadata import FORMATS, MAX_FILE, check_head, why_not
 
-FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 48 << 20  # of 8192x6144, as cameras have them; a small file can unpack to gigabytes, and the header tells before
 MAX_LENGTH = 1 << 15  # pixels of a side: scaling one of millions takes gigabytes, however flat it is
-MAX_FILE = 128 << 20  # bytes; a photograph of as many pixels takes about 100 million as a PNG
 
 Picture = Image.Image | np.ndarray | Tensor | str | os.PathLike[str]
 

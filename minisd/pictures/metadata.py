@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
@@ -12,7 +13,10 @@ from PIL import Image, UnidentifiedImageError
 from ..errors import UsageError
 from ..options import OPTIONS, RECIPE, Option
 from ..system.regular import open_regular
+from .foreign import why_no_recipe
 
+FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_FILE = 128 << 20  # bytes of a picture that is not ours; a photograph of 50 million pixels takes about 100 million as a PNG
 MAX_HEAD = 8 << 20  # bytes of a PNG before its pixels; a recipe has a few thousand, a colour profile up to half a million
 MAX_CHUNKS = 10_000
 
@@ -42,6 +46,7 @@ def parameters_text(recipe: Mapping[str, Any]) -> str:
         "Size": f"{recipe['width']}x{recipe['height']}",
         "Model hash": recipe["model_sha256"][:10] if recipe["model_sha256"] else None,
         "Model": recipe["model"].replace(",", "").replace(":", ""),
+        "VAE hash": recipe["vae_sha256"][:10] if recipe.get("vae_sha256") else None,
         "VAE": recipe.get("vae"),
         **said,
         "RNG": "CPU",
@@ -59,8 +64,31 @@ def said_of(option: Option, recipe: Mapping[str, Any]) -> object:
     """An option's value as A1111 writes it; None where it says nothing of it."""
     value = recipe["sampler_label"] if option.name == "sampler" else recipe.get(option.name)
     if option.name == "spacing":
-        value = SCHEDULES.get(str(value))
+        usual = recipe.get("sigmas") or (value == recipe.get("own_spacing", value) and value not in SCHEDULES)
+        value = None if usual else SCHEDULES.get(str(value), str(value).capitalize())
+    if option.name == "image_guidance_scale" and recipe.get("task") != "edit":
+        value = None
     return None if option.infotext not in HEAD and value in (None, 0) else value
+
+
+def unreadable(text: str) -> str | None:
+    """What keeps other programs from reading a prompt back out of the parameters text as it was (A1111 infotext_utils.py,
+    parse_generation_parameters, and readers that look for "Steps:"); None where nothing does."""
+    lines = text.split("\n")
+    if "\r" in text or any(len(line.splitlines()) > 1 for line in lines):
+        return "a line end other than a line feed"
+    if any(line != line.strip() for line in lines) or text != text.strip():
+        return "spaces or empty lines around it or its lines"
+    marks = [mark for mark in ("Negative prompt:", "Steps:") if any(line.startswith(mark) for line in lines)]
+    return f"a line that begins with {marks[0]!r}" if marks else None
+
+
+def tell_unreadable(recipe: Mapping[str, Any]) -> None:
+    """Warns where the parameters text does not hold the prompts."""
+    for name in ("prompt", "negative_prompt"):
+        if (why := unreadable(recipe.get(name) or "")) is not None:
+            found = f"{name}: has {why}, which other programs cannot read back from the picture's parameters text"
+            warnings.warn(f"{found}; minisd again has it as it is", stacklevel=3)
 
 
 def compared_text(recipe: Mapping[str, Any]) -> dict[str, str]:
@@ -75,7 +103,8 @@ def compared_text(recipe: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_head(file: BinaryIO) -> None:
-    """Raises ValueError where a PNG has much before its pixels, all of which Pillow would bring into memory to open it."""
+    """Raises ValueError where a PNG has much before its pixels, all of which Pillow would bring into memory to open it; or where
+    a file of another kind, which it may bring in as a whole, is larger than pictures are."""
     if file.read(8) == b"\x89PNG\r\n\x1a\n":
         for _ in range(MAX_CHUNKS):
             head = file.read(8)
@@ -85,6 +114,8 @@ def check_head(file: BinaryIO) -> None:
                 raise ValueError(f"it has more than {MAX_HEAD:,} bytes before its pixels")
         else:
             raise ValueError(f"it has more than {MAX_CHUNKS:,} chunks before its pixels")
+    elif (size := os.fstat(file.fileno()).st_size) > MAX_FILE:
+        raise ValueError(f"it has {size:,} bytes; at most {MAX_FILE:,} were expected")
     file.seek(0)
 
 
@@ -96,18 +127,21 @@ def why_not(error: BaseException) -> str:
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The `minisd` chunk of a PNG.  Raises UsageError if the file is no picture or carries none."""
+    """The `minisd` chunk of a PNG.  Raises UsageError, which says what the file is instead, if it carries none."""
     try:
-        with open_regular(path) as file:
+        with open_regular(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, about what is broken in a block that nobody asks for
             check_head(file)
-            with Image.open(file, formats=["PNG"]) as image:
+            with Image.open(file, formats=FORMATS) as image:
+                if image.format != "PNG" or "minisd" not in image.info:
+                    raise UsageError(f"{path}: {why_no_recipe(image)}")
                 recipe = json.loads(image.info["minisd"])
+    except UsageError:
+        raise
     except FileNotFoundError:
         raise UsageError(f"{path}: does not exist") from None
     except IsADirectoryError:
         raise UsageError(f"{path}: expected a PNG, found a folder") from None
-    except KeyError:
-        raise UsageError(f"{path}: carries no minisd chunk; only pictures that minisd has saved can be made again") from None
     except (OSError, ValueError, RecursionError, Image.DecompressionBombError) as error:
         raise UsageError(f"{path}: is not a PNG that can be read: {why_not(error)}") from None
     if not isinstance(recipe, dict):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..errors import CheckpointError, shown
-from ..files.checkpoint import Checkpoint, data_sha256, file_sha256, open_checkpoint
+from ..files.checkpoint import Checkpoint, data_sha256, file_sha256, legacy_hash, open_checkpoint
 from ..files.entry import Entry
 from ..files.recognition import looks_like, recognise
 from ..files.writers import is_asked_for, is_unneeded, left_out, why_unneeded
@@ -29,9 +29,9 @@ def inspect(
     parts: parameters, bytes and dtypes of each; unused: the tensors that nothing needs, and what they are;
     renamed: by the usual name of a tensor the one in the file; of a checkpoint also extra: names that no network has, and
     left_out: what is missing for drawing, and what to do.
-    with_hash: also `sha256`, which reads the whole file, and `model_hash`, its first 10 digits (AutoV2); of a .safetensors also
-        `data_sha256`, of its tensors alone, `autov3`, its first 12 digits, and `content`: whether that is what the file's
-        ModelSpec metadata promises (None: it does not say).
+    with_hash: also `sha256`, which reads the whole file, `model_hash`, its first 10 digits (AutoV2), and `legacy_hash`, A1111's
+        first, of 8 digits; of a .safetensors also `data_sha256`, of its tensors alone, `autov3`, its first 12 digits, and
+        `content`: whether that is what the file's ModelSpec metadata promises (None: it does not say).
     check: also `broken`, the tensors that hold NaN or infinity, which reads the whole file, too.
     with_tree: also what tree.py finds of a checkpoint, block by block; size: of the picture whose arithmetic it counts.
     Raises CheckpointError if the file is neither, UsageError (the size).
@@ -51,6 +51,7 @@ def inspect(
     if with_hash:
         facts["sha256"] = file_sha256(checkpoint.path)
         facts["model_hash"] = facts["sha256"][:10]
+        facts["legacy_hash"] = legacy_hash(checkpoint.path)
         facts |= data_hashes(checkpoint)
     if check:
         from ..files.tensors import broken
@@ -128,6 +129,7 @@ def as_text(facts: dict[str, Any]) -> str:
         )
     if "sha256" in facts:
         lines.append(f"  model hash    {facts['model_hash']}  (AutoV2; sha256 {facts['sha256']})")
+        lines.append(f"  legacy hash   {facts['legacy_hash']}  (A1111's first, which old pictures carry)")
     if "autov3" in facts:
         content = {None: "", True: ", as the metadata says", False: ", NOT what the metadata says: the numbers were changed"}
         lines.append(f"  tensor hash   {facts['autov3']}  (AutoV3; sha256 {facts['data_sha256']}{content[facts['content']]})")

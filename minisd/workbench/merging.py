@@ -25,7 +25,7 @@ from ..files.recognition import listing, recognise
 from ..files.saving import NAMES, Planned, Progress, Read, described, with_markers, write_checkpoint
 from ..files.tensors import TORCH, finite, read_stored, stored_pieces
 from ..files.writers import CONV_IN, is_bookkeeping, is_unneeded
-from ..models.blocks import COMFY, block_of, block_ratios, part_of
+from ..models.blocks import block_of, block_ratios, part_of
 from .arithmetic import dare, generator_for, slerp, ties, weighted
 from .converting import check_dtype, extra_keys, narrowed, stored_name
 from .sources import Hashes, hashing, identity
@@ -83,9 +83,7 @@ def merge(
     """
     models = [open_checkpoint(path) for path in (*sources, *([base] if base is not None else []))]
     check_dtype(dtype)
-    if base is not None and isinstance(blocks, str) and blocks.strip().lower().startswith(COMFY):
-        raise UsageError(f"blocks: {COMFY} says how much of the first of two models is kept; expected no base with it")
-    by_block = block_ratios(blocks, models[0].entries) if isinstance(blocks, str) else dict(blocks or {})
+    by_block = block_ratios(blocks, models[0].entries, base is not None) if isinstance(blocks, str) else dict(blocks or {})
     given = (float(ratios),) if isinstance(ratios, int | float) else tuple(ratios)
     recipe = Recipe(method, given, by_part or {}, by_block, density, seed, prediction, zero_snr)
     recipe = settled(recipe, len(sources) - 1, base is not None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, UsageError
-from ..files.checkpoint import Checkpoint, file_sha256, known_sha256
+from ..files.checkpoint import Checkpoint, file_sha256, known_sha256, legacy_hash
 from ..files.recognition import native_size, recognise
 from ..files.training import overridden, said, title_of
 from ..models.family import Recognition, Training
@@ -86,10 +85,3 @@ def hashed(path: Path, stop: threading.Event) -> str:
 def identity(model: Checkpoint, sha256: str | None = None) -> dict[str, Any]:
     """What tells a source from others."""
     return {"name": model.path.name, "bytes": model.size, "legacy_hash": legacy_hash(model.path), "sha256": sha256}
-
-
-def legacy_hash(path: Path) -> str:
-    """A1111's first model hash: of 64 KiB, 1 MiB into the file (modules/hashes.py)."""
-    with path.open("rb") as file:
-        file.seek(0x100000)
-        return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]

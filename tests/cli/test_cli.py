@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -75,12 +76,16 @@ def test_inspect(capsys, reduced_file):
     assert main(["inspect", str(reduced_file), "--json", "--hash"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["family"], len(facts["model_hash"])) == ("sd1", 10)
+    data = reduced_file.read_bytes()[1 << 20 :][: 64 << 10]
+    assert facts["legacy_hash"] == hashlib.sha256(data).hexdigest()[:8]
+    assert main(["inspect", str(reduced_file), "--hash"]) == 0
+    assert f"  legacy hash   {facts['legacy_hash']}  (A1111's first" in capsys.readouterr().out
     assert main(["inspect", str(reduced_file)]) == 0
     assert "Stable Diffusion 1.x (sd1), task draw, predicts epsilon, 512x512" in capsys.readouterr().out
 
 
 def test_a_long_prompt_is_read_to_its_end(capsys):
-    assert main(["a red circle " * 40, "--seed", "1", "-o", "long.png", *FAST]) == 0
+    assert main(["a red circle" + " a red circle" * 39, "--seed", "1", "-o", "long.png", *FAST]) == 0
     assert main(["a red circle " * 40 + "on blue", "--seed", "1", "-o", "longer.png", *FAST]) == 0
     assert capsys.readouterr().err == ""
     assert Path("long.png").read_bytes()[-3000:] != Path("longer.png").read_bytes()[-3000:]
@@ -96,6 +101,26 @@ def test_over_a_picture_and_again(capsys):
     Image.open("first.png").rotate(90).save("first.png")
     assert main(["again", "x.png", "-o", "y.png"]) == 0
     assert "first.png is not the picture that this one was made from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prompt", "model", "told"),
+    [
+        ("a cat on a sofa", [], True),
+        ("the starting point", [], True),  # words are whole
+        ("two Stars", [], False),
+        ("crosses", ["-m", "tiny-lit"], False),
+        ("a red, red sky", ["-m", "tiny-lit"], True),
+        ("a cat", ["-m", "copy.safetensors"], False),
+    ],
+)
+def test_what_the_checkpoints_in_the_box_know_is_told_where_a_prompt_names_none_of_it(prompt, model, told, capsys):
+    Path("copy.safetensors").write_bytes(tiny_checkpoint().read_bytes())
+    assert main([prompt, *model, "--seed", "1", "-o", "x.png", *FAST, "--size", "32x32", "--json"]) == 0
+    said = capsys.readouterr()
+    assert said.err.count("knows eight shapes (a circle, a star, …) in ten colours and nothing else; -m FILE") == told
+    assert len(said.err.splitlines()) == told
+    json.loads(said.out)
 
 
 def test_a_preview_is_written_while_drawing(monkeypatch):

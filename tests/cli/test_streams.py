@@ -150,3 +150,18 @@ def test_sigterm_ends_as_ctrl_c_does():
     assert err.splitlines()[-1] == "minisd: interrupted"
     assert "Traceback" not in err
     assert [name for name in os.listdir() if "tmp" in name] == []
+
+
+@pytest.mark.parametrize("module", ["minisd.cli", "minisd.cli.main", "minisd.cli.bench"])
+def test_ctrl_c_during_the_first_imports_is_one_word(module):
+    code = """
+import runpy, sys
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == sys.argv[1]:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupting())
+runpy.run_module("minisd", run_name="__main__", alter_sys=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code, module], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "minisd: interrupted\n")

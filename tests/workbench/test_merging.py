@@ -14,14 +14,13 @@ from safetensors.torch import load_file, save_file
 import minisd
 from minisd.cli import main
 from minisd.errors import OutputError
-from minisd.files.checkpoint import file_sha256, known_sha256
+from minisd.files.checkpoint import file_sha256, known_sha256, legacy_hash
 from minisd.files.writers import CONV_IN
 from minisd.models.blocks import block_ratios, blocks_of, group_of, part_of
 from minisd.workbench.arithmetic import dare, generator_for, slerp, ties
 from minisd.workbench.blueprint import random_weights
 from minisd.workbench.differing import diff
 from minisd.workbench.merging import merge, repeat
-from minisd.workbench.sources import legacy_hash
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,25 @@ def again(args: argparse.Namespace) -> int:
     )
     refiner = args.refiner or recipe.get("refiner_path")
     request = repeat(recipe, pipe.checkpoint.path, {"init_image": args.init_image, "mask": args.mask})
-    result = with_bar(pipe.stream(request, refiner=load(refiner, **common) if refiner else None), hidden=None)
+    second = load(refiner, **common) if refiner else None
+    with told_of(args.picture):
+        steps = pipe.stream(request, refiner=second)
+    result = with_bar(steps, hidden=None)
     if "grid" in recipe:
         sheet = grid(result.images)
         result = replace(result, images=[sheet], seeds=result.seeds[:1], metadata=[as_grid(result)])
     return report(result, output, args)
+
+
+@contextlib.contextmanager
+def told_of(picture: Path) -> Iterator[None]:
+    """Has errors about what the picture's recipe says name the picture; those about files name the options that replace them."""
+    try:
+        yield
+    except UsageError as error:
+        if str(error).startswith(("init_image", "mask", "refiner")):
+            raise
+        raise UsageError(f"{picture}: its minisd chunk: {error}") from None
 
 
 def here(recipe: Mapping[str, Any]) -> str | None:

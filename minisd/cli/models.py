@@ -109,12 +109,13 @@ def models(args: argparse.Namespace) -> int:
     if args.what == "add":
         return add_model(args)
     from ..library.names import as_text, list_models, places_shown
+    from ..library.places import searched
 
     found = list_models(args.hash)
     listed = [model for model in found if args.all or model.kind != "other"]
     if args.json:
         entries = [vars(model) | {"path": str(model.path)} for model in listed]
-        print(json.dumps({"searched": places_shown(), "models": entries}))
+        print(json.dumps({"searched": list(map(str, searched())), "models": entries}))
         return 0
     print(as_text(listed))
     hidden = f"; {len(found) - len(listed)} files of no use to it, see --all" if len(found) > len(listed) else ""

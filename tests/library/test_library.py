@@ -63,6 +63,15 @@ def test_an_empty_machine_has_the_box():
     assert searched() == []
 
 
+def test_what_was_searched_on_an_empty_machine_is_said_as_it_is(capsys):
+    assert main(["models"]) == 0
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 2
+    assert said.err == "minisd: searched minisd's own folder alone: there is no ./models, and MINISD_MODELS names none\n"
+    assert main(["models", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["searched"] == []
+
+
 def test_every_place_is_searched(tmp_path, monkeypatch):
     home = tmp_path / "home"
     given = [tmp_path / "disk", home / "more"]

@@ -106,6 +106,21 @@ def test_text_instead_of_a_picture_is_told_without_pythons_objects(capsys):
         read_recipe("text.png")
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"width": 100, "height": 64}, "width: expected a multiple of 8, found 100; the nearest are 96 and 104"),
+        ({"sampler": "heun3"}, "sampler: expected one of "),
+        ({"strength": 0.5}, "strength: expected an init_image to go with it"),
+    ],
+)
+def test_what_is_wrong_with_a_recipe_is_not_told_as_an_option(more, message, capsys):
+    recipe_png("x.png", {"prompt": "a star", "seed": 1} | more)
+    assert main(["again", "x.png"]) == 2
+    wanted = f"minisd: error: x.png: its minisd chunk: {message}".replace("an init_image", "--init PICTURE")
+    assert capsys.readouterr().err.splitlines()[-1].startswith(wanted)
+
+
 @pytest.mark.parametrize("more", [{}, {"grid": 2}, {"compare": {"x": {}, "y": {}}}])
 def test_a_recipe_without_a_prompt_is_one_line(more, capsys):
     recipe_png("x.png", {"prompt": None, "seed": 1, "steps": 1} | more)

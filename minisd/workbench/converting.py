@@ -75,7 +75,7 @@ def save(
     """
     root = Path(folder)
     target = root / f"{filename_prefix}.safetensors"
-    inside = root.resolve() in target.resolve().parents
+    inside = Path(os.path.realpath(root)) in Path(os.path.realpath(target)).parents  # resolve raises on links in a circle
     if not filename_prefix.isprintable() or Path(filename_prefix).name in ("", "..") or not inside:
         raise UsageError(f"filename prefix: expected folder and name below {root}, found {filename_prefix!r}")
     checkpoint = said(open_checkpoint(model), prediction, zero_snr)

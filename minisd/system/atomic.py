@@ -42,6 +42,23 @@ def check_room(path: Path, size: int) -> None:
 
 
 @contextlib.contextmanager
+def folder_of(path: Path) -> Iterator[None]:
+    """Makes the folders that a file needs; where it is not written after all, they go again.  Raises OutputError."""
+    made = [folder for folder in path.parents if not os.path.lexists(folder)]  # the innermost first
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"output {path}: its folder cannot be made: {error.strerror}") from error
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):  # it is not empty: somebody else's file
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives the name to write to.  After that the file takes the place of `path`, if nothing went wrong; a link stays a link.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, OutputError, UsageError
+from ..errors import CheckpointError, UsageError
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.model import StableDiffusion, build, described_vae, latent_channels
 from ..files.model import described as described_model
@@ -23,6 +23,7 @@ from ..files.writers import MARKERS, is_bookkeeping, is_unneeded, may_be_left_ou
 from ..models.blocks import part_of
 from ..models.family import VAE, Recognition
 from ..models.shapes import below
+from ..system.atomic import folder_of
 
 Origin = dict[str, tuple[Checkpoint, str]]  # for a key of the result: the file, and the key there
 STORABLE = {str(dtype).removeprefix("torch."): dtype for dtype in TORCH.values() if dtype != torch.float64}
@@ -80,11 +81,8 @@ def save(
         raise UsageError(f"filename prefix: expected folder and name below {root}, found {filename_prefix!r}")
     checkpoint = said(open_checkpoint(model), prediction, zero_snr)
     recognise(checkpoint, vae is not None)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"output {target}: its folder cannot be made: {error.strerror}") from error
-    return write_parts(checkpoint, target, dtype, True, vae, text, progress, by_number=True)
+    with folder_of(target):
+        return write_parts(checkpoint, target, dtype, True, vae, text, progress, by_number=True)
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:

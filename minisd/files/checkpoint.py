@@ -1,7 +1,7 @@
 """Opening checkpoint files: header first, lazily, and never believing what the file says about itself.
 
 A .safetensors header is checked by the safetensors library; this file adds what it leaves to its callers (caps, dtypes,
-names) and says what a file is that is none.  torch_file.py does the same for .ckpt.  From there on the two are one: a tensor is
+names) and says what a file is that is none.  ckpt/ does the same for .ckpt.  From there on the two are one: a tensor is
 a type, a shape and a place in the file, which tensors.py reads.  Nothing here imports torch.
 """
 
@@ -25,8 +25,8 @@ from ..errors import CheckpointError, shown, taken_apart
 from ..models.shapes import Shapes
 from ..system.cache import keep, recall
 from ..system.regular import open_regular
+from .ckpt.torch_file import read_torch_file
 from .entry import MAX_TENSORS, Entry
-from .torch_file import read_torch_file
 from .writers import usual_names
 
 MAX_NAME = 500  # characters of a tensor's name; the longest in SDXL has 92
@@ -94,7 +94,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             raise CheckpointError(path, *what_else(head, size, length))
         named = usual_names(entries)
     for key in {*entries, *named}:
-        plain = key.isprintable() and ".." not in key and not key.startswith("/") and len(key) <= MAX_NAME
+        plain = key.isprintable() and not re.search(r"(^|[/\\])\.\.", key) and not key.startswith("/") and len(key) <= MAX_NAME
         if not plain or (not key.isascii() and strange_digits(key)):
             raise CheckpointError(path, "is not an honest tensor name", key=ascii(key[:MAX_NAME])[1:-1])
     renamed = {name: own for name, (own, _) in named.items() if name != own}

@@ -22,10 +22,22 @@ class Entry:
     shape: tuple[int, ...]
     offset: int  # of its first byte in the file; its numbers are little-endian, one behind the other
     stride: tuple[int, ...] | None = None  # in elements, where their order is not that of the axes
+    others: tuple[int, ...] = ()  # offsets of further parts of one size, below the first, where it does not lie in one place
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def in_one_piece(self) -> bool:
+        """Whether its numbers lie in the file in their order, one behind the other."""
+        return self.stride is None and not self.others
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """The places where its numbers lie, in their order: (offset of the first byte, how many numbers)."""
+        offsets = (self.offset, *self.others)
+        return [(offset, self.numel // len(offsets)) for offset in offsets]
 
     @property
     def nbytes(self) -> int:

@@ -17,7 +17,7 @@ from ..models.shapes import Shapes, below
 from ..options import MAX_SIDE
 from .checkpoint import Checkpoint
 from .training import trained
-from .writers import CONV_IN
+from .writers_table import CONV_IN, NO_VAE
 
 # Distilled UNets, told by the number of their transformer blocks (their published configurations); SDXL itself has 70.
 DISTILLED = {34: "SSD-1B", 15: "Segmind Vega", 21: "KOALA 700M", 30: "KOALA 1B"}
@@ -50,9 +50,6 @@ OTHERS = [
     (r"(down|up)_blocks\..*|conv_norm_out\..*", "a UNet or ControlNet in diffusers' naming, or a part of one", RAW),
     (r"(encoder|decoder)\.(down|up)_blocks\..*", "a VAE in diffusers' naming", RAW),
 ]
-
-
-NO_VAE = "only the VAE is missing: name one with --vae, or put it in for good: minisd convert FILE --vae VAE -o NAME.safetensors"
 
 
 UNKNOWN = "no model that minisd knows"

@@ -35,7 +35,7 @@ from .recognition import recognise
 from .tensors import STORED, one_thread, read_stored
 from .training import STATED, markers, metadata_of
 from .training import title_of as training_title
-from .writers import MARKERS
+from .writers_table import MARKERS
 
 NAMES = {dtype: name for name, dtype in STORED.items()}
 AHEAD = 16  # pieces that may wait for their hash
@@ -208,7 +208,8 @@ def read_back(draft: Path, planned: Planned, meant: Recognition | None) -> None:
     Raises OutputError if it is not what was meant.
     """
     written = open_checkpoint(draft)
-    if {key: (entry.dtype, entry.shape) for key, entry in written.entries.items()} != dict(planned):
+    names = {written.renamed.get(key, key): (entry.dtype, entry.numel) for key, entry in written.entries.items()}
+    if names != {key: (dtype, math.prod(shape)) for key, (dtype, shape) in planned.items()}:
         raise OSError("what was written is not what was read back")
     if meant is None:
         return

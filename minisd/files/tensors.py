@@ -98,16 +98,20 @@ class Reader:
 
     def __call__(self, entry: Entry) -> Tensor:
         numbers, dtype = torch.empty(entry.numel, dtype=self.dtype), TORCH[entry.dtype]
-        if dtype == self.dtype:
-            read_exactly(self.file, numbers, entry.offset)
-            return shaped(numbers, entry)
-        offset = entry.offset
+        for part, offset in parts(numbers, entry):
+            if dtype == self.dtype:
+                read_exactly(self.file, part, offset)
+            else:
+                self.read_converted(part, dtype, offset)
+        return shaped(numbers, entry)
+
+    def read_converted(self, numbers: Tensor, dtype: torch.dtype, offset: int) -> None:
+        """Fills (N,) with what is stored in `dtype` from `offset` on."""
         for piece in numbers.split(PIECE // dtype.itemsize):
             stored = self.stored[: piece.numel() * dtype.itemsize]
             read_exactly(self.file, stored, offset)
             convert(stored.view(dtype), piece, self.wide)
             offset += stored.numel()
-        return shaped(numbers, entry)
 
 
 def read_stored(checkpoint: Checkpoint, key: str) -> Tensor:
@@ -117,14 +121,16 @@ def read_stored(checkpoint: Checkpoint, key: str) -> Tensor:
         raise CheckpointError(checkpoint.path, f"expected {', '.join(STORED)}, found {entry.dtype}", key=key)
     numbers = torch.empty(entry.numel, dtype=STORED[entry.dtype])
     with opened_again(checkpoint) as file:
-        read_exactly(file, numbers, entry.offset)
+        for part, offset in parts(numbers, entry):
+            read_exactly(file, part, offset)
     return shaped(numbers, entry)
 
 
 def stored_pieces(checkpoint: Checkpoint, key: str) -> Iterator[Tensor]:
-    """The numbers of a tensor as the file holds them, in pieces of NUMBERS, (N,) each; of one with strides all at once."""
+    """The numbers of a tensor as the file holds them, in pieces of NUMBERS, (N,) each; of one that does not lie in one
+    piece all at once."""
     entry = checkpoint.entries[key]
-    if entry.stride is not None or entry.dtype not in STORED:
+    if not entry.in_one_piece or entry.dtype not in STORED:
         yield read_stored(checkpoint, key).flatten()
         return
     dtype = STORED[entry.dtype]
@@ -148,10 +154,12 @@ def broken(checkpoint: Checkpoint) -> list[str]:
 
 def pieces(file: int, entry: Entry, buffer: Tensor) -> Iterator[Tensor]:
     """The numbers of a tensor as they lie in the file, a buffer full at a time: (N,) each, valid until the next."""
-    for first in range(0, entry.nbytes, len(buffer)):
-        piece = buffer[: min(len(buffer), entry.nbytes - first)]
-        read_exactly(file, piece, entry.offset + first)
-        yield piece.view(TORCH[entry.dtype])
+    dtype = TORCH[entry.dtype]
+    for offset, count in entry.runs:
+        for first in range(0, count * dtype.itemsize, len(buffer)):
+            piece = buffer[: min(len(buffer), count * dtype.itemsize - first)]
+            read_exactly(file, piece, offset + first)
+            yield piece.view(dtype)
 
 
 def finite(numbers: Tensor) -> bool:
@@ -161,6 +169,12 @@ def finite(numbers: Tensor) -> bool:
     return bool(numbers.sum(dtype=torch.float64 if numbers.dtype == torch.float64 else torch.float32).isfinite()) or bool(
         numbers.isfinite().all()
     )
+
+
+def parts(numbers: Tensor, entry: Entry) -> list[tuple[Tensor, int]]:
+    """Numbers, (N,), in the parts that lie together in the file, and the offset of each."""
+    runs = entry.runs
+    return [(part, offset) for part, (offset, _) in zip(numbers.split(max(runs[0][1], 1)), runs, strict=True)]
 
 
 def shaped(numbers: Tensor, entry: Entry) -> Tensor:

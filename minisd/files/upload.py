@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
-from .tensors import TORCH, check_floats, opened_again, read_exactly, shaped
+from .tensors import TORCH, check_floats, opened_again, parts, read_exactly, shaped
 
 READERS = 4
 PIECE = 8 << 20  # bytes; a reader holds two of them, pinned, which is slow to ask for
@@ -36,10 +36,10 @@ def upload_tensors(checkpoint: Checkpoint, keys: Iterable[str], dtype: torch.dty
     numbers = {key: torch.empty(entry.numel, dtype=dtype, device=device) for key, entry in entries.items()}
     pieces: SimpleQueue[Piece] = SimpleQueue()
     for key, entry in entries.items():
-        stored, offset = TORCH[entry.dtype], entry.offset
-        for target in numbers[key].split(PIECE // stored.itemsize):
-            pieces.put(Piece(offset, stored, target))
-            offset += len(target) * stored.itemsize
+        stored = TORCH[entry.dtype]
+        for part, offset in parts(numbers[key], entry):
+            for i, target in enumerate(part.split(PIECE // stored.itemsize)):
+                pieces.put(Piece(offset + i * PIECE, stored, target))
     with opened_again(checkpoint) as file, ThreadPoolExecutor(READERS) as pool:
         for reader in [pool.submit(carry, file, pieces, device) for _ in range(READERS)]:
             reader.result()

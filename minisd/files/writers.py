@@ -1,134 +1,25 @@
-"""What the programs that write checkpoints add, rename and leave out, beside what the published files have.
+"""What the programs that write checkpoints add, rename and leave out: the table of writers_table.py, done to a file.
 
-One table: each row has a pattern of names, what becomes of such a tensor, why, and which writer does so.  Names are made right
-when a file is opened, in its list of tensors alone, so that drawing, merging, converting and comparing all see the same names.
-Nothing here imports torch.
+Names are made right when a file is opened, in its list of tensors alone, so that drawing, merging, converting and comparing all
+see the same names.  Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from ..errors import CheckpointError, shown
 from ..models.family import UNET, VAE, Family
 from .entry import Entry
+from .writers_table import ADDED, CONV_IN, LEFT_OUT, NAMED, TEXT, Row
 
-CONV_IN = f"{UNET}.input_blocks.0.0.weight"  # each checkpoint has this tensor: what stands before its name is a wrapper
 WRAPPERS = ("model.", "module.", "state_dict.", f"{UNET}.")  # the likeliest first, where a file has several
-
-# Single tensors by which a file says how it was trained (ComfyUI supported_models.py, SDXL.model_type).
-MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_min", "edm_vpred.sigma_max")
-
-TEXT = r"(cond_stage_model|conditioner\.embedders\.\d)"
-DDPM = "CompVis, Stability AI: ldm/models/diffusion/ddpm.py, register_schedule"
-TRANSFORMERS = (
-    "transformers before 4.31, where it was saved with the model; diffusers' convert_diffusers_to_original_*.py of that "
-    "time (sd-scripts#1945); ComfyUI before b2f03164 (July 2023)"
-)
-LATE_ATTENTION = (
-    "diffusers' convert_diffusers_to_original_stable_diffusion.py after attention was renamed and before the script had "
-    "vae_extra_conversion_map (2023)"
-)
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a writer does to the tensors whose whole name matches."""
-
-    pattern: str
-    does: str  # "unneeded", "renamed", "turned" (renamed, and a matrix transposed) or "left out"
-    what: str  # of an unneeded one, what it is; of a renamed one, its usual name as re.sub takes it; else what to do
-    writer: str  # and the versions it holds for
-
-
-TABLE = [
-    # What nobody needs.  Of numbers that nobody reads it does not matter whether they are finite.
-    Row(r"(alphas_cumprod(_prev)?|betas|log_one_minus_alphas_cumprod|lvlb_weights|logvar)", "unneeded", "schedule buffer", DDPM),
-    Row(r"posterior_(variance|log_variance_clipped|mean_coef[12])", "unneeded", "schedule buffer", DDPM),
-    Row(
-        r"sqrt_(alphas_cumprod|one_minus_alphas_cumprod|recip_alphas_cumprod|recipm1_alphas_cumprod)",
-        "unneeded",
-        "schedule buffer",
-        DDPM,
-    ),
-    Row(r"denoiser\.sigmas", "unneeded", "schedule buffer", "Stability AI: sgm/modules/diffusionmodules/denoiser.py"),
-    Row(r"model_ema\..*", "unneeded", "moving average of the weights", "CompVis: ldm/modules/ema.py, LitEma, with its counters"),
-    Row(
-        rf"{TEXT}\.(model\.)?(transformer\.)?(text_model\.)?embeddings\.position_ids",
-        "unneeded",
-        "the numbers 0 to 76",
-        TRANSFORMERS,
-    ),
-    Row(
-        rf"{TEXT}\.(model\.)?(transformer\.)?logit_scale",
-        "unneeded",
-        "number of CLIP's own training",
-        "OpenAI, open_clip: CLIP.logit_scale; sd-scripts writes 1, convert_text_encoder_state_dict_to_sd_v2",
-    ),
-    Row(
-        rf"{TEXT}\.(transformer\.)?(text_model\.)?text_projection(\.weight)?",
-        "unneeded",
-        "projection for CLIP's own training",
-        "ComfyUI of August 2023 to February 2024, an identity matrix (ec96f6d0 to 1cb3f6a8; ComfyUI#2898, #2923)",
-    ),
-    Row(
-        rf"{TEXT}\.model\.(transformer\.)?text_projection\.weight",
-        "unneeded",
-        "text_projection a second time, transposed",
-        "ComfyUI of February 2024 (37a86e46)",
-    ),
-    Row(
-        rf"{TEXT}\.transformer\.(vision_model|visual_projection)\..*",
-        "unneeded",
-        "CLIP's image encoder",
-        "transformers: CLIPModel",
-    ),
-    Row(rf"{TEXT}\.model\.(attn_mask|visual\..*)", "unneeded", "CLIP's image encoder", "open_clip: CLIP"),
-    Row(r"first_stage_model\.(loss\..*|model_ema\..*)", "unneeded", "of the autoencoder's training", "CompVis: AutoencoderKL"),
-    Row(r"embedding_manager\..*", "unneeded", "textual inversion training", "rinongal/textual_inversion: ddpm.py"),
-    *(
-        Row(re.escape(marker), "unneeded", "marker of how the model was trained", "ComfyUI: ModelSamplingDiscrete, -EDM")
-        for marker in MARKERS
-    ),
-    # Other names.  Such a tensor gets its usual one where the file has none of that name.
-    Row(r"((?:.*\.)?)_orig_mod\.(.*)", "renamed", r"\1\2", "torch.compile: OptimizedModule (pytorch#101107)"),
-    Row(r"module\.(.*)", "renamed", r"\1", "torch.nn.DataParallel, DistributedDataParallel, not unwrapped before saving"),
-    Row(
-        r"(cond_stage_model|conditioner\.embedders\.0)\.transformer\.((?:embeddings|encoder|final_layer_norm)\..*)",
-        "renamed",
-        r"\1.transformer.text_model.\2",
-        "NovelAI and merges with it",
-    ),
-    Row(
-        rf"({TEXT}\.model)\.(transformer\.)?text_projection\.weight",
-        "turned",
-        r"\1.text_projection",
-        "diffusers' convert_diffusers_to_original_sdxl.py until 2024, Playground v2 (sd-scripts#1945)",
-    ),
-    Row(
-        r"((?:first_stage_model\.)?(?:en|de)coder\.mid\.attn_1)\.to_([qkv])\.(weight|bias)",
-        "renamed",
-        r"\1.\2.\3",
-        LATE_ATTENTION,
-    ),
-    Row(
-        r"((?:first_stage_model\.)?(?:en|de)coder\.mid\.attn_1)\.to_out\.0\.(weight|bias)",
-        "renamed",
-        r"\1.proj_out.\2",
-        LATE_ATTENTION,
-    ),
-    # What is left out, and has no value that would do: an identity matrix, which ComfyUI takes here, draws something else.
-    Row(
-        r"conditioner\.embedders\.\d\.model\.text_projection",
-        "left out",
-        "take the text encoders of another checkpoint: minisd convert FILE --text OTHER -o NAME.safetensors",
-        "merges of SDXL (ComfyUI-SUPIR#81)",
-    ),
-]
+HOPS = 6  # by so many rows a tensor gets its usual name at most: wrappers stand in one another
 
 # The names of the networks' own tensors, for those who ask without building them: a test holds them against the modules.
 BLOCK = r"(norm[12]|conv[12]|nin_shortcut)"
@@ -147,8 +38,7 @@ NETWORKS = [
 SINGLE = rf"{TEXT}\.model\.(positional_embedding|text_projection|transformer\.resblocks\.\d+\.attn\.in_proj_(weight|bias))"
 
 _ASKED_FOR = re.compile(rf"({'|'.join(NETWORKS)})\.(weight|bias)|{SINGLE}")
-_UNNEEDED = re.compile("|".join(f"(?:{row.pattern})" for row in TABLE if row.does == "unneeded"))
-_RENAMED = re.compile("|".join(f"(?:{row.pattern})" for row in TABLE if row.does in ("renamed", "turned")))
+_UNNEEDED = re.compile("|".join(f"(?:{row.pattern})" for row in ADDED))
 
 
 def is_unneeded(key: str) -> bool:
@@ -165,36 +55,87 @@ def is_asked_for(key: str) -> bool:
     return _ASKED_FOR.fullmatch(key) is not None
 
 
-def why_unneeded(key: str) -> str:
-    """What an unneeded tensor is, in words."""
-    return next(row.what for row in TABLE if row.does == "unneeded" and re.fullmatch(row.pattern, key))
+def row_of(key: str) -> Row:
+    """The row of an unneeded tensor, which says what it is and who adds it."""
+    return next(row for row in ADDED if re.fullmatch(row.pattern, key))
 
 
 def usual_names(entries: Mapping[str, Entry]) -> dict[str, tuple[str, Entry]]:
     """The tensors of a file by their usual names: (the name in the file, the entry), in alphabetical order.
 
-    A tensor keeps its name where the usual one is taken.
+    A tensor keeps its name where the usual one is taken.  Of those that lie one above the other, the name of the first.
     """
     wrapper = wrapper_of(entries)
+    rows = rows_for(frozenset(key.removeprefix(wrapper) for key in entries))
+    some = any_of(rows)
     found: dict[str, tuple[str, Entry]] = {}
+    stacks: dict[str, dict[str, str]] = {}  # by the usual name, and q, k or v, the name in the file
     for key, entry in entries.items():
         inside = key.removeprefix(wrapper)
-        name, turned = usual_name(inside) if _RENAMED.fullmatch(inside) else (inside, False)
-        if name != key and (name in entries or name in found or not name):
-            name, turned = key, False
-        found[name] = (key, transposed(entry) if turned else entry)
+        usual = usual_name(inside, rows) if some.fullmatch(inside) else Usual(inside)
+        if usual.part:
+            stacks.setdefault(usual.name, {})[usual.part] = key
+        elif usual.name != key and (usual.name in entries or usual.name in found or not usual.name):
+            found[key] = (key, entry)
+        else:
+            found[usual.name] = (key, REMADE[usual.does](entry) if usual.does else entry)
+    for name, keys in stacks.items():
+        stack = stacked([entries[keys[part]] for part in "qkv" if part in keys])
+        taken = name in entries or name in found
+        found |= {name: (keys["q"], stack)} if stack and not taken else {key: (key, entries[key]) for key in keys.values()}
     return dict(sorted(found.items()))
 
 
-def usual_name(key: str) -> tuple[str, bool]:
-    """(the usual name of a tensor, whether its matrix is to be transposed)."""
-    turned = False
-    for _ in range(4):  # wrappers stand in one another; a name of a thousand of them is nobody's
-        row = next((row for row in TABLE if row.does in ("renamed", "turned") and re.fullmatch(row.pattern, key)), None)
-        if row is None:
+@dataclass(frozen=True)
+class Usual:
+    """What a tensor is usually called, and what its row does to it besides."""
+
+    name: str
+    does: str = ""
+    part: str = ""  # of a stack: q, k or v
+    rows: tuple[Row, ...] = ()
+
+
+def usual_name(key: str, rows: Sequence[Row]) -> Usual:
+    usual = Usual(key)
+    for _ in range(HOPS):
+        matches = ((row, re.fullmatch(row.pattern, usual.name)) for row in rows if row.does != "flattened" or not usual.does)
+        row, match = next(((row, match) for row, match in matches if match), (None, None))
+        if row is None or match is None:
             break
-        key, turned = re.sub(row.pattern, row.what, key), row.does == "turned"
-    return key, turned
+        does = usual.does if row.does == "renamed" else row.does
+        usual = Usual(match.expand(row.what), does, match.groupdict().get("part", ""), (*usual.rows, row))
+    return usual
+
+
+def rows_for(keys: frozenset[str]) -> tuple[Row, ...]:
+    """The rows of other names that hold for a file with these."""
+    return tuple(row for row in NAMED if (not row.when or row.when in keys) and not (row.unless and row.unless in keys))
+
+
+@cache
+def any_of(rows: tuple[Row, ...]) -> re.Pattern[str]:
+    """Matches what one of the rows does.  Most tensors are the UNet's, which no row but that of torch.compile does."""
+    some = "|".join(f"(?:{row.pattern.replace('?P<part>', '')})" for row in rows)
+    return re.compile(rf"(?!{re.escape(UNET)}\.(?!.*_orig_mod\.))(?:{some})")
+
+
+def written_by(names: Mapping[str, str]) -> dict[Row, list[str]]:
+    """By the rows that hold of a file, its tensors of which they do, as they are called in the file.
+
+    names: by the usual name of every tensor the one in the file.
+    """
+    wrapper = wrapper_of(names.values())
+    inside = {name: own.removeprefix(wrapper) for name, own in names.items()}
+    rows = rows_for(frozenset(inside.values()))
+    found: dict[Row, list[str]] = {}
+    for name, own in names.items():
+        ways = [usual_name(each, rows) for each in (own, inside[name])] if own != name else []
+        way = next((way for way in ways if way.name == name), Usual(name))
+        named = [row for row in way.rows if row.does != "flattened"]
+        for row in (*named, *([row_of(name)] if is_unneeded(name) else [])):
+            found.setdefault(row, []).append(own)
+    return found
 
 
 def wrapper_of(keys: Iterable[str]) -> str:
@@ -214,21 +155,43 @@ def transposed(entry: Entry) -> Entry:
     return replace(entry, shape=entry.shape[::-1], stride=(entry.stride or (entry.shape[1], 1))[::-1])
 
 
+def flattened(entry: Entry) -> Entry:
+    """The same numbers without the axes behind the first, if those are of length 1."""
+    if len(entry.shape) < 2 or entry.numel != entry.shape[0]:
+        return entry
+    return replace(entry, shape=entry.shape[:1], stride=entry.stride and entry.stride[:1])
+
+
+def stacked(entries: Sequence[Entry]) -> Entry | None:
+    """q, k and v as one, in this order, which lies in three places; None if they do not fit."""
+    first, *others = entries
+    alike = len({(entry.dtype, entry.shape) for entry in entries}) == 1 and all(entry.in_one_piece for entry in entries)
+    if len(entries) != 3 or not alike or not first.shape:
+        return None
+    return replace(first, shape=(3 * first.shape[0], *first.shape[1:]), others=tuple(entry.offset for entry in others))
+
+
+REMADE = {"turned": transposed, "flattened": flattened}
+
+
 def may_be_left_out(key: str) -> Row | None:
-    """The row of a tensor that the modules can be built without."""
-    return next((row for row in TABLE if row.does == "left out" and re.fullmatch(row.pattern, key)), None)
+    """The row of a tensor that the modules can be built without, or that other files bring."""
+    return next((row for row in LEFT_OUT if row.does == "left out" and re.fullmatch(row.pattern, key)), None)
 
 
 def left_out(entries: Iterable[str], family: Family) -> dict[str, Row]:
-    """What is missing for drawing, though the modules can be built without it."""
-    keys = {f"{tower.name}.text_projection" for tower in family.towers if tower.pooled} - set(entries)
-    return {key: row for key in sorted(keys) if (row := may_be_left_out(key))}
+    """What a writer leaves out, and is missing for drawing."""
+    found = set(entries)
+    needed = {f"{tower.name}.text_projection" for tower in family.towers if tower.pooled}
+    if f"{VAE}.decoder.conv_in.weight" in found:  # a VAE that is not there at all may come from another file
+        needed |= {f"{VAE}.{name}.weight" for name in ("quant_conv", "post_quant_conv")}
+    return {key: row for key in sorted(needed - found) if (row := may_be_left_out(key))}
 
 
 def check_nothing_left_out(path: Path, entries: Iterable[str], family: Family) -> None:
     """Raises CheckpointError if something is left out."""
     for key, row in left_out(entries, family).items():
-        raise CheckpointError(path, f"is missing, without which {family.title} has no vector of the whole text", row.what, key)
+        raise CheckpointError(path, f"is missing, without which {family.title} cannot be drawn with", row.what, key)
 
 
 def torn(unknown: Iterable[str], found: Iterable[str]) -> bool:

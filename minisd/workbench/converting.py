@@ -19,7 +19,8 @@ from ..files.recognition import listing, recognise
 from ..files.saving import NAMES, Planned, Progress, described, with_markers, write_checkpoint
 from ..files.tensors import TORCH, finite, stored_pieces
 from ..files.training import said
-from ..files.writers import MARKERS, is_bookkeeping, is_unneeded, may_be_left_out
+from ..files.writers import is_bookkeeping, is_unneeded, may_be_left_out
+from ..files.writers_table import MARKERS
 from ..models.blocks import part_of
 from ..models.family import VAE, Recognition
 from ..models.shapes import below

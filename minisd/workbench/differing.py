@@ -85,7 +85,7 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str], progress: Progres
 
 def squares(first: Checkpoint, second: Checkpoint, key: str) -> tuple[float, float]:
     """(||B - A||^2, ||A||^2) of one tensor."""
-    if any(file.entries[key].stride for file in (first, second)):
+    if not all(file.entries[key].in_one_piece for file in (first, second)):
         pairs = [(read_stored(first, key).flatten(), read_stored(second, key).flatten())]
     else:
         pairs = zip(stored_pieces(first, key), stored_pieces(second, key), strict=True)  # type: ignore[assignment]

@@ -10,7 +10,7 @@ from ..errors import CheckpointError, shown
 from ..files.checkpoint import Checkpoint, data_sha256, file_sha256, legacy_hash, open_checkpoint
 from ..files.entry import Entry
 from ..files.recognition import looks_like, recognise
-from ..files.writers import is_asked_for, is_unneeded, left_out, why_unneeded
+from ..files.writers import is_asked_for, is_unneeded, left_out, row_of, written_by
 from ..models.family import FAMILIES, UNET, VAE
 
 PARTS = {UNET: "UNet", VAE: "VAE"} | {tower.name: f"text: {tower.title}" for family in FAMILIES for tower in family.towers}
@@ -27,8 +27,9 @@ def inspect(
 
     family: minisd's name for it, or None; looks_like: what it is in words; why: the reasons; task, prediction, native_size;
     parts: parameters, bytes and dtypes of each; unused: the tensors that nothing needs, and what they are;
-    renamed: by the usual name of a tensor the one in the file; of a checkpoint also extra: names that no network has, and
-    left_out: what is missing for drawing, and what to do.
+    renamed: by the usual name of a tensor the one in the file; written_by: which programs do either, and the tensors by the
+    names in the file (docs/writers.md); of a checkpoint also extra: names that no network has, and left_out: what is missing for
+    drawing, and what to do.
     with_hash: also `sha256`, which reads the whole file, `model_hash`, its first 10 digits (AutoV2), and `legacy_hash`, A1111's
         first, of 8 digits; of a .safetensors also `data_sha256`, of its tensors alone, `autov3`, its first 12 digits, and
         `content`: whether that is what the file's ModelSpec metadata promises (None: it does not say).
@@ -75,8 +76,12 @@ def contents(checkpoint: Checkpoint) -> dict[str, Any]:
         "tensors": len(checkpoint.entries),
         "parameters": sum(entry.numel for entry in checkpoint.entries.values()),
         "parts": {name: summary(entries) for name, entries in parts.items()},
-        "unused": {key: why_unneeded(key) for key in checkpoint.entries if is_unneeded(key)},
+        "unused": {key: row_of(key).what for key in checkpoint.entries if is_unneeded(key)},
         "renamed": dict(checkpoint.renamed),
+        "written_by": [
+            {"does": row.does, "what": row.what, "writer": row.writer, "tensors": names}
+            for row, names in written_by({name: checkpoint.renamed.get(name, name) for name in checkpoint.entries}).items()
+        ],
         "metadata": dict(checkpoint.metadata),
     }
 
@@ -141,14 +146,16 @@ def as_text(facts: dict[str, Any]) -> str:
 
 def writers_lines(facts: dict[str, Any]) -> list[str]:
     """What the program that wrote the file added, named its own way, and left out."""
-    lines, by_reason = [], dict[str, list[str]]()
-    for key, reason in facts["unused"].items():
-        by_reason.setdefault(reason, []).append(key)
-    lines += [f"  unused, {reason}: {shown(', '.join(keys), 200)}" for reason, keys in by_reason.items()]
+    lines = []
+    for row in facts["written_by"]:
+        if row["does"] == "unneeded":
+            lines += [f"  unused, {row['what']}: {shown(', '.join(row['tensors']), 200)}", f"    as {row['writer']}"]
     if extra := facts.get("extra"):
         lines.append(f"  unused, asked for by no network ({len(extra):,}): {shown(', '.join(extra[:10]), 500)}")
     if renamed := [f"{own} is {name}" for name, own in facts["renamed"].items()]:
         lines.append(f"  otherwise named ({len(renamed):,}): {shown(', '.join(renamed), 200)}")
+        named = [row for row in facts["written_by"] if row["does"] != "unneeded"]
+        lines += [f"    {len(row['tensors']):,} as {row['writer']}" for row in named]
     return [*lines, *(f"  missing: {key}: {hint}" for key, hint in facts.get("left_out", {}).items())]
 
 

@@ -24,7 +24,8 @@ from ..files.model import build
 from ..files.recognition import listing, recognise
 from ..files.saving import NAMES, Planned, Progress, Read, described, with_markers, write_checkpoint
 from ..files.tensors import TORCH, finite, read_stored, stored_pieces
-from ..files.writers import CONV_IN, is_bookkeeping, is_unneeded
+from ..files.writers import is_bookkeeping, is_unneeded
+from ..files.writers_table import CONV_IN
 from ..models.blocks import block_of, block_ratios, part_of
 from .arithmetic import dare, generator_for, slerp, ties, weighted
 from .converting import check_dtype, extra_keys, narrowed, stored_name
@@ -196,7 +197,7 @@ def mixed(models: Sequence[Checkpoint], key: str, recipe: Recipe, with_base: boo
     elif (
         recipe.method == "weighted"
         and len({entry.numel for entry in entries}) == 1
-        and not any(entry.stride for entry in entries)
+        and all(entry.in_one_piece for entry in entries)
     ):
         for own, *others in zip(*(stored_pieces(model, key) for model in models), strict=True):
             base = others.pop().float() if with_base else None

@@ -1,4 +1,4 @@
-"""What the programs that write checkpoints add, rename and leave out: each row of the table, in files of every family."""
+"""What the programs that write checkpoints add, rename and leave out, and what else is in a file; see test_writers_table.py."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from families import SMALL
 from helpers import manifest
 from safetensors.torch import load_file, save_file
+from written import FAMILIES, tiny
 
 import minisd
 from minisd.cli import main
@@ -20,83 +21,28 @@ from minisd.files.checkpoint import open_checkpoint
 from minisd.files.entry import Entry
 from minisd.files.model import build
 from minisd.files.recognition import recognise
-from minisd.files.writers import TABLE, is_asked_for, is_unneeded, usual_names
+from minisd.files.tensors import broken, load_tensors, read_stored, stored_pieces
+from minisd.files.upload import upload_tensors
+from minisd.files.writers import is_asked_for, is_unneeded, usual_names
 from minisd.workbench.converting import convert
-from minisd.workbench.differing import diff
 from minisd.workbench.inspecting import as_text, inspect
 from minisd.workbench.merging import merge
 
 BIG_G = "conditioner.embedders.1.model"
 HIGH = "cond_stage_model.model"
-IDS = torch.arange(77)[None]
-ORIG, PLAIN = "model.diffusion_model.input_blocks.0.0.", "model.diffusion_model.out.2.bias"
-
-
-def projection(weights):
-    return next(value for key, value in weights.items() if key.endswith("model.text_projection"))
+PLAIN = "model.diffusion_model.out.2.bias"
 
 
 def without(weights, *keys):
     return {key: value for key, value in weights.items() if key not in keys}
 
 
-# What a writer makes of a usual file: (family, change).
-WRITTEN = {
-    "ComfyUI, CLIP-L's projection": ("sdxl", lambda w: w | {"conditioner.embedders.0.text_projection": torch.eye(64)}),
-    "ComfyUI, bigG's a second time": (
-        "sdxl",
-        lambda w: w | {f"{BIG_G}.transformer.text_projection.weight": projection(w).T.contiguous()},
-    ),
-    "ComfyUI, bigG's position_ids": ("sdxl", lambda w: w | {f"{BIG_G}.transformer.text_model.embeddings.position_ids": IDS}),
-    "ComfyUI, SD 2": ("sd2", lambda w: w | {f"{HIGH}.transformer.text_projection.weight": projection(w).T.contiguous()}),
-    "diffusers, SD 2": ("sd2", lambda w: w | {f"{HIGH}.transformer.text_model.embeddings.position_ids": IDS}),
-    "diffusers, SDXL": (
-        "sdxl",
-        lambda w: (
-            without(w, f"{BIG_G}.text_projection")
-            | {
-                f"{BIG_G}.text_projection.weight": projection(w).T.contiguous(),
-                f"{BIG_G}.text_model.embeddings.position_ids": IDS,
-            }
-        ),
-    ),
-    "diffusers, the refiner": (
-        "sdxl-refiner",
-        lambda w: (
-            without(w, "conditioner.embedders.0.model.text_projection")
-            | {"conditioner.embedders.0.model.text_projection.weight": projection(w).T.contiguous()}
-        ),
-    ),
-    "diffusers, the VAE's attention": (
-        "sd1",
-        lambda w: {
-            re.sub(r"attn_1\.proj_out", "attn_1.to_out.0", re.sub(r"attn_1\.([qkv])\.", r"attn_1.to_\1.", key)): (
-                value.flatten(1) if "attn_1" in key and value.dim() == 4 else value
-            )
-            for key, value in w.items()
-        },
-    ),
-    "sd-scripts, SD 2": ("sd2", lambda w: w | {f"{HIGH}.logit_scale": torch.tensor(1)}),
-    "NovelAI": ("sd1", lambda w: {key.replace(".text_model.", "."): value for key, value in w.items()}),
-    "torch.compile": ("sd1", lambda w: {key.replace("on_model.", "on_model._orig_mod."): value for key, value in w.items()}),
-    "DataParallel": ("sd1", lambda w: {f"module.{key}": value for key, value in w.items()}),
-    "both": ("sd1", lambda w: {f"module._orig_mod.{key}": value for key, value in w.items()}),
-    "a doubled prefix": (
-        "sd1",
-        lambda w: {key.replace("model.diffusion_model.", "model.diffusion_model." * 2): value for key, value in w.items()},
-    ),
-    "a wrapper": ("sd1", lambda w: {f"net.{key}": value for key, value in w.items()}),
-    "EMA counters": (
-        "sd1",
-        lambda w: w | {"model_ema.num_updates": torch.tensor(float("inf")), "model_ema.decay": torch.ones(())},
-    ),
-}
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("usual")
-    return {name: SMALL[name].write(folder / f"{name}.safetensors") for name in ("sd1", "sd2", "sdxl", "sdxl-refiner")}
+    for name in FAMILIES:
+        save_file(tiny(name), folder / f"{name}.safetensors")
+    return {name: folder / f"{name}.safetensors" for name in FAMILIES}
 
 
 def drawn(path, **options):
@@ -104,33 +50,6 @@ def drawn(path, **options):
         warnings.simplefilter("error")
         pipe = minisd.load(path, device="cpu", dtype="float32", **options)
     return np.asarray(pipe("a castle", seed=1, steps=1, width=64, height=64).images[0])
-
-
-@pytest.mark.parametrize("writer", WRITTEN)
-def test_what_a_writer_makes_of_a_file_draws_and_converts_the_same(writer, files, tmp_path):
-    name, change = WRITTEN[writer]
-    usual = load_file(files[name])
-    save_file({key: value.clone() for key, value in change(usual).items()}, tmp_path / "theirs.safetensors")
-    assert np.array_equal(drawn(tmp_path / "theirs.safetensors", strict=True), drawn(files[name]))
-    convert(tmp_path / "theirs.safetensors", tmp_path / "pruned.safetensors", prune=True)
-    found = load_file(tmp_path / "pruned.safetensors")
-    assert found.keys() == usual.keys()
-    assert all(torch.equal(found[key].reshape(value.shape), value) for key, value in usual.items())
-    merge([tmp_path / "theirs.safetensors", files[name]], tmp_path / "mix.safetensors", 0.5)
-    merge([files[name], tmp_path / "theirs.safetensors"], tmp_path / "mix.safetensors", 0.5)
-    mix = load_file(tmp_path / "mix.safetensors")
-    assert all(torch.equal(mix[key], value) for key, value in usual.items())
-    facts = diff(files[name], tmp_path / "theirs.safetensors")
-    assert not facts["only_a"]
-    assert all(is_unneeded(key) for key in facts["only_b"])
-    assert all(part["changed"] == 0 for part in facts["parts"].values())
-
-
-def test_every_row_names_its_writer_and_matches_something():
-    for row in TABLE:
-        assert row.does in ("unneeded", "renamed", "turned", "left out")
-        assert row.writer
-        re.compile(row.pattern)
 
 
 def test_a_ckpt_below_model_opens(files, tmp_path):
@@ -148,12 +67,38 @@ def test_a_taken_name_is_not_taken_again():
     assert list(usual_names({"_orig_mod.a": entry, "module.a": other})) == ["a", "module.a"]
 
 
+def test_what_lies_in_three_places_is_read_as_one(tmp_path):
+    """In the file's dtype or another, on either way to a device; where the parts make no whole, they stay what they are."""
+    names = [f"{HIGH}.transformer.text_model.encoder.layers.0.self_attn.{part}_proj.weight" for part in "qkv"]
+    numbers = [torch.randn(3, 5).half() for _ in names]
+    path, target = tmp_path / "x.safetensors", f"{HIGH}.transformer.resblocks.0.attn.in_proj_weight"
+    save_file(dict(zip(names, numbers, strict=True)), path)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.renamed == {target: names[0]}
+    whole = torch.cat(numbers)
+    for dtype in (torch.float16, torch.float32, torch.bfloat16):
+        assert torch.equal(load_tensors(checkpoint, [target], dtype)[target], whole.to(dtype))
+        assert torch.equal(upload_tensors(checkpoint, [target], dtype, torch.device("cpu"))[target], whole.to(dtype))
+    assert torch.equal(read_stored(checkpoint, target), whole)
+    assert torch.equal(torch.cat([*stored_pieces(checkpoint, target)]), whole.flatten())
+    assert not broken(checkpoint)
+    numbers[2][2, 4] = torch.nan
+    save_file(dict(zip(names, numbers, strict=True)), path)
+    assert broken(open_checkpoint(path)) == [target]
+    for parts in ({names[0]: whole, names[1]: whole}, dict(zip(names, [whole, whole, whole[:1]], strict=True))):
+        save_file({key: value.clone() for key, value in parts.items()}, path)
+        assert open_checkpoint(path).entries.keys() == parts.keys()
+    save_file({key: whole.clone() for key in (*names, target)}, path)
+    assert open_checkpoint(path).entries.keys() == {*names, target}
+
+
 @pytest.mark.parametrize("name", ["sd15", "sd21-768", "sdxl-base", "sdxl-refiner", "sd15-inpainting"])
 def test_names_of_the_networks_are_those_of_the_published_files(name):
     keys = [key for key in manifest(name) if not is_unneeded(key)]
     assert [key for key in keys if not is_asked_for(key)] == []
     assert not is_asked_for("model.diffusion_model.extra.00")
-    assert usual_names(dict.fromkeys(keys)) == {key: (key, None) for key in sorted(keys)}
+    entries = {key: Entry("F16", tuple(manifest(name)[key]), 0) for key in keys}
+    assert usual_names(entries) == {key: (key, entries[key]) for key in sorted(keys)}
 
 
 @pytest.fixture
@@ -181,9 +126,9 @@ def test_extra_tensors_are_told_and_refused_only_where_that_is_asked_for(extra, 
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_what_is_left_of_a_layer_is_no_extra_tensor(name, files):
+def test_what_is_left_of_a_layer_is_no_extra_tensor(name, tmp_path):
     """The modules are built as the file has it: without the weight of an optional layer its bias is all that shows it."""
-    checkpoint = open_checkpoint(files[name])
+    checkpoint = open_checkpoint(SMALL[name].write(tmp_path / "small.safetensors"))
     family = recognise(checkpoint).family
     optional = [key for key in checkpoint.entries if re.search(r"(nin_shortcut|skip_connection|sample\.conv|\.op)\.weight", key)]
     assert len(optional) > 8
@@ -293,5 +238,5 @@ def test_a_checkpoint_without_a_vae_takes_one_from_another_file(files, tmp_path)
     with pytest.raises(minisd.CheckpointError, match="expected a VAE"):
         minisd.load(tmp_path / "novae.safetensors", device="cpu", vae=tmp_path / "novae.safetensors")
     save_file(without(weights, *list(vae)[3:]), tmp_path / "torn.safetensors")
-    with pytest.raises(minisd.CheckpointError, match="key is missing"):
+    with pytest.raises(minisd.CheckpointError, match="is missing"):
         minisd.load(tmp_path / "torn.safetensors", device="cpu", vae=tmp_path / "vae.safetensors")

@@ -27,7 +27,8 @@ from ...files.recognition import listing, native_size, recognise
 from ...files.saving import Progress, with_markers, write_checkpoint
 from ...files.tensors import TORCH, check_floats, read_stored
 from ...files.training import metadata_of, said_training, title_of
-from ...files.writers import CONV_IN, is_unneeded
+from ...files.writers import is_unneeded
+from ...files.writers_table import CONV_IN
 from ...models.family import REFINER, SD1, SD2, SDXL, TASKS, VAE, Family, Recognition, Training
 from ...system.atomic import check_place, check_room, draft_of, strays, sync
 from ...system.regular import open_regular

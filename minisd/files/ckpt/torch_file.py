@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
-from .entry import MAX_TENSORS, PLAIN, Entry
+from ...errors import CheckpointError
+from ..entry import MAX_TENSORS, PLAIN, Entry
 from .pickled import CONVERT, DAMAGED, NONSENSE, Machine, Storage, UnreadableError, Unused, View, shown_name
 
 MAX_READ = 4 << 20  # bytes of a pickle or of an archive's directory; 10,000 tensors take 2.5 MB

@@ -33,11 +33,15 @@ ON_TOP = "it goes on top of a checkpoint, which is what -m names"
 SCALED = "minisd does not know its scales yet; take the model in float16, bfloat16 or plain float8"
 
 
+QUANTISED = "minisd does not compute in these numbers; take the model in float16, bfloat16 or plain float8"
+
+
 RAW = "minisd opens the single file that the model was published as"
 
 
 OTHERS = [
     (r".*\.(scale_weight|weight_scale|scale_input|input_scale)|scaled_fp8|.*\.comfy_quant", "a model in scaled float8", SCALED),
+    (r".*\.weight\.(absmax|quant_map|nested_absmax|quant_state\..*)", "a model quantised by bitsandbytes", QUANTISED),
     (r"lora_(unet|te\d?)_.*|.*\.lora_([AB]|up|down)\b.*|.*\.(hada_w1_a|lokr_w1)", "a LoRA", ON_TOP),
     (r"(control_model|controlnet_cond_embedding|input_hint_block)\..*", "a ControlNet", ON_TOP),
     (r"(model\.diffusion_model\.)?(double|single)_blocks\..*", "a Flux model", NOT_A_UNET),

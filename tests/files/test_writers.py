@@ -94,10 +94,11 @@ def test_what_lies_in_three_places_is_read_as_one(tmp_path):
 
 @pytest.mark.parametrize("name", ["sd15", "sd21-768", "sdxl-base", "sdxl-refiner", "sd15-inpainting"])
 def test_names_of_the_networks_are_those_of_the_published_files(name):
-    keys = [key for key in manifest(name) if not is_unneeded(key)]
+    shapes = manifest(name)
+    keys = [key for key in shapes if not is_unneeded(key)]
     assert [key for key in keys if not is_asked_for(key)] == []
     assert not is_asked_for("model.diffusion_model.extra.00")
-    entries = {key: Entry("F16", tuple(manifest(name)[key]), 0) for key in keys}
+    entries = {key: Entry("F16", tuple(shapes[key]), 0) for key in keys}
     assert usual_names(entries) == {key: (key, entries[key]) for key in sorted(keys)}
 
 
@@ -195,6 +196,15 @@ def test_scaled_float8_is_told(name, files, tmp_path):
     scale = {f"model.diffusion_model.time_embed.0.{name}": torch.ones(())}
     save_file(load_file(files["sd1"]) | scale, tmp_path / "x.safetensors")
     with pytest.raises(minisd.CheckpointError, match=r"looks like a model in scaled float8.* does not know its scales yet"):
+        minisd.load(tmp_path / "x.safetensors", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["absmax", "quant_map", "quant_state.bitsandbytes__nf4"])
+def test_what_bitsandbytes_quantised_is_told(name, files, tmp_path):
+    """As stable-diffusion-webui-forge saves it (backend/utils.py, get_state_dict_after_quant)."""
+    more = {f"model.diffusion_model.time_embed.0.weight.{name}": torch.ones(4)}
+    save_file(load_file(files["sd1"]) | more, tmp_path / "x.safetensors")
+    with pytest.raises(minisd.CheckpointError, match=r"looks like a model quantised by bitsandbytes.*take the model in float16"):
         minisd.load(tmp_path / "x.safetensors", device="cpu")
 
 

@@ -297,6 +297,9 @@ def settle_init(request: Request, model: Capabilities, init: Image.Image | None,
     drawing = model.recognition.task == "draw" and request.mask is None
     strength = request.strength if request.strength is not None else STRENGTH if drawing else 1.0
     steps = request.steps if request.sigmas is None else len(torch.as_tensor(request.sigmas)) - 1
+    if request.strength is None and int(steps * strength) < 1:  # nobody is told of a strength that nobody gave
+        strength = 1.0
+        warnings.warn("init_image: a single step leaves nothing of it; give more steps", stacklevel=2)
     if int(steps * strength) < 1:
         raise UsageError(f"strength: {strength} of {steps} steps is less than one; give more of either")
     sources = {"init_image": path_of(request.init_image), "init_sha256": fingerprint(init), "mask": None}

@@ -155,6 +155,14 @@ def test_a_photograph_is_scaled_to_what_the_model_can_draw(width, height, turned
     assert (given.width, given.height) == (64, 48)
 
 
+def test_a_single_step_over_a_picture_is_told_and_no_error_about_a_strength_that_nobody_gave(tiny):
+    request = Request("a star", init_image=Image.new("RGB", (32, 32)), steps=1)
+    with pytest.warns(UserWarning, match=r"^init_image: a single step leaves nothing of it; give more steps$"):
+        assert planned(request, tiny.capabilities()).init.strength == 1
+    with pytest.raises(UsageError, match=r"^strength: 0\.5 of 1 steps is less than one"):
+        planned(replace(request, strength=0.5), tiny.capabilities())
+
+
 def test_a_picture_within_four_times_the_models_size_keeps_its_own(tiny):
     found = planned(Request("a star", init_image=Image.new("RGB", (131, 121))), tiny.capabilities())
     assert (found.width, found.height) == (128, 120)

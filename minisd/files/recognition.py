@@ -140,14 +140,14 @@ def native_size(family: Family, training: Training, metadata: Mapping[str, str],
     if stated is None:
         return side, side
     match = re.fullmatch(r"([0-9]{2,4})x([0-9]{2,4})", stated)
-    width, height = ((int(length) + 4) // 8 * 8 for length in match.groups()) if match else (0, 0)
-    what = "no size in whole eights"
-    if not all(64 <= length <= MAX_SIDE for length in (width, height)):
-        width, height, what = side, side, "no size that can be drawn"
-    if stated != f"{width}x{height}":
+    told = (int(match[1]), int(match[2])) if match else (0, 0)
+    size, why = ((told[0] + 4) // 8 * 8, (told[1] + 4) // 8 * 8), "is not in whole eights"
+    if not all(64 <= length <= MAX_SIDE for length in size):
+        size, why = (side, side), "nothing can be drawn at"
+    if size != told:
         found = f"{shown(path.name, 100)}: its metadata say modelspec.resolution = {shown(stated, 40)}"
-        warnings.warn(f"{found}, which is {what}: taking {width}x{height} instead", stacklevel=4)
-    return width, height
+        warnings.warn(f"{found}, which {why}: taking {size[0]}x{size[1]} instead", stacklevel=4)
+    return size
 
 
 def listing(keys: object) -> str:

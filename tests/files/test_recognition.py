@@ -77,7 +77,7 @@ def test_metadata_counts_more_than_the_measurement(stated, prediction, tmp_path)
 
 @pytest.mark.parametrize("stated", ["10x9999", "1x9999", "4100x4100", "0016x0016", "99999x99999", "\x1b[2J", "", "٥١٢x٥١٢"])
 def test_a_senseless_size_is_ignored_with_a_word(stated, tmp_path):
-    with pytest.warns(UserWarning, match="modelspec.resolution = .*, no size that can be drawn: taking 768x768") as told:
+    with pytest.warns(UserWarning, match="modelspec.resolution = .*, which nothing can be drawn at: taking 768x768") as told:
         found = recognised(tmp_path, manifest("sd21-768"), spread(0.12), **{"modelspec.resolution": stated})
     assert found.size == (768, 768)
     assert str(told[0].message).isprintable()
@@ -85,9 +85,10 @@ def test_a_senseless_size_is_ignored_with_a_word(stated, tmp_path):
 
 @pytest.mark.parametrize(("stated", "size"), [("1020x1020", (1024, 1024)), ("1019x511", (1016, 512)), ("4099x0512", (4096, 512))])
 def test_a_size_that_is_not_in_whole_eights_becomes_the_nearest_that_is(stated, size, tmp_path):
-    wanted = rf"x\.safetensors: its metadata say modelspec\.resolution = {stated}, .* taking {size[0]}x{size[1]} instead"
+    taken = rf"which is not in whole eights: taking {size[0]}x{size[1]} instead"
+    wanted = rf"shapes\.safetensors: its metadata say modelspec\.resolution = {stated}, {taken}"
     with pytest.warns(UserWarning, match=wanted) as told:
-        found = recognised(tmp_path, manifest("sdxl"), **{"modelspec.resolution": stated})
+        found = recognised(tmp_path, manifest("sdxl-base"), **{"modelspec.resolution": stated})
     assert found.size == size
     assert len(told) == 1
 

@@ -137,6 +137,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             print("minisd: error: there is not enough memory for this", file=sys.stderr)
             return OutOfMemoryError.exit_code
+        except ImportError as error:
+            if debug:
+                raise
+            return not_loaded(error)
         except OSError as error:
             if debug:
                 raise
@@ -151,6 +155,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def tell(message: Warning | str) -> None:
     print(f"minisd: warning: {with_flags(' '.join(str(message).split()))}", file=sys.stderr)
+
+
+def not_loaded(error: ImportError) -> int:
+    """A library that is missing or broken, or has no room in memory: the loader of libraries (ld.so) says that in words only."""
+    full = any(words in str(error) for words in ("failed to map", "cannot allocate", "cannot map"))
+    hint = "there is not enough memory for it" if full else "see minisd doctor"
+    print(f"minisd: error: a library cannot be loaded: {one_line(error)} ({hint})", file=sys.stderr)
+    return OutOfMemoryError.exit_code if full else MinisdError.exit_code
 
 
 def leave_stdout() -> None:

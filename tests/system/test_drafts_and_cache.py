@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from minisd.errors import OutputError
+from minisd.errors import OutOfMemoryError, OutputError
 from minisd.files.checkpoint import file_sha256, known_sha256, state_of
 from minisd.system import atomic
 from minisd.system.atomic import drafting, replacing, running, strays
 from minisd.system.cache import keep, place, recall
+from minisd.system.memory import memory_errors
 from minisd.system.regular import open_regular
 
 HASH = "0123456789abcdef" * 4
@@ -140,3 +141,8 @@ def test_threads_get_a_draft_each(tmp_path):
     for thread in threads:
         thread.join()
     assert len(set(found)) == 2
+
+
+def test_no_memory_has_a_reason():
+    with pytest.raises(OutOfMemoryError, match="out of memory: main memory is full; draw"), memory_errors():
+        raise MemoryError

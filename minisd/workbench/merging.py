@@ -308,8 +308,8 @@ def repeat(
 def found_again(source: Mapping[str, Any], folders: Iterable[Path], merged: Path) -> Path:
     """The file that a recipe means.  Its name comes from a stranger's file: only a plain name is looked for."""
     name = str(source["name"])
-    if name != Path(name).name or not name.isprintable() or name in ("", ".", ".."):
-        raise ValueError(f"the name {name!r}")
+    if name != Path(name).name or not name.isprintable() or name in ("", ".", "..") or len(os.fsencode(name)) > 255:
+        raise ValueError(f"the name {name[:100]!r}")
     candidates = [folder / name for folder in folders if (folder / name).is_file()]
     for path in candidates:
         facts = identity(open_checkpoint(path))

@@ -150,7 +150,7 @@ def test_folders(share, tmp_path, reduced_file, monkeypatch):
             path.write_bytes(whole[path])
             index.unlink(missing_ok=True)
 
-    storm = Storm().run((rng.choice(list(whole)) for _ in range(2000 // share)), take)
+    storm = Storm().run((rng.choice(list(whole)) for _ in range(2000 // share)), take, megabytes=64 + 64)  # files of 20 MB
     assert min(storm.good, storm.bad) > 200 // share
 
 

@@ -24,7 +24,8 @@ class Storm:
     slowest: float = 0.0
     grown: int = 0  # MB, of all inputs together
 
-    def run(self, inputs: Iterable[Any], take: Callable[[Any], object]) -> Storm:
+    def run(self, inputs: Iterable[Any], take: Callable[[Any], object], megabytes: int = 64) -> Storm:
+        """megabytes: how much memory all inputs together may take at most, their files included."""
         reset()
         before = memory()
         for i, each in enumerate(inputs):
@@ -41,7 +42,7 @@ class Storm:
         self.grown = memory() - before >> 20
         print(f"{self.good:,} went well, {self.bad:,} were refused; slowest {self.slowest * 1000:.0f} ms, {self.grown} MB more")
         assert self.slowest < HANG
-        assert self.grown < 64
+        assert self.grown < megabytes
         assert not self.unsaid
         return self
 

@@ -8,6 +8,8 @@ SIGHUP), 141 nobody reads stdout.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import os
 import sys
 import warnings
@@ -22,6 +24,8 @@ from .options import Parser, one_line, with_flags
 from .streams import careful_streams, ended_by_signals
 
 CLOSED = 141  # as the shell counts SIGPIPE
+LEAST = 600 << 20  # bytes of address space: with less, the libraries that torch loads may end the process by themselves
+WITHOUT_TORCH = ("inspect", "models", "completion")
 
 EXAMPLES = """\
 examples:
@@ -95,12 +99,24 @@ def run(arguments: Sequence[str]) -> int:
     if first in ("-V", "--version", "version"):
         print(f"minisd {__version__}")
         return 0
+    if first not in WITHOUT_TORCH:
+        check_address_space()
     command = COMMANDS.get(first)
     if command is None:
         check_no_command(arguments)
         return draw.draw(draw.parse(arguments))
     parse = command.parse or command.parser().parse_args
     return command.run(parse(arguments[1:]))
+
+
+def check_address_space() -> None:
+    """Raises OutOfMemoryError where a limit (ulimit -v) leaves no room for torch."""
+    with contextlib.suppress(ImportError):  # Windows
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY and limit < LEAST:
+            raise OutOfMemoryError(f"memory: {limit >> 20} MB of address space are allowed, torch needs more; see ulimit -v")
 
 
 def check_no_command(arguments: Sequence[str]) -> None:
@@ -132,37 +148,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             leave_stdout()
             return CLOSED
-        except MemoryError:
+        except (MemoryError, ImportError, RuntimeError, OSError) as error:
             if debug:
                 raise
-            print("minisd: error: there is not enough memory for this", file=sys.stderr)
-            return OutOfMemoryError.exit_code
-        except ImportError as error:
-            if debug:
-                raise
-            return not_loaded(error)
-        except OSError as error:
-            if debug:
-                raise
-            # Files that are read or written have a name: what has none is standard output.
-            what = "standard output could not be written" if error.filename is None else f"{error.filename} cannot be used"
-            print(f"minisd: error: {what}: {error.strerror or error}", file=sys.stderr)
-            if error.filename is not None:
-                return MinisdError.exit_code
-            leave_stdout()
-            return OutputError.exit_code
+            return refused(error)
+
+
+def refused(error: Exception) -> int:
+    """What the machine says no with, in one line; raises what it does not know."""
+    if is_lack_of_memory(error):
+        print("minisd: error: there is not enough memory for this", file=sys.stderr)
+        return OutOfMemoryError.exit_code
+    if isinstance(error, ImportError):
+        print(f"minisd: error: a library cannot be loaded: {one_line(error)} (see minisd doctor)", file=sys.stderr)
+        return MinisdError.exit_code
+    if not isinstance(error, OSError):
+        raise error
+    # Files that are read or written have a name: what has none is standard output.
+    what = "standard output could not be written" if error.filename is None else f"{error.filename} cannot be used"
+    print(f"minisd: error: {what}: {error.strerror or error}", file=sys.stderr)
+    if error.filename is not None:
+        return MinisdError.exit_code
+    leave_stdout()
+    return OutputError.exit_code
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether this is one of the ways in which it is said: by Python, by the system, while a library is loaded, by torch."""
+    if isinstance(error, ImportError | RuntimeError):
+        ways = ("failed to map", "cannot map", "cannot allocate", "can't allocate memory")
+        return any(words in str(error).lower() for words in ways)
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 
 
 def tell(message: Warning | str) -> None:
     print(f"minisd: warning: {with_flags(' '.join(str(message).split()))}", file=sys.stderr)
-
-
-def not_loaded(error: ImportError) -> int:
-    """A library that is missing or broken, or has no room in memory: the loader of libraries (ld.so) says that in words only."""
-    full = any(words in str(error) for words in ("failed to map", "cannot allocate", "cannot map"))
-    hint = "there is not enough memory for it" if full else "see minisd doctor"
-    print(f"minisd: error: a library cannot be loaded: {one_line(error)} ({hint})", file=sys.stderr)
-    return OutOfMemoryError.exit_code if full else MinisdError.exit_code
 
 
 def leave_stdout() -> None:

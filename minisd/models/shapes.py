@@ -24,7 +24,7 @@ def below(shapes: Mapping[str, tuple[int, ...]], name: str) -> Shapes:
 
 
 def numbered(shapes: Shapes) -> list[Shapes]:
-    """The children 0, 1, 2, … in numeric order.  Gaps (slots without weights, such as an activation) stay empty."""
+    """The children 0, 1, 2, … 999 in numeric order.  Gaps (slots without weights, such as an activation) stay empty."""
     heads = {key.split(".", 1)[0] for key in shapes}
     numbers = [int(head) for head in heads if head.isdigit()]
-    return [below(shapes, str(i)) for i in range(max(numbers, default=-1) + 1)]
+    return [below(shapes, str(i)) for i in range(min(max(numbers, default=-1) + 1, 1000))]

@@ -113,3 +113,20 @@ def test_a_vae_fits_the_latents_that_it_is_given():
         assert caught.value.key == key
     with pytest.raises(ShapeError, match="expected 2 resolutions"):
         check_vae(Shapes({key: shape for key, shape in shapes.items() if ".up.1" not in key}), 4)
+
+
+FAR = [
+    "model.diffusion_model.input_blocks.99999999.0.in_layers.0.weight",
+    "first_stage_model.decoder.up.99999999.block.0.norm1.weight",
+    "first_stage_model.encoder.down.3.block.99999999.norm1.weight",
+    "cond_stage_model.transformer.text_model.encoder.layers.99999999.layer_norm1.weight",
+    f"model.diffusion_model.output_blocks.{'9' * 400}.0.weight",
+]
+
+
+@pytest.mark.parametrize("key", FAR)
+def test_a_layer_far_behind_the_others_takes_no_room(key):
+    """Its number is a stranger's: nothing is made for the hundred million before it."""
+    entry = replace(next(iter(TINY.entries.values())), shape=(32,))
+    error = refused(replace(TINY, entries={**TINY.entries, key: entry}))
+    assert (error.key or "").split(".")[0] == key.split(".")[0]

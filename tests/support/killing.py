@@ -166,6 +166,7 @@ def trials(folder: Path, count: int, rng: random.Random) -> Iterator[dict[str, o
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a run in the background has ignored
     torch.set_num_threads(1)
     home = Path(sys.argv[1])
     prepare(home)

@@ -187,9 +187,12 @@ def test_variables_of_a_drawing(variable, name, place):
     check(started(command, place, env=os.environ | {variable: TEXTS[name]}), place)
 
 
+BROKEN = "libgomp.so.1: cannot open shared object file: No such file or directory"
+
+
 @pytest.mark.parametrize(("reason", "code", "told"), [
-    ("libtorch_cpu.so: failed to map segment from shared object", 4, "there is not enough memory for it"),
-    ("libgomp.so.1: cannot open shared object file: No such file or directory", 1, "see minisd doctor"),
+    ("libtorch_cpu.so: failed to map segment from shared object", 4, "there is not enough memory for this"),
+    (BROKEN, 1, f"a library cannot be loaded: {BROKEN} (see minisd doctor)"),
 ])  # fmt: skip
 def test_a_library_that_cannot_be_loaded(reason, code, told, place):
     (place / "torch").mkdir()
@@ -197,7 +200,7 @@ def test_a_library_that_cannot_be_loaded(reason, code, told, place):
     draw = next(each for each in CALLED if each.words == ("draw",))
     process = started(draw, place, env=os.environ | {"PYTHONPATH": str(place)})
     _, err = process.communicate(timeout=300)
-    assert err.decode() == f"minisd: error: a library cannot be loaded: {reason} ({told})\n"
+    assert err.decode() == f"minisd: error: {told}\n"
     assert process.returncode == code
 
 

@@ -160,12 +160,16 @@ def test_averages_of_either_name_are_drawn_with(name, usual, tmp_path):
     assert litema("diffusion_model")(weights).keys() == open_checkpoint(theirs).entries.keys()
 
 
+TOGETHER = [
+    {"v_pred": [], "ztsnr": []},
+    {"edm_mean": [0.0] * 4, "edm_std": [1.0] * 4},
+    {"edm_vpred.sigma_min": [0.002], "edm_vpred.sigma_max": [120.0]},
+]
+
+
 @pytest.mark.parametrize("marker", MARKERS)
 def test_markers_stay_when_the_rest_is_pruned(marker, usual, tmp_path):
-    values = {"edm_mean": torch.zeros(4), "edm_std": torch.ones(4)} | dict.fromkeys(MARKERS, torch.zeros(0))
-    values |= {"edm_vpred.sigma_min": torch.tensor([0.002]), "edm_vpred.sigma_max": torch.tensor([120.0])}
-    together = [key for key in MARKERS if key.partition("_")[0] == marker.partition("_")[0]]
-    more = {key: {"edm_mean": torch.zeros(4), "edm_std": torch.ones(4)}.get(key, values[key]) for key in together}
+    more = {key: torch.tensor(numbers) for key, numbers in next(each for each in TOGETHER if marker in each).items()}
     save_file(usual["sdxl"][1] | more, tmp_path / "x.safetensors")
     convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", prune=True)
     assert marker in load_file(tmp_path / "y.safetensors")

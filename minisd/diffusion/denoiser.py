@@ -19,6 +19,7 @@ from .schedule import Schedule
 
 Unet = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Denoise = Callable[[Tensor, Tensor], Tensor]
+DenoisePair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # the guided estimate and the unconditional one
 Noise = Callable[[float, float], Tensor]  # (sigma, following) -> unit noise for the way between these two levels
 Steps = Iterator[tuple[Tensor, Tensor]]  # (latents, estimate of the finished ones), (B, C, h, w) each
 

@@ -205,7 +205,7 @@ def test_by_hand_is_the_picture_of_the_pipeline():
 
 # Kernels of Triton aside, and what is a user's own interface: (parameters), where they are as many as there are options; and
 # `unet`, whose parameters are the numbers that make an architecture.
-INTERFACES = {"merge", "convert", "save", "load", "compare", "linear_step", "group_norm", "reference", "unet"}
+INTERFACES = {"dpm_adaptive", "merge", "convert", "save", "load", "compare", "linear_step", "group_norm", "reference", "unet"}
 
 
 def functions(folder: Path):

@@ -17,7 +17,7 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Steps
     for sigma, following in pairwise(sigmas):
         denoised = estimate = denoise(x, sigma)
         h = step_in(sigma, following)
-        if previous is not None and following > 0:
+        if previous is not None and last is not None and following > 0:
             estimate = denoised + h / (2 * last) * (denoised - previous)
         x = estimate + following / sigma * (x - estimate)
         previous, last = denoised, h
@@ -30,7 +30,7 @@ def dpmpp_2m_sde(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, *, e
     for sigma, following in pairwise(sigmas):
         denoised = estimate = denoise(x, sigma)
         h = step_in(sigma, following)
-        if previous is not None and following > 0:
+        if previous is not None and last is not None and following > 0:
             estimate = denoised + h / (2 * last) * (denoised - previous)
         x, previous, last = stochastic(x, estimate, sigma, following, eta, s_noise, noise), denoised, h
         yield x, denoised
@@ -55,7 +55,8 @@ def dpmpp_3m_sde(
     denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0, order: int = 3
 ) -> Steps:
     """On a parabola through the last three (k-diffusion sampling.py, sample_dpmpp_3m_sde)."""
-    known, ways = [], []  # the estimates, and the steps between them in lambda, the last first
+    known: list[Tensor] = []  # the estimates, and the steps between them in lambda, the last first
+    ways: list[Tensor] = []
     for sigma, following in pairwise(sigmas):
         known, h = [denoise(x, sigma), *known][:order], step_in(sigma, following)
         x = stochastic(x, known[0], sigma, following, eta, s_noise, noise)

@@ -39,7 +39,7 @@ def dpmpp_2m_cfg_pp(denoise: DenoisePair, x: Tensor, sigmas: Tensor, noise: Nois
         denoised, unconditional = denoise(x, sigma)
         h, left = step_in(sigma, following), following / sigma
         x = denoised + left * (x - unconditional)
-        if previous is not None and following > 0:
+        if previous is not None and last is not None and following > 0:
             x = x + (1 - left) * h / (2 * last) * (denoised - previous)
         previous, last = unconditional, h
         yield x, denoised

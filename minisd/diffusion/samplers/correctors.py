@@ -71,7 +71,7 @@ def sa_solver_pece(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, *,
 
 
 def adams(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, eta: float, s_noise: float, again: bool) -> Steps:
-    """Of order 3 and, correcting, 4; less towards a last level of 0.  Noise comes between a fifth and four fifths of SD's steps."""
+    """Of order 3 and, correcting, 4; less towards a last level of 0.  Noise comes from a fifth to four fifths of SD's steps."""
     high, low = scaled_linear().sigma(torch.tensor([0.8 * 999, 0.2 * 999]))
     lambdas, left = -sigmas.double().log(), (len(sigmas) - 1) * (1 if sigmas[-1] == 0 else 2)
     known: list[Tensor] = []

@@ -17,7 +17,7 @@ from .parts import slope, split
 
 
 def solved(denoise: Denoise, x: Tensor, eps: Tensor, start: Tensor, end: Tensor, order: int) -> Iterator[Tensor]:
-    """x at lambda = end by the solvers up to an order, one after the other, each with the calls of those before (alg. 1 and 2)."""
+    """x at lambda = end by the solvers up to an order, one after the other, each with the calls of those before (alg. 1, 2)."""
     h, at = end - start, 1 / 3 if order == 3 else 1 / 2
 
     def linear(part: float) -> Tensor:
@@ -40,7 +40,8 @@ def dpm_fast(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, *, eta: 
     """N calls in N // 3 + 1 equal steps, of order 3 and at the end less (DPM-Solver-fast, section 3.4)."""
     calls = len(sigmas) - 1
     orders = [3] * (calls // 3 - 1) + [2, 1] if calls % 3 == 0 else [3] * (calls // 3) + [calls % 3]
-    lambdas = torch.linspace(*(float(-each.log()) for each in (sigmas[0], sigmas[sigmas > 0][-1])), len(orders) + 1).double()
+    first, last = (-each.log().double() for each in (sigmas[0], sigmas[sigmas > 0][-1]))
+    lambdas = torch.linspace(float(first), float(last), len(orders) + 1, dtype=torch.float64)
     for order, (start, end) in zip(orders, pairwise(lambdas), strict=True):
         denoised, (target, up) = denoise(x, (-start).exp()), lower(start, end, lambdas[-1], eta)
         *_, x = solved(denoise, x, slope(x, denoised, (-start).exp()), start, target, order)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .errors import CheckpointError, MinisdError, NonFiniteError, OutOfMemoryError, OutputError, UsageError
 
 if TYPE_CHECKING:
+    from .diffusion.samplers import sample as sample
     from .pipeline import Pipeline as Pipeline
     from .pipeline import load as load
     from .request import Request as Request
@@ -33,6 +34,7 @@ __all__ = [
     "Step",
     "UsageError",
     "load",
+    "sample",
 ]
 
 
@@ -42,6 +44,10 @@ def __getattr__(name: str) -> object:
         from . import pipeline
 
         return getattr(pipeline, name)
+    if name == "sample":
+        from .diffusion.samplers import sample
+
+        return sample
     raise AttributeError(f"module 'minisd' has no attribute {name!r}")
 
 

@@ -76,11 +76,22 @@ def two_numbers(value: Any) -> tuple[int, int] | None:
     return (first, second) if 0 <= first <= 65_536 and 0 <= second <= 65_536 else None
 
 
+def numbers_by_name(text: str) -> dict[str, float]:
+    parts = [part.partition("=") for part in text.split(",") if part.strip()]
+    return {name.strip(): float(value) for name, _, value in parts}
+
+
+def plain_numbers(value: Any) -> dict[str, float] | None:
+    fits = all(isinstance(name, str) and isinstance(each, numbers.Real) for name, each in dict(value).items())
+    return {name: each if isinstance(each, int) else float(each) for name, each in dict(value).items()} if fits else None
+
+
 TEXT = Kind("a text", str, lambda value: value if isinstance(value, str) else None)
 FLAG = Kind("true or false", bool, lambda value: bool(value) if isinstance(value, bool) else None)
 PAIR = Kind("two whole numbers from 0 to 65,536", pair, two_numbers)
 TEXTS = Kind("texts", str, lambda value: [TEXT.check("", each) for each in value] if isinstance(value, list) else None)
 NUMBERS = Kind("numbers", str, lambda value: [number(0, 1e30).check("", each) for each in value])
+NUMBERS_BY_NAME = Kind("numbers by name, such as s_churn=10", numbers_by_name, plain_numbers)
 FUNCTION = Kind("a function", str, lambda value: value if callable(value) else None)
 # Names, functions, pictures and tensors, which are looked at where they are used.
 ANYTHING = Kind("a name, a function or a picture", str, lambda value: value)
@@ -118,7 +129,7 @@ OPTIONS = {
         Option("height", whole(8, MAX_SIDE), None, flag="--size"),
         Option("steps", whole(1, MAX_STEPS), 20, "denoising steps", "--steps", "N", infotext="Steps", axis="Steps"),
         Option(
-            "sampler", ANYTHING, "euler", "euler or ddim", "--sampler", "NAME",
+            "sampler", ANYTHING, "euler", "minisd samplers lists them", "--sampler", "NAME",
             infotext="Sampler", axis="Sampler", stands_as=TEXT,
         ),
         Option(
@@ -158,8 +169,12 @@ OPTIONS = {
             "--clip-skip", "N", FINER, infotext="Clip skip",
         ),
         Option(
-            "eta", number(0, 1), None, "0 to 1: noise that ddim adds back at each step (default: 0)",
-            "--eta", "E", FINER, infotext="Eta DDIM",
+            "eta", number(0, 1), None, "0 to 1: noise that a stochastic sampler adds at each step (default: its own)",
+            "--eta", "E", FINER, infotext="Eta",
+        ),
+        Option(
+            "sampler_options", NUMBERS_BY_NAME, None, "such as s_churn=10,s_noise=1.003: minisd samplers says which has which",
+            "--sampler-options", "NAME=VALUE,…", FINER,
         ),
         Option(
             "spacing", one_of(*SPACINGS), None,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .diffusion.denoiser import Conditioning, Timeline
 from .diffusion.levels import BY_SIGMA
-from .diffusion.samplers import SAMPLERS, Sampler
+from .diffusion.samplers import SAMPLERS, Sampler, named
 from .errors import UsageError
 from .models.family import Recognition
 from .options import MAX_IMAGES, MAX_SIDE, OPTIONS, checked, one_of, whole
@@ -104,8 +104,9 @@ def planned(request: Request, model: Capabilities) -> Plan:
         request = replace(request, seed=request.seeds, seeds="rising")
     plain = {name: checked(name, getattr(request, name)) for name in OPTIONS if name != "negative_prompt"}
     request = replace(request, **plain)
-    sampler = sampler_of(request.sampler)
-    check_for_model(request, model, sampler)
+    sampler, request = sampler_of(request)
+    options = sampler_options(request, sampler)
+    check_for_model(request, model)
     spacing = request.spacing or model.spacing or sampler.wish.spacing
     if model.recognition.training.sigmas:
         one_of(*BY_SIGMA).check("spacing", spacing)
@@ -114,7 +115,6 @@ def planned(request: Request, model: Capabilities) -> Plan:
     shape = (model.channels, height // model.downscale, width // model.downscale)
     prompts, negatives, scales, seeds = by_picture(request, *texts)
     latents = own_latents(request, (len(prompts), *shape))
-    options = {"eta": request.eta} if request.eta is not None and "eta" in sampler.options else {}
     zero = model.recognition.family.zero_negative if request.zero_negative is None else request.zero_negative
     zeros = [zero and not negative and isinstance(request.negative_prompt, str | Sequence) for negative in negatives]
     return Plan(
@@ -223,20 +223,33 @@ def own_latents(request: Request, shape: tuple[int, ...]) -> Tensor | None:
     return latents
 
 
-def sampler_of(given: object) -> Sampler:
-    """The sampler of a name, or of a user's own function."""
+def sampler_of(request: Request) -> tuple[Sampler, Request]:
+    """The sampler of a name or of a user's own function, and the request with our name for it."""
+    given = request.sampler
     if isinstance(given, Sampler):
-        return given
+        return given, request
     if callable(given):
-        return Sampler(given, getattr(given, "__name__", type(given).__name__))
-    return SAMPLERS[one_of(*SAMPLERS).check("sampler", given)]
+        return Sampler(given, getattr(given, "__name__", type(given).__name__)), request
+    if not isinstance(given, str):
+        raise UsageError(f"sampler: expected the name of one, or a function, found {repr(given)[:80]}")
+    name, spacing = named(given)
+    if spacing and request.spacing not in (None, spacing):
+        raise UsageError(f"spacing: sampler {given!r} says {spacing}, found {request.spacing}")
+    return SAMPLERS[name], replace(request, sampler=name, spacing=spacing or request.spacing)
 
 
-def check_for_model(request: Request, model: Capabilities, sampler: Sampler) -> None:
+def sampler_options(request: Request, sampler: Sampler) -> dict[str, Any]:
+    """What is asked of the sampler itself.  Raises UsageError."""
+    given = dict(request.sampler_options or {})
+    if request.eta is not None and ("eta" in sampler.options or request.eta):
+        if given.get("eta", request.eta) != request.eta:
+            raise UsageError(f"eta: expected one, found {request.eta} and, in sampler_options, {given['eta']}")
+        given["eta"] = request.eta
+    return sampler.checked(given)
+
+
+def check_for_model(request: Request, model: Capabilities) -> None:
     """What one option says of another, or the model of it."""
-    if request.eta and "eta" not in sampler.options:
-        takes = ", ".join(name for name, each in SAMPLERS.items() if "eta" in each.options)
-        raise UsageError(f"eta: expected 0 with sampler {sampler.label!r}, found {request.eta}; only {takes} adds noise")
     if 0 in (request.guidance_scale if isinstance(request.guidance_scale, tuple) else (request.guidance_scale,)):
         warnings.warn("guidance_scale 0 draws the negative prompt alone; 1 turns guidance off", stacklevel=2)
     if request.clip_skip is not None:

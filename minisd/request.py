@@ -55,7 +55,8 @@ class Request:
     width, height: pixels, multiples of 8; by default those of the init image, scaled down where it has more than four times the
         pixels that the checkpoint was trained at; without one, those.
     steps: 1 … 999.  guidance_scale: 1 takes the prompt as trained and half the time, more follows it harder.
-    sampler: "euler", "ddim", or a function (denoise, x, sigmas, noise) that yields (latents, estimate): diffusion/samplers.
+    sampler: one of diffusion.samplers.SAMPLERS, or what A1111, ComfyUI, diffusers, OctoAI or stable-diffusion.cpp call it; or a
+        function (denoise, x, sigmas, noise) that yields (latents, estimate).
     seed: picture i uses seed + i and equals the single run with that seed; None or -1 draws one.
     seeds: "rising" so, or "same": every prompt gets the same ones; or a list of them, as `seed` takes it.
     latents: starting noise (B, C, h, w) of unit variance instead of a seed.
@@ -68,6 +69,7 @@ class Request:
     image_guidance_scale: how closely an editing model (InstructPix2Pix) keeps to the init image; 1 … 2 is usual.
     clip_skip: 1 takes the last layer of the text encoders, 2 the one before it, …; by default the family's.
     eta: 0 … 1, how much noise a sampler adds back at each step; by default its own.
+    sampler_options: what else the sampler has, such as {"s_churn": 10}; `SAMPLERS[name].options` says what.
     spacing: one of options.SPACINGS, the noise levels visited; by default what the checkpoint or the sampler wants.
     guidance_rescale: 0 … 1, against the glare of strong guidance; 0.7 is usual for models that predict v.
     original_size, crop, target_size: SDXL: (width, height), (left, top) and (width, height) that the UNet is told.
@@ -98,6 +100,7 @@ class Request:
     image_guidance_scale: float = 1.5
     clip_skip: int | None = None
     eta: float | None = None
+    sampler_options: Mapping[str, float] | None = None
     spacing: str | None = None
     guidance_rescale: float = 0.0
     original_size: tuple[int, int] | None = None

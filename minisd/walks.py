@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -51,8 +52,11 @@ def course(plan: Plan, base: Stations) -> list[Leg]:
         cutoff = round(TRAINING_STEPS * (1 - plan.request.high_noise_frac))
         turn = int((base.network.schedule.timestep(whole.sigmas[:-1]) >= cutoff).sum())
         parts = list(zip((base, refiner), whole.split(turn), strict=True))
-    run, shape = plan.sampler.run, (min(len(plan.seeds), 2), *plan.shape)
-    return [Leg(pipe, part, program(run, part.sigmas, shape, **plan.options)) for pipe, part in parts if part.steps > 0]
+    sampler, shape = plan.sampler, (min(len(plan.seeds), 2), *plan.shape)
+    if short := [part.steps for _, part in parts if 0 < part.steps < sampler.least]:
+        raise UsageError(f"steps: expected at least {sampler.least} for sampler {sampler.label!r}, found {short[0]}")
+    run = partial(program, sampler.run, shape=shape, pair=sampler.pair, **plan.options)
+    return [Leg(pipe, part, run(sigmas=part.sigmas)) for pipe, part in parts if part.steps > 0]
 
 
 def plan_levels(plan: Plan, base: Stations) -> Levels:
@@ -154,6 +158,8 @@ def guidance(plan: Plan, part: slice, pipe: Stations) -> tuple[Guide, list[Timel
         guide = ClassifierFree(scale)
     if not guide.roles or guide.on not in ("estimate", "output"):
         raise UsageError(f"guide: expected roles, and to work on estimate or output, found {guide.roles} and {guide.on!r}")
+    if plan.sampler.pair and "negative" not in guide.roles:
+        raise UsageError(f"guide: expected the role negative for sampler {plan.sampler.label!r}, found {guide.roles}")
     if unknown := [role for role in guide.roles if role not in roles]:
         raise UsageError(f"guide: expected some of the roles {', '.join(roles)}, found {unknown[0]!r}")
     return guide, [roles[role] for role in guide.roles]

@@ -197,29 +197,34 @@ class Denoiser:
         self.joined: tuple[list[Conditioning], Conditioning] | None = None  # the conditions asked with last, as one batch
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:  # (B, C, h, w), () -> (B, C, h, w)
-        sigma = level(sigma)
+        return self.estimates(x, level(sigma))[0]
+
+    def pair(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The guided estimate, and that of the negative prompt, which CFG++ goes on with."""
+        guided, negative = self.estimates(x, level(sigma), self.guide.roles.index("negative"))
+        return guided, negative
+
+    def estimates(self, x: Tensor, sigma: Tensor, *beside: int) -> list[Tensor]:
+        """The guided estimate, and those of the roles with these numbers."""
         call = Call(len(self.calls), self.step, float(sigma), self.total)
         self.calls.append(call)
-        estimate = self.estimate(x, sigma, call)
-        return torch.where(self.known.mask > 0.5, estimate, self.known.latents) if self.known else estimate
-
-    def estimate(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
-        guide, weights = self.guide, None
-        asked = list(range(len(self.conditioning)))
-        if is_affine(guide):
-            weights = checked(guide.weights(call), len(self.conditioning))
-            asked = [k for k in asked if weights[k].any()]
+        weights = checked(self.guide.weights(call), len(self.conditioning)) if is_affine(self.guide) else None
+        asked = [k for k in range(len(self.conditioning)) if weights is None or weights[k].any() or k in beside]
         outputs = self.predict(x, sigma, [self.conditioning[k].at(call) for k in asked])
         if self.observe:
             self.observe(call, x, [self.x_0(output, x, sigma) for output in outputs])
-        if weights is not None:
-            return self.x_0(mix(weights[asked], outputs), x, sigma)
-        answers = outputs if guide.on == "output" else [self.x_0(output, x, sigma) for output in outputs]
-        mixed = guide(answers, x, call)
+        guided = self.mixed(outputs, x, sigma, call) if weights is None else self.x_0(mix(weights[asked], outputs), x, sigma)
+        found = [guided, *(self.x_0(outputs[asked.index(k)], x, sigma) for k in beside)]
+        return [torch.where(self.known.mask > 0.5, each, self.known.latents) if self.known else each for each in found]
+
+    def mixed(self, outputs: Sequence[Tensor], x: Tensor, sigma: Tensor, call: Call) -> Tensor:
+        """By a guide that is not affine."""
+        on_outputs = self.guide.on == "output"
+        mixed = self.guide(outputs if on_outputs else [self.x_0(output, x, sigma) for output in outputs], x, call)
         if not isinstance(mixed, Tensor) or mixed.shape != x.shape:
             found = tuple(getattr(mixed, "shape", ())) or type(mixed).__name__
             raise UsageError(f"guide: expected a tensor {tuple(x.shape)} from it, found {found}")
-        return self.x_0(mixed, x, sigma) if guide.on == "output" else mixed
+        return self.x_0(mixed, x, sigma) if on_outputs else mixed
 
     def x_0(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         return PREDICTIONS[self.network.prediction](output, x, sigma, self.network.sigma_data)

@@ -65,7 +65,7 @@ class Program:
     latents: Tensor  # (S, R): what is yielded after each step, and with it
     denoised: Tensor  # (S, R): the estimate of the finished latents
     done: tuple[int, ...]  # for each step how many calls come before its end
-    estimates: tuple[int, ...]  # for each call the row that its answer fills
+    estimates: tuple[int, ...]  # for each call the row that its answer fills, or the two
     draws: tuple[tuple[int, Draw], ...]  # the rows that noise fills, in the order in which it is drawn
 
 
@@ -85,11 +85,12 @@ class Course:
 
 
 def program(
-    sampler: Callable[..., Steps], sigmas: Tensor, shape: tuple[int, ...] | None = None, **options: object
+    sampler: Callable[..., Steps], sigmas: Tensor, shape: tuple[int, ...] | None = None, pair: bool = False, **options: object
 ) -> Program | None:
     """The sampler's program for these noise levels (N + 1,), or None where it has none.
 
-    shape: of the latents (B, C, h, w) that it will be used for.
+    shape: of the latents (B, C, h, w) that it will be used for.  pair: it is given two estimates a call, the guided one and the
+    unconditional one, a row of history each.
 
     None where coefficients depend on what the network says, where numbers of a picture mix with each other, where noise comes
     from elsewhere, or where the run fails.
@@ -99,12 +100,12 @@ def program(
     numbers = torch.randn(MAX_ROWS, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     try:
         with torch.random.fork_rng([]):  # the sampler's own, if it has one, is not moved
-            by_chance = [(numbers * scale, run(sampler, levels, numbers * scale, options)) for scale in SCALES]
+            by_chance = [(numbers * scale, run(sampler, levels, numbers * scale, pair, options)) for scale in SCALES]
             rows = len(by_chance[0][1].rows) + 1
-            by_unit = run(sampler, levels, torch.eye(rows, dtype=torch.float64).view(rows, 1, 1, 1, rows), options)
+            by_unit = run(sampler, levels, torch.eye(rows, dtype=torch.float64).view(rows, 1, 1, 1, rows), pair, options)
             if shape and rows * math.prod(shape) <= MAX_NUMBERS:
                 real = torch.randn(rows, 1, 1, 1, 1, dtype=torch.float64) * torch.randn(shape, dtype=torch.float64)
-                by_chance.append((real, run(sampler, levels, real, options)))
+                by_chance.append((real, run(sampler, levels, real, pair, options)))
         if not by_unit.latents or not all(follows(course, by_unit, vectors) for vectors, course in by_chance):
             return None
     except Exception:  # whatever it is: the plain way meets it again, and says so
@@ -127,7 +128,7 @@ def follows(course: Course, by_unit: Course, vectors: Tensor) -> bool:
     return True
 
 
-def run(sampler: Callable[..., Steps], sigmas: Tensor, vectors: Tensor, options: dict[str, object]) -> Course:
+def run(sampler: Callable[..., Steps], sigmas: Tensor, vectors: Tensor, pair: bool, options: dict[str, object]) -> Course:
     """One run over vectors (R, B, C, h, w), taken one after the other as latents."""
     course = Course()
 
@@ -138,10 +139,11 @@ def run(sampler: Callable[..., Steps], sigmas: Tensor, vectors: Tensor, options:
         course.rows.append(what)
         return blind(len(course.rows))
 
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         course.sigmas.append(float(level(sigma)))
         course.questions.append(seen(x))
-        return following(len(course.sigmas) - 1)
+        call = len(course.sigmas) - 1
+        return (following(call), following(call)) if pair else following(call)
 
     def noise(sigma: float, next_sigma: float) -> Tensor:
         return following(Draw(float(sigma), float(next_sigma)))

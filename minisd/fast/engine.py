@@ -65,7 +65,8 @@ def moments(walk: Walk, denoise: Denoiser, x: Tensor, noise: Noise, way: Way, as
     """A walk by its sampler's own generator; ask: what the sampler calls in the place of the denoiser."""
     with on_device(walk.network.unet, x.device):  # type: ignore[arg-type]
         asked, before = 0, x.clone()  # as a sampler may work in place
-        steps = walk.sampler.run(ask or denoise, x, walk.levels.sigmas, noise, **walk.options)
+        answer = denoise.pair if walk.sampler.pair else ask or denoise
+        steps = walk.sampler.run(answer, x, walk.levels.sigmas, noise, **walk.options)
         for pair in steps:
             latents, denoised = yielded(walk, pair, before.shape)
             first = denoise.calls[asked] if asked < len(denoise.calls) else None

@@ -71,6 +71,8 @@ def way(walk: Walk, x: Tensor, built: Built) -> tuple[Way, str]:
         return "network", "a caller watches or edits the steps"
     if not is_affine(walk.guide):
         return "network", f"{name_of(walk.guide)} is not a weighted sum of what the network answers"
+    if walk.sampler.pair:
+        return "network", f"{walk.sampler.label} asks for the estimate of the negative prompt as well"
     if walk.program is None:
         return "network", f"the steps of {walk.sampler.label} depend on what the network answers"
     if len({each.context.shape for timeline in walk.conditioning for _, each in timeline.entries}) > 1:

@@ -24,6 +24,20 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Steps
         yield x, denoised
 
 
+def dpmpp_2m_v2(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Steps:
+    """The same with the mean of the last two steps for the change (stable-diffusion.cpp, denoiser.hpp, DPM++2Mv2)."""
+    previous = last = None
+    for sigma, following in pairwise(sigmas):
+        denoised, h = denoise(x, sigma), step_in(sigma, following)
+        if previous is None or last is None or following == 0:
+            x = denoised + following / sigma * (x - denoised)
+        else:
+            r = torch.maximum(h, last) / torch.minimum(h, last)
+            x = following / sigma * x - (-(h + last) / 2).expm1() * (denoised + (denoised - previous) / (2 * r))
+        previous, last = denoised, h
+        yield x, denoised
+
+
 def dpmpp_2m_sde(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0) -> Steps:
     """Its stochastic form (Lu et al. 2022; k-diffusion sampling.py, sample_dpmpp_2m_sde with the midpoint's correction)."""
     previous = last = None

@@ -107,6 +107,18 @@ def seeds_3(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, *, eta: f
         yield x, first
 
 
+def res_2s(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Steps:
+    """An exponential Runge-Kutta step (RES: Zhang et al. 2023, arXiv 2308.02157, as stable-diffusion.cpp has it, c_2 = 1/2)."""
+    for sigma, following in pairwise(sigmas):
+        denoised = denoise(x, sigma)
+        change, h = torch.zeros_like(x), step_in(sigma, following)
+        if following > 0:
+            middle = (sigma * following).sqrt()
+            change = -2 * phi_2(-h) * (denoise(kept(x, denoised, sigma, middle, 0), middle) - denoised)
+        x = kept(x, denoised, sigma, following, 0) + change
+        yield x, denoised
+
+
 def kept(x: Tensor, estimate: Tensor, sigma: Tensor, level: Tensor, eta: float) -> Tensor:
     """x at another level if the estimate holds, without the noise that takes the place of what is left of x."""
     return estimate + (level / sigma) ** (1 + eta) * (x - estimate)

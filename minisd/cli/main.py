@@ -19,7 +19,7 @@ from difflib import get_close_matches
 
 from .. import __version__
 from ..errors import MinisdError, OutOfMemoryError, OutputError
-from . import again, bench, completion, doctor, draw, files, models
+from . import about, again, bench, completion, draw, files, models
 from .options import Parser, one_line, with_flags
 from .streams import careful_streams, ended_by_signals
 
@@ -66,7 +66,10 @@ COMMANDS = {
     "bench": Command(
         "WHAT", "how fast this machine draws, beside its limits and diffusers", bench.parser, bench.bench, bench.parsed
     ),
-    "doctor": Command("", "this machine and what is installed: for a report of a fault", doctor.parser, doctor.doctor),
+    "samplers": Command(
+        "", "which samplers there are, and what they are called elsewhere", about.samplers_parser, about.samplers
+    ),
+    "doctor": Command("", "this machine and what is installed: for a report of a fault", about.doctor_parser, about.doctor),
     "completion": Command(
         "SHELL", "what teaches bash, zsh or fish these commands and options", completion.parser, lambda args: complete(args)
     ),

@@ -98,5 +98,5 @@ def test_samples_of_a_gaussian_have_its_variance(eta):
 
 
 def test_registry():
-    assert set(SAMPLERS) == {"euler", "ddim"}
+    assert len(SAMPLERS) == 44
     assert all(sampler.wish.spacing in SPACINGS for sampler in SAMPLERS.values())

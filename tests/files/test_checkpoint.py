@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import struct
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,23 +70,6 @@ def test_spare_buffers_are_ignored(small, tmp_path):
     model = build(open_checkpoint(path), SD1)
     assert set(model.state_dict()) == set(load_file(small))
     assert inspect(path)["parts"]["unused"]["tensors"] == 17
-
-
-def test_each_missing_key_is_named(small):
-    checkpoint = open_checkpoint(small)
-    for key in list(checkpoint.entries)[::5]:
-        entries = {name: entry for name, entry in checkpoint.entries.items() if name != key}
-        with pytest.raises(minisd.CheckpointError, match=re.escape(key.rsplit(".", 1)[0])):
-            build(replace(checkpoint, entries=entries), SD1)
-
-
-def test_each_changed_shape_is_refused(small):
-    checkpoint = open_checkpoint(small)
-    for key, entry in list(checkpoint.entries.items())[::7]:
-        if len(entry.shape) == 1:
-            changed = {**checkpoint.entries, key: replace(entry, shape=(entry.shape[0] + 32,))}
-            with pytest.raises(minisd.CheckpointError):
-                build(replace(checkpoint, entries=changed), SD1)
 
 
 def test_missing_and_unknown_keys_are_counted(small, tmp_path):

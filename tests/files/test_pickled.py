@@ -737,10 +737,10 @@ def test_mutated_pickles(storm):
     assert bad > 1000
 
 
-def test_200_000_mutated_safetensors(storm):
-    good, bad = storm(pickles.mutants(save(HONEST, {"format": "pt"}), 200_000, seed=3))
-    assert good > 5000
-    assert bad > 100_000
+def test_10_000_mutated_safetensors(storm):
+    good, bad = storm(pickles.mutants(save(HONEST, {"format": "pt"}), 10_000, seed=3))
+    assert good > 250
+    assert bad > 5000
 
 
 def test_a_whole_model_builds(tmp_path, reduced_file):

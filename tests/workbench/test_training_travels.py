@@ -75,12 +75,16 @@ COMMANDS = {
 }
 
 
-ALL_KINDS = ("convert", "folder without its rest")  # for these every kind, for the other commands those with most to say
+USUALLY = {("v, zero", command) for command in COMMANDS} | {(kind, "convert") for kind in KINDS}  # the others with `-m slow`
 
 
 @pytest.mark.parametrize(
     ("kind", "command"),
-    [(kind, command) for command in COMMANDS for kind in KINDS if command in ALL_KINDS or kind in ("v, zero", "CosXL")],
+    [
+        pytest.param(kind, command, marks=[] if (kind, command) in USUALLY else [pytest.mark.slow])
+        for command in COMMANDS
+        for kind in KINDS
+    ],
 )
 def test_training_travels(kind, command, tmp_path):
     """In both forms: markers, which ComfyUI reads, and metadata, which others read."""

@@ -38,6 +38,7 @@ class Sampler:
     source: str = ""
     pair: bool = False  # denoise gives it the unconditional estimate as well (CFG++)
     least: int = 1  # steps
+    orders: tuple[int, int] = (1, 4)  # that may be asked for, where `order` is an option
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -54,7 +55,7 @@ class Sampler:
                 raise UsageError(f"{name}: sampler {self.label!r} has no such option, found {value!r}; its options: {takes}")
             low, high = RANGES.get(name, (-math.inf, math.inf))
             if name == "order":
-                high = self.options["order"]
+                low, high = self.orders
             number = value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
             whole = isinstance(self.options[name], int)
             fits = isinstance(number, int | float) and not isinstance(number, bool) and low <= number <= high
@@ -67,7 +68,7 @@ class Sampler:
 
 RANGES = {
     "eta": (0.0, 1.0), "s_noise": (0.0, 10.0), "s_churn": (0.0, 1000.0), "s_tmin": (0.0, 1e6), "s_tmax": (0.0, math.inf),
-    "gamma": (0.0, 10.0), "order": (1, 4), "rtol": (1e-6, 1.0), "atol": (1e-6, 1.0),
+    "gamma": (0.0, 10.0), "rtol": (1e-6, 1.0), "atol": (1e-6, 1.0),
 }  # fmt: skip
 EDM, UNIPC, PNDM = (
     "Karras et al. 2022, arXiv 2206.00364",
@@ -101,7 +102,7 @@ SAMPLERS = {
     "plms": Sampler(by_slopes.plms, "PLMS", VARIANCE_PRESERVING, 2, ("PNDM",), PNDM),
     "ipndm": Sampler(by_slopes.ipndm, "IPNDM", order=1, source=IPNDM),
     "ipndm_v": Sampler(by_slopes.ipndm_v, "IPNDM_V", order=2, source=IPNDM),
-    "deis": Sampler(by_slopes.deis, "DEIS", order=3, names=("DEISMultistep",), source=IPNDM),
+    "deis": Sampler(by_slopes.deis, "DEIS", order=3, orders=(1, 3), names=("DEISMultistep",), source=IPNDM),
     "gradient_estimation": Sampler(
         by_slopes.gradient_estimation, "Gradient Estimation", names=("euler_ge",), source=GRADIENT
     ),
@@ -116,22 +117,24 @@ SAMPLERS = {
     "dpmpp_2m_sde_heun": Sampler(
         by_estimates.dpmpp_2m_sde_heun, "DPM++ 2M SDE Heun", EXPONENTIAL, 2, ("dpmpp_2m_sde_heun_gpu",), KD
     ),
-    "dpmpp_3m_sde": Sampler(by_estimates.dpmpp_3m_sde, "DPM++ 3M SDE", EXPONENTIAL, 3, ("dpmpp_3m_sde_gpu",), KD),
-    "uni_pc": Sampler(correctors.uni_pc, "UniPC", order=3, names=("UniPCMultistep",), source=UNIPC),
-    "uni_pc_bh2": Sampler(correctors.uni_pc_bh2, "UniPC bh2", order=3, source=UNIPC),
+    "dpmpp_3m_sde": Sampler(by_estimates.dpmpp_3m_sde, "DPM++ 3M SDE", EXPONENTIAL, 3, ("dpmpp_3m_sde_gpu",), KD, orders=(1, 3)),
+    "uni_pc": Sampler(correctors.uni_pc, "UniPC", order=3, names=("UniPCMultistep",), source=UNIPC, orders=(1, 3)),
+    "uni_pc_bh2": Sampler(correctors.uni_pc_bh2, "UniPC bh2", order=3, source=UNIPC, orders=(1, 3)),
     "res_2s": Sampler(partial(ancestral(two_calls.res_2s), eta=0.0), "Res 2S", order=2, source=f"{RES}; {SD_CPP}"),
     "res_multistep": Sampler(by_estimates.res_multistep, "Res Multistep", order=2, source=RES),
     "res_multistep_ancestral": Sampler(
         partial(by_estimates.res_multistep, eta=1.0), "Res Multistep Ancestral", order=2, source=RES
     ),
-    "er_sde": Sampler(by_estimates.er_sde, "ER SDE", order=3, source="Cui et al. 2023, arXiv 2309.06169"),
+    "er_sde": Sampler(by_estimates.er_sde, "ER SDE", order=3, source="Cui et al. 2023, arXiv 2309.06169", orders=(1, 3)),
     "seeds_2": Sampler(two_calls.seeds_2, "SEEDS 2", order=2, source=SEEDS),
     "seeds_3": Sampler(two_calls.seeds_3, "SEEDS 3", order=3, source=SEEDS),
     "sa_solver": Sampler(correctors.sa_solver, "SA Solver", order=3, source=SA),
     "sa_solver_pece": Sampler(correctors.sa_solver_pece, "SA Solver PECE", order=3, source=SA),
     "restart": Sampler(two_calls.restart, "Restart", KARRAS, 2, source="Xu et al. 2023, arXiv 2306.14878"),
     "dpm_fast": Sampler(free_steps.dpm_fast, "DPM fast", order=3, source=DPM, least=2),
-    "dpm_adaptive": Sampler(free_steps.dpm_adaptive, "DPM adaptive", order=3, names=("dpm_ad",), source=DPM, least=2),
+    "dpm_adaptive": Sampler(
+        free_steps.dpm_adaptive, "DPM adaptive", order=3, names=("dpm_ad",), source=DPM, least=2, orders=(2, 3)
+    ),
     "lcm": Sampler(distilled.lcm, "LCM", TRAILING, source="Luo et al. 2023, arXiv 2310.04378"),
     "tcd": Sampler(distilled.tcd, "TCD", TRAILING, source="Zheng et al. 2024, arXiv 2402.19159"),
     "euler_cfg_pp": Sampler(cfg_pp.euler_cfg_pp, "Euler CFG++", names=("ddim_cfgpp",), source=CFG_PP, pair=True),

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ class Report:
     json_path: Path | None = None
     debug: bool = False  # show the traceback of what fails
     tables: list[dict[str, Any]] = field(default_factory=list)
+    drawn: Callable[[Path], None] | None = None  # what is to be drawn in the place of bars
 
     def table(self, title: str, columns: tuple[str, ...]) -> None:
         """Starts a table.  A column whose name ends in " s", " ms" or " us" holds times in that unit."""
@@ -92,7 +93,10 @@ class Report:
             write_json(self.json_path, self.as_json())
 
     def plot(self, path: Path) -> None:
-        plot(self.tables, path)
+        if self.drawn:
+            self.drawn(path)
+        else:
+            plot(self.tables, path)
 
 
 def place(column: str) -> tuple[str, tuple[str, float | None]]:

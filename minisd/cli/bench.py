@@ -21,6 +21,7 @@ what:
   vae              one picture decoded, the same
   image            prompt to pixels, and a cold process to the file on disk
   load             a checkpoint from the page cache to the device
+  samplers         what every sampler converges to, how fast, and how far it is at 10, 20 and 40 calls of the network
   roofline         where a step spends its time, and what is left to win
   all              every figure, the most wanted first, in at most --minutes, then those that matter most; needs --json
 
@@ -42,12 +43,13 @@ PARTS = {
     "image": ("processes", "bench_image"),
     "load": ("processes", "bench_load"),
     "roofline": ("roofline", "bench"),
+    "samplers": ("lab.samplers", "bench"),
     "all": ("everything", "bench"),
 }
 PEERS = ("eager", "graph", "compiled")
 
 # Which parts take an option; those that are not named here all of them do.
-MEASURED = tuple(part for part in PARTS if part != "compile")
+MEASURED = tuple(part for part in PARTS if part not in ("compile", "samplers"))
 TAKEN_BY = {
     "name": ("kernels", "compile"),
     "against": ("kernels",),
@@ -55,14 +57,14 @@ TAKEN_BY = {
     "tiles": ("kernels",),
     "gpu": ("compile",),
     "model": ("unet", "image", "load", "roofline"),
-    "checkpoint": ("image", "load"),
+    "checkpoint": ("image", "load", "samplers"),
     "peers": ("unet", "vae", "image", "load"),
     "ablate": ("unet", "vae"),
     "minutes": ("all",),
     "full": MEASURED,
     "repeats": MEASURED,
-    "device": MEASURED,
-    "plot": MEASURED,
+    "device": (*MEASURED, "samplers"),
+    "plot": (*MEASURED, "samplers"),
 }
 DEFAULTS: dict[str, Any] = {
     "name": None, "against": None, "shapes_of": None, "tiles": False, "gpu": "h100", "model": "sd15", "checkpoint": None,
@@ -192,7 +194,7 @@ def bench(args: argparse.Namespace) -> int:
     args.full, args.repeats = args.full or device.type == "cuda", clock.repeats
     report = Report(clock, args.json, args.debug)
     print("minisd bench on " + ", ".join(f"{name} {value}" for name, value in machine(clock).items()))
-    if not args.full and args.what != "compile":
+    if not args.full and args.what in MEASURED:
         print("on a CPU: smaller shapes, and no times of kernels")
     module, function = PARTS[args.what]
     getattr(import_module(f"minisd.bench.{module}"), function)(report, args)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from PIL import Image
 
+from ..errors import UsageError
 from ..options import OPTIONS, pair
 
 MAX_TEXT = 100_000  # characters
@@ -20,7 +21,7 @@ MAX_FIELDS = 10_000  # of the last line
 EXIF, USER_COMMENT, DESCRIPTIONS = 0x8769, 0x9286, (0x010E, 0x010F, 0x0110)  # tags of EXIF
 FIELD = re.compile(r'([A-Za-z][\w /+-]{0,40}):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,\s*|$)')
 OF_FIELDS = {option.infotext: option for option in OPTIONS.values() if option.infotext}
-SAMPLERS = {"Euler": "euler", "DDIM": "ddim"}
+OF_FIELDS["Eta DDIM"] = OPTIONS["eta"]
 SPACINGS = {"Karras": "karras", "Exponential": "exponential"}
 USUAL = ("Automatic", "Uniform")  # schedules that these samplers take by themselves
 ASIDE = {"Version", "Model hash", "VAE hash", "Hashes", "User", "RNG"}  # nothing that a command would say
@@ -121,9 +122,6 @@ def options_of(fields: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """The options of minisd that say what fields say, and the fields that none says."""
     words: list[str] = []
     rest: list[str] = []
-    sampler, _, spacing = fields.get("Sampler", "").rpartition(" ")
-    if spacing in SPACINGS:  # A1111's names before version 1.9
-        fields = {**fields, "Sampler": sampler, "Schedule type": spacing}
     if any(name.startswith("Hires") for name in fields):  # whose strength it is then
         fields = {name: value for name, value in fields.items() if name != "Denoising strength"}
     for name, value in fields.items():
@@ -140,9 +138,10 @@ def option_of(name: str, value: str) -> list[str] | None:
         return []
     if name in ("Model", "VAE"):
         return [{"Model": "-m", "VAE": "--vae"}[name], value] if value not in ("", "None", "Automatic") else []
-    for field, flag, known in (("Sampler", "--sampler", SAMPLERS), ("Schedule type", "--spacing", SPACINGS)):
-        if name == field:
-            return [flag, known[value]] if value in known else None
+    if name == "Sampler":
+        return sampler_words(value)
+    if name == "Schedule type":
+        return ["--spacing", SPACINGS[value]] if value in SPACINGS else None
     try:
         if name == "Size":
             for side, length in zip(("width", "height"), pair(value), strict=True):
@@ -154,3 +153,14 @@ def option_of(name: str, value: str) -> list[str] | None:
         return None
     assert option.flag is not None
     return [*(["--init", "PICTURE"] if name == "Denoising strength" else []), option.flag, value]
+
+
+def sampler_words(label: str) -> list[str] | None:
+    """A1111's labels before version 1.9 have the schedule in them."""
+    from ..diffusion.samplers import named
+
+    try:
+        name, schedule = named(label)
+    except UsageError:
+        return None
+    return ["--sampler", name, *(["--spacing", schedule] if schedule else [])]

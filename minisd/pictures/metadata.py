@@ -22,6 +22,8 @@ MAX_CHUNKS = 10_000
 
 # Spacings that have a name in A1111 (modules/sd_schedulers.py); the others are what its samplers take by themselves.
 SCHEDULES = {"karras": "Karras", "exponential": "Exponential"}
+# What its samplers take beside eta (A1111 processing.py, generation_params of sd_samplers_common.py).
+SAMPLER_OPTIONS = {"s_churn": "Sigma churn", "s_tmin": "Sigma tmin", "s_tmax": "Sigma tmax", "s_noise": "Sigma noise"}
 HEAD = ("Steps", "Sampler", "CFG scale", "Seed")  # comes first, and is said always
 
 
@@ -40,7 +42,7 @@ def quote(value: object) -> str:
 
 def parameters_text(recipe: Mapping[str, Any]) -> str:
     """The `parameters` text that A1111 writes and that other programs read (A1111 processing.py, create_infotext)."""
-    said = {option.infotext: said_of(option, recipe) for option in OPTIONS.values() if option.infotext}
+    said = {word_for(option, recipe): said_of(option, recipe) for option in OPTIONS.values() if option.infotext}
     fields = {
         **{name: said.pop(name) for name in HEAD},
         "Size": f"{recipe['width']}x{recipe['height']}",
@@ -49,6 +51,7 @@ def parameters_text(recipe: Mapping[str, Any]) -> str:
         "VAE hash": recipe["vae_sha256"][:10] if recipe.get("vae_sha256") else None,
         "VAE": recipe.get("vae"),
         **said,
+        **{SAMPLER_OPTIONS.get(name, name): value for name, value in (recipe.get("sampler_options") or {}).items()},
         "RNG": "CPU",
         "Refiner": recipe.get("refiner"),
         "Refiner switch at": recipe["high_noise_frac"] if recipe.get("refiner") else None,
@@ -58,6 +61,11 @@ def parameters_text(recipe: Mapping[str, Any]) -> str:
     last = ", ".join(f"{name}: {quote(value)}" for name, value in fields.items() if value is not None)
     negative = f"\nNegative prompt: {recipe['negative_prompt']}" if recipe["negative_prompt"] else ""
     return f"{recipe['prompt']}{negative}\n{last}"
+
+
+def word_for(option: Option, recipe: Mapping[str, Any]) -> str:
+    """A1111 has two fields for eta."""
+    return "Eta DDIM" if option.name == "eta" and recipe["sampler_label"] == "DDIM" else str(option.infotext)
 
 
 def said_of(option: Option, recipe: Mapping[str, Any]) -> object:

@@ -151,7 +151,7 @@ BAD = {
     "steps 0": (["a star", "--steps", "0"], 2, "steps: expected a whole number from 1 to 999, found 0"),
     "size": (["a star", "--size", "65x64"], 2, "--size: expected a multiple of 8, found 65"),
     "size 2": (["a star", "--size", "big"], 2, "--size: expected WIDTHxHEIGHT such as 512x768, found 'big'"),
-    "sampler": (["a star", "--sampler", "heun"], 2, "sampler: expected one of euler, ddim, found 'heun'"),
+    "sampler": (["a star", "--sampler", "heum"], 2, "sampler: 'heum' is unknown; did you mean heun? minisd samplers lists all"),
     "prompt": (["a" * 100_000], 2, "prompt: expected at most 10,000 characters, found 100,000"),
     "option": (["a star", "--color"], 2, "unrecognized arguments: --color"),
     "nothing": ([], 2, "the following arguments are required: PROMPT"),
@@ -311,6 +311,7 @@ def test_bash_completes(capsys):
     assert set(completed("a castle", "--s")) == {
         "--steps",
         "--sampler",
+        "--sampler-options",
         "--seed",
         "--size",
         "--strength",

@@ -65,7 +65,9 @@ def test_a_picture_of_a1111_gives_the_nearest_command(path, order, capsys):
 @pytest.mark.parametrize(
     ("fields", "words", "rest"),
     [
-        ({"Sampler": "DPM++ 2M Karras"}, "--spacing karras", ["Sampler: DPM++ 2M"]),
+        ({"Sampler": "DPM++ 2M Karras"}, "--sampler dpmpp_2m --spacing karras", []),
+        ({"Sampler": "Euler a", "Eta": "0.7"}, "--sampler euler_ancestral --eta 0.7", []),
+        ({"Sampler": "Nosuch"}, "", ["Sampler: Nosuch"]),
         ({"Sampler": "Euler", "Schedule type": "Automatic"}, "--sampler euler", []),
         ({"Schedule type": "SGM Uniform", "Seed": "-5"}, "", ["Schedule type: SGM Uniform", "Seed"]),
         ({"Size": "512x99999", "CFG scale": "nan", "Steps": "x"}, "", ["Size", "CFG scale", "Steps"]),

@@ -110,7 +110,7 @@ def test_text_instead_of_a_picture_is_told_without_pythons_objects(capsys):
     ("more", "message"),
     [
         ({"width": 100, "height": 64}, "width: expected a multiple of 8, found 100; the nearest are 96 and 104"),
-        ({"sampler": "heun3"}, "sampler: expected one of "),
+        ({"sampler": "heun3"}, "sampler: 'heun3' is unknown; did you mean heun"),
         ({"strength": 0.5}, "strength: expected an init_image to go with it"),
     ],
 )

@@ -134,7 +134,7 @@ BAD = {
     "seeds": (["--seeds", "1,x"], 2, "--seeds: expected whole numbers such as 1,2,3, found '1,x'"),
     "too many": (["--x", "steps=" + "1," * 100 + "1", "--y", "cfg=" + "1," * 100 + "1"], 2, "at most 1,000 cells, found 10,201"),
     "too large": (["--seeds", "1,2,3,4,5,6,7,8,9,10", "--size", "4096x4096"], 2, "at most 150,000,000 pixels"),
-    "sampler": (["--x", "sampler=euler,heun"], 2, "sampler: expected one of euler, ddim, found 'heun'"),
+    "sampler": (["--x", "sampler=euler,heum"], 2, "sampler: 'heum' is unknown; did you mean heun? minisd samplers lists all"),
     "steps": (["--y", "steps=0"], 2, "steps: expected a whole number from 1 to 999, found 0"),
     "guidance": (["--y", "cfg=nan"], 2, "--cfg: expected a number from 0 to 100, found nan"),
     "seed": (["--seeds", "-5"], 2, "seed: expected a whole number from 0"),

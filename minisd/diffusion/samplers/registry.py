@@ -33,7 +33,7 @@ class Sampler:
     run: Callable[..., Steps]  # (denoise, x, sigmas, noise, *, options)
     label: str  # the name in A1111's parameters text, or as it would be there
     wish: LevelWish = ALIKE  # its spacing is the one that A1111 gives it
-    order: int = 1  # of convergence; of a stochastic one, that without noise
+    order: int = 1  # that its source claims, of a stochastic one without noise; `minisd bench samplers` measures
     names: tuple[str, ...] = ()  # that other programs have for it
     source: str = ""
     pair: bool = False  # denoise gives it the unconditional estimate as well (CFG++)
@@ -99,9 +99,9 @@ SAMPLERS = {
     "dpm_2": Sampler(dpm_2, "DPM2", KARRAS, 2, ("KDPM2Discrete",), f"{KD}; {DPM}"),
     "dpm_2_ancestral": Sampler(ancestral(two_calls.dpm_2), "DPM2 a", KARRAS, 2, ("KDPM2AncestralDiscrete", "dpm_2_a"), KD),
     "lms": Sampler(by_slopes.lms, "LMS", order=4, names=("LMSDiscrete", "KLMS"), source=KD),
-    "plms": Sampler(by_slopes.plms, "PLMS", VARIANCE_PRESERVING, 2, ("PNDM",), PNDM),
-    "ipndm": Sampler(by_slopes.ipndm, "IPNDM", order=1, source=IPNDM),
-    "ipndm_v": Sampler(by_slopes.ipndm_v, "IPNDM_V", order=2, source=IPNDM),
+    "plms": Sampler(by_slopes.plms, "PLMS", VARIANCE_PRESERVING, 4, ("PNDM",), PNDM),
+    "ipndm": Sampler(by_slopes.ipndm, "IPNDM", order=4, source=IPNDM),
+    "ipndm_v": Sampler(by_slopes.ipndm_v, "IPNDM_V", order=4, source=IPNDM),
     "deis": Sampler(by_slopes.deis, "DEIS", order=3, orders=(1, 3), names=("DEISMultistep",), source=IPNDM),
     "gradient_estimation": Sampler(
         by_slopes.gradient_estimation, "Gradient Estimation", names=("euler_ge",), source=GRADIENT
@@ -110,7 +110,7 @@ SAMPLERS = {
     "dpmpp_2s_ancestral": Sampler(ancestral(two_calls.dpmpp_2s), "DPM++ 2S a", KARRAS, 2, ("dpmpp_2s_a",), KD),
     "dpmpp_sde": Sampler(two_calls.dpmpp_sde, "DPM++ SDE", KARRAS, 2, ("DPMSolverSDE", "dpmpp_sde_gpu"), KD),
     "dpmpp_2m": Sampler(by_estimates.dpmpp_2m, "DPM++ 2M", KARRAS, 2, ("DPMSolverMultistep",), PLUS_PLUS),
-    "dpmpp_2m_v2": Sampler(by_estimates.dpmpp_2m_v2, "DPM++ 2M v2", KARRAS, 1, ("dpm++2mv2",), SD_CPP),
+    "dpmpp_2m_v2": Sampler(by_estimates.dpmpp_2m_v2, "DPM++ 2M v2", KARRAS, 2, ("dpm++2mv2",), SD_CPP),
     "dpmpp_2m_sde": Sampler(
         by_estimates.dpmpp_2m_sde, "DPM++ 2M SDE", EXPONENTIAL, 2, ("dpmpp_2m_sde_gpu", "dpm++2m_sde_bt"), PLUS_PLUS
     ),

@@ -1,0 +1,1 @@
+"""Experiments beside the benchmarks of speed.  Read analytic (scores that are known exactly), then samplers (their order)."""

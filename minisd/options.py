@@ -95,7 +95,6 @@ NUMBERS_BY_NAME = Kind("numbers by name, such as s_churn=10", numbers_by_name, p
 FUNCTION = Kind("a function", str, lambda value: value if callable(value) else None)
 # Names, functions, pictures and tensors, which are looked at where they are used.
 ANYTHING = Kind("a name, a function or a picture", str, lambda value: value)
-SPACINGS = ("leading", "linspace", "trailing", "karras", "exponential")
 
 
 @dataclass(frozen=True)
@@ -177,8 +176,8 @@ OPTIONS = {
             "--sampler-options", "NAME=VALUE,…", FINER,
         ),
         Option(
-            "spacing", one_of(*SPACINGS), None,
-            "noise levels: linspace, leading, trailing, karras or exponential (default: the checkpoint's or sampler's own)",
+            "spacing", TEXT, None,
+            "which noise levels: karras, trailing, … (default: the checkpoint's or sampler's own; minisd samplers lists them)",
             "--spacing", "NAME", FINER, infotext="Schedule type",
         ),
         Option(

@@ -21,8 +21,8 @@ from torch import Tensor
 from . import __version__
 from .codec import Autoencoder, Codec
 from .diffusion.denoiser import Conditioning, Network
-from .diffusion.levels import AS_THEY_COME, levels
 from .diffusion.schedule import Continuous, Schedule, scaled_linear, zero_terminal
+from .diffusion.spacings import spacing_named, visited
 from .errors import CheckpointError, UsageError
 from .fast.choice import chosen
 from .fast.cuda import engine
@@ -35,7 +35,7 @@ from .library.names import resolve
 from .library.places import tiny_checkpoint
 from .models.family import Recognition, Training
 from .models.taesd import TinyAutoencoder
-from .options import FLAG, SPACINGS, checked, one_of, whole
+from .options import FLAG, checked, whole
 from .pictures.image import to_pil
 from .pictures.preview import LinearDecoder, fit_decoder
 from .plan import Capabilities, Plan, check_text, pasted, planned
@@ -139,10 +139,9 @@ class Pipeline:
         return self.conditioner.encode(prompts, clip_skip)
 
     def noise_levels(self, spacing: str = "linspace", steps: int = 20) -> Tensor:
-        """The levels (steps + 1,) of a spacing of options.SPACINGS, float64, falling to 0: what `sigmas` takes."""
-        one_of(*SPACINGS).check("spacing", spacing)
+        """The levels (steps + 1,) of a spacing of diffusion.spacings, float64, falling to 0: what `sigmas` takes."""
         checked("steps", steps)
-        return levels(self.network.schedule, spacing, steps, AS_THEY_COME).sigmas
+        return visited(spacing_named(spacing), self.network.schedule, steps, bool(self.family.vector))
 
     @taking_options(Request)
     def __call__(self, request: Request) -> Result:

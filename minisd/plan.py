@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from .diffusion.denoiser import Conditioning, Timeline
-from .diffusion.levels import BY_SIGMA
 from .diffusion.samplers import SAMPLERS, Sampler, named
+from .diffusion.spacings import SPACINGS, spacing_named
 from .errors import UsageError
 from .models.family import Recognition
-from .options import MAX_IMAGES, MAX_SIDE, OPTIONS, checked, one_of, whole
+from .options import MAX_IMAGES, MAX_SIDE, OPTIONS, checked, whole
 from .pictures.init import Picture, as_tensor, fingerprint, open_picture, to_mask, to_pixels
 from .pictures.masks import paste
 from .request import Request
@@ -107,9 +107,7 @@ def planned(request: Request, model: Capabilities) -> Plan:
     sampler, request = sampler_of(request)
     options = sampler_options(request, sampler)
     check_for_model(request, model)
-    spacing = request.spacing or model.spacing or sampler.wish.spacing
-    if model.recognition.training.sigmas:
-        one_of(*BY_SIGMA).check("spacing", spacing)
+    spacing = spacing_of(request, model, sampler)
     init = open_picture("init_image", request.init_image) if request.init_image is not None else None
     width, height = picture_size(request, model, init)
     shape = (model.channels, height // model.downscale, width // model.downscale)
@@ -233,9 +231,20 @@ def sampler_of(request: Request) -> tuple[Sampler, Request]:
     if not isinstance(given, str):
         raise UsageError(f"sampler: expected the name of one, or a function, found {repr(given)[:80]}")
     name, spacing = named(given)
-    if spacing and request.spacing not in (None, spacing):
+    if spacing and request.spacing is not None and spacing_named(request.spacing) != spacing:
         raise UsageError(f"spacing: sampler {given!r} says {spacing}, found {request.spacing}")
     return SAMPLERS[name], replace(request, sampler=name, spacing=spacing or request.spacing)
+
+
+def spacing_of(request: Request, model: Capabilities, sampler: Sampler) -> str:
+    """As asked for, else the model's, else the sampler's.  Raises UsageError where the model has not what it needs."""
+    asked = None if request.spacing is None or request.spacing.casefold() == "automatic" else spacing_named(request.spacing)
+    own = None if model.recognition.training.sigmas and SPACINGS[sampler.wish.spacing].timesteps else sampler.wish.spacing
+    spacing = asked or model.spacing or own or "karras"
+    if model.recognition.training.sigmas and SPACINGS[spacing].timesteps:
+        known = ", ".join(name for name, each in SPACINGS.items() if not each.timesteps)
+        raise UsageError(f"spacing: expected one of {known} for a model without timesteps, found {spacing!r}")
+    return spacing
 
 
 def sampler_options(request: Request, sampler: Sampler) -> dict[str, Any]:

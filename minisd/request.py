@@ -70,7 +70,8 @@ class Request:
     clip_skip: 1 takes the last layer of the text encoders, 2 the one before it, …; by default the family's.
     eta: 0 … 1, how much noise a sampler adds back at each step; by default its own.
     sampler_options: what else the sampler has, such as {"s_churn": 10}; `SAMPLERS[name].options` says what.
-    spacing: one of options.SPACINGS, the noise levels visited; by default what the checkpoint or the sampler wants.
+    spacing: the noise levels visited, one of diffusion.spacings.SPACINGS or what other programs call it; by default what the
+        checkpoint or the sampler wants.
     guidance_rescale: 0 … 1, against the glare of strong guidance; 0.7 is usual for models that predict v.
     original_size, crop, target_size: SDXL: (width, height), (left, top) and (width, height) that the UNet is told.
     zero_negative: SDXL: an empty negative prompt is zeros (True) or the encoding of no words (False).

@@ -65,7 +65,7 @@ def plan_levels(plan: Plan, base: Stations) -> Levels:
     if request.sigmas is not None:
         found = own_levels(request.sigmas, plan.sampler.wish)
     else:
-        found = levels(base.network.schedule, plan.spacing, request.steps, plan.sampler.wish)
+        found = levels(base.network.schedule, plan.spacing, request.steps, plan.sampler.wish, bool(base.family.vector))
     return found.tail(int(found.steps * plan.init.strength)) if plan.init else found
 
 

@@ -22,7 +22,6 @@ from minisd.diffusion.schedule import scaled_linear
 from minisd.models.family import UNET
 from minisd.models.shapes import below
 from minisd.models.unet import UNet
-from minisd.options import SPACINGS
 from minisd.workbench.blueprint import sd15
 
 FOLDER = Path(__file__).parents[1] / "docs" / "figures"
@@ -185,7 +184,7 @@ def schedules_figure(plt: Any) -> Any:
         "karras": ("#8a4f7d", "D"), "exponential": ("#6b7280", "v"),
     }  # fmt: skip
     figure, axis = plt.subplots(figsize=(9, 5.2), constrained_layout=True)
-    for spacing in SPACINGS:
+    for spacing in looks:
         sigmas = visited(spacing, steps)
         colour, marker = looks[spacing]
         name = f"{spacing}: {sigmas[0]:.1f} to {sigmas[-1]:.3f}"

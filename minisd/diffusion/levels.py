@@ -10,41 +10,7 @@ import torch
 from torch import Tensor
 
 from .schedule import TRAINING_STEPS, Continuous, Discrete, Schedule
-
-
-def leading(steps: int) -> Tensor:
-    """Multiples of 1000 // steps, plus 1, falling: 981, 961, …, 1 for 50 steps (CompVis util.py, make_ddim_timesteps)."""
-    return torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (TRAINING_STEPS // steps) + 1
-
-
-def linspace(steps: int) -> Tensor:
-    """Evenly from 999 to 0, fractional in between (k-diffusion external.py, get_sigmas)."""
-    return torch.linspace(TRAINING_STEPS - 1, 0, steps, dtype=torch.float64)
-
-
-def trailing(steps: int) -> Tensor:
-    """Evenly from 999, not reaching 0: 999, 979, …, 19 for 50 steps (Lin et al. 2023, arXiv 2305.08891, table 2)."""
-    return (TRAINING_STEPS - torch.arange(steps, dtype=torch.float64) * (TRAINING_STEPS / steps)).round() - 1
-
-
-def karras(low: Tensor, high: Tensor, steps: int) -> Tensor:
-    """Evenly in the seventh root of sigma (Karras et al. 2022, eq. 5, rho = 7): denser where there is little noise."""
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    return (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
-
-
-def exponential(low: Tensor, high: Tensor, steps: int) -> Tensor:
-    """Evenly in log sigma (k-diffusion sampling.py, get_sigmas_exponential)."""
-    return torch.linspace(float(high.log()), float(low.log()), steps, dtype=torch.float64).exp()
-
-
-BY_TIMESTEP = {"leading": leading, "linspace": linspace, "trailing": trailing}
-
-
-BY_SIGMA = {"karras": karras, "exponential": exponential}
-
-
-SPACINGS = (*BY_TIMESTEP, *BY_SIGMA)
+from .spacings import SPACINGS, visited
 
 
 @dataclass(frozen=True)
@@ -54,6 +20,7 @@ class LevelWish:
     spacing: str = "linspace"  # where nobody asks for another
     unit_start: bool = False  # the first latents have unit variance at the scale of training, picture included
     ends_above_zero: bool = False  # at the level of training timestep 0, where there are timesteps, and not at zero
+    discard: bool = False  # without the last level before the end, of one step more (k-diffusion's DPM2 in A1111 and ComfyUI)
 
 
 AS_THEY_COME = LevelWish()
@@ -80,23 +47,25 @@ class Levels:
         return len(self.sigmas) - 1
 
 
-def levels(schedule: Schedule, spacing: str, steps: int, wish: LevelWish) -> Levels:
-    """The sigmas that a sampler visits, falling, and where it ends.  Warns where a spacing starts far below the top."""
-    end = torch.zeros(1, dtype=torch.float64)
-    if spacing in BY_SIGMA:
-        sigmas = BY_SIGMA[spacing](*schedule.range, steps)
-    else:
-        timesteps = BY_TIMESTEP[spacing](steps)
-        if timesteps[0] < 800:
+def levels(schedule: Schedule, spacing: str, steps: int, wish: LevelWish, xl: bool = False) -> Levels:
+    """The sigmas that a sampler visits, falling, and where it ends.  xl: the model is SDXL, for which some spacings are others.
+
+    Warns where a spacing starts far below the top.
+    """
+    sigmas = visited(spacing, schedule, steps + wish.discard, xl)
+    if wish.discard:
+        sigmas = torch.cat([sigmas[:-2], sigmas[-1:]])
+    if SPACINGS[spacing].timesteps:
+        first = float(schedule.timestep(sigmas[0]))
+        if first < 800:
             warnings.warn(
-                f"spacing {spacing!r} with {steps} steps starts at timestep {timesteps[0]:.0f} of {TRAINING_STEPS - 1}, "
+                f"spacing {spacing!r} with {steps} steps starts at timestep {first:.0f} of {TRAINING_STEPS - 1}, "
                 "as its reference does; the picture will lack contrast or form: use spacing 'trailing'",
                 stacklevel=2,
             )
-        sigmas = schedule.sigma(timesteps)
         if wish.ends_above_zero and isinstance(schedule, Discrete):
-            end = schedule.sigmas[:1]
-    return Levels(torch.cat([sigmas, end]), start_scale(schedule, sigmas[0], spacing, wish), unit(end[0]))
+            sigmas = torch.cat([sigmas[:-1], schedule.sigmas[:1]])
+    return Levels(sigmas, start_scale(schedule, sigmas[0], spacing, wish), unit(sigmas[-1]))
 
 
 def start_scale(schedule: Schedule, sigma: Tensor, spacing: str, wish: LevelWish) -> float:

@@ -22,8 +22,6 @@ EXIF, USER_COMMENT, DESCRIPTIONS = 0x8769, 0x9286, (0x010E, 0x010F, 0x0110)  # t
 FIELD = re.compile(r'([A-Za-z][\w /+-]{0,40}):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,\s*|$)')
 OF_FIELDS = {option.infotext: option for option in OPTIONS.values() if option.infotext}
 OF_FIELDS["Eta DDIM"] = OPTIONS["eta"]
-SPACINGS = {"Karras": "karras", "Exponential": "exponential"}
-USUAL = ("Automatic", "Uniform")  # schedules that these samplers take by themselves
 ASIDE = {"Version", "Model hash", "VAE hash", "Hashes", "User", "RNG"}  # nothing that a command would say
 
 # Whose text it is, by the beginning of its field `Version`.
@@ -134,14 +132,14 @@ def options_of(fields: Mapping[str, str]) -> tuple[list[str], list[str]]:
 
 def option_of(name: str, value: str) -> list[str] | None:
     """The words for one field, none where minisd does so anyway; None where it cannot."""
-    if name in ASIDE or (name == "Schedule type" and value in USUAL):
+    if name in ASIDE or (name == "Schedule type" and value == "Automatic"):
         return []
     if name in ("Model", "VAE"):
         return [{"Model": "-m", "VAE": "--vae"}[name], value] if value not in ("", "None", "Automatic") else []
     if name == "Sampler":
         return sampler_words(value)
     if name == "Schedule type":
-        return ["--spacing", SPACINGS[value]] if value in SPACINGS else None
+        return spacing_words(value)
     try:
         if name == "Size":
             for side, length in zip(("width", "height"), pair(value), strict=True):
@@ -164,3 +162,12 @@ def sampler_words(label: str) -> list[str] | None:
     except UsageError:
         return None
     return ["--sampler", name, *(["--spacing", schedule] if schedule else [])]
+
+
+def spacing_words(label: str) -> list[str] | None:
+    from ..diffusion.spacings import spacing_named
+
+    try:
+        return ["--spacing", spacing_named(label)]
+    except UsageError:
+        return None

@@ -20,8 +20,6 @@ MAX_FILE = 128 << 20  # bytes of a picture that is not ours; a photograph of 50 
 MAX_HEAD = 8 << 20  # bytes of a PNG before its pixels; a recipe has a few thousand, a colour profile up to half a million
 MAX_CHUNKS = 10_000
 
-# Spacings that have a name in A1111 (modules/sd_schedulers.py); the others are what its samplers take by themselves.
-SCHEDULES = {"karras": "Karras", "exponential": "Exponential"}
 # What its samplers take beside eta (A1111 processing.py, generation_params of sd_samplers_common.py).
 SAMPLER_OPTIONS = {"s_churn": "Sigma churn", "s_tmin": "Sigma tmin", "s_tmax": "Sigma tmax", "s_noise": "Sigma noise"}
 HEAD = ("Steps", "Sampler", "CFG scale", "Seed")  # comes first, and is said always
@@ -72,11 +70,22 @@ def said_of(option: Option, recipe: Mapping[str, Any]) -> object:
     """An option's value as A1111 writes it; None where it says nothing of it."""
     value = recipe["sampler_label"] if option.name == "sampler" else recipe.get(option.name)
     if option.name == "spacing":
-        usual = recipe.get("sigmas") or (value == recipe.get("own_spacing", value) and value not in SCHEDULES)
-        value = None if usual else SCHEDULES.get(str(value), str(value).capitalize())
+        value = schedule_type(recipe)
     if option.name == "image_guidance_scale" and recipe.get("task") != "edit":
         value = None
     return None if option.infotext not in HEAD and value in (None, 0) else value
+
+
+def schedule_type(recipe: Mapping[str, Any]) -> str | None:
+    """A1111's label of the spacing, or ours where it has none; nothing where it is what its sampler takes by itself."""
+    from ..diffusion.spacings import SPACINGS
+
+    spacing = recipe.get("spacing")
+    label = SPACINGS[spacing].label if spacing in SPACINGS else None
+    same = spacing == recipe.get("own_spacing", spacing)
+    if recipe.get("sigmas") or (same and spacing in ("linspace", "leading", "lcm")):
+        return None
+    return label or str(spacing).capitalize()
 
 
 def unreadable(text: str) -> str | None:

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from minisd.diffusion.levels import AS_THEY_COME, BY_SIGMA, BY_TIMESTEP, LevelWish, leading, levels, linspace, trailing
+from minisd.diffusion.levels import AS_THEY_COME, LevelWish, levels
 from minisd.diffusion.samplers import SAMPLERS
 from minisd.diffusion.samplers.one_step import ddim, euler
 from minisd.diffusion.schedule import scaled_linear
-from minisd.options import SPACINGS
+from minisd.diffusion.spacings import SPACINGS, leading, linspace, trailing
 
 SCHEDULE = scaled_linear()
 
@@ -39,7 +39,7 @@ def test_spacings():
     assert leading(50).tolist() == list(range(981, 0, -20))
     assert linspace(4).tolist() == [999, 666, 333, 0]
     assert trailing(50).tolist() == list(range(999, 0, -20))
-    for spacing in BY_TIMESTEP.values():
+    for spacing in (leading, linspace, trailing):
         for steps in (1, 2, 7, 20, 30, 100):
             t = spacing(steps)
             assert len(t) == steps
@@ -63,10 +63,6 @@ def test_how_first_and_last_latents_are_scaled():
     assert float(unit.sigmas[-1]) == low
     sigma = float(SCHEDULE.sigma(leading(10))[0])
     assert levels(SCHEDULE, "leading", 10, AS_THEY_COME).start_scale == pytest.approx(math.sqrt(sigma**2 + 1))
-
-
-def test_the_names_of_spacings_are_those_of_the_options():
-    assert (*BY_TIMESTEP, *BY_SIGMA) == SPACINGS
 
 
 @pytest.mark.parametrize("sampler", [euler, ddim])

@@ -17,11 +17,14 @@ from torch import Tensor
 from ...errors import UsageError
 from ..denoiser import Denoise, DenoisePair, Noise, Steps
 from ..levels import LevelWish
+from ..spacings import ALIKE as ALIKE_SPACINGS
+from ..spacings import LABELS
+from ..spacings import key as spacing_key
 from . import by_estimates, by_slopes, cfg_pp, correctors, distilled, free_steps, one_step, two_calls
 from .parts import ancestral, churned
 
-ALIKE = LevelWish("linspace")
-KARRAS, EXPONENTIAL, TRAILING = LevelWish("karras"), LevelWish("exponential"), LevelWish("trailing")
+EVEN, KARRAS, EXPONENTIAL, DISTILLED = (LevelWish(name) for name in ("linspace", "karras", "exponential", "lcm"))
+DISCARDED, KARRAS_DISCARDED = LevelWish("linspace", discard=True), LevelWish("karras", discard=True)
 # CompVis ddim.py and util.py, alphas_prev; diffusers calls the end set_alpha_to_one=False.
 VARIANCE_PRESERVING = LevelWish("leading", unit_start=True, ends_above_zero=True)
 
@@ -32,7 +35,7 @@ class Sampler:
 
     run: Callable[..., Steps]  # (denoise, x, sigmas, noise, *, options)
     label: str  # the name in A1111's parameters text, or as it would be there
-    wish: LevelWish = ALIKE  # its spacing is the one that A1111 gives it
+    wish: LevelWish = EVEN  # its spacing is the one that A1111 gives it
     order: int = 1  # that its source claims, of a stochastic one without noise; `minisd bench samplers` measures
     names: tuple[str, ...] = ()  # that other programs have for it
     source: str = ""
@@ -96,8 +99,10 @@ SAMPLERS = {
     "ddpm": Sampler(ancestral(one_step.euler), "DDPM", source="Ho et al. 2020, arXiv 2006.11239"),
     "heun": Sampler(heun, "Heun", order=2, names=("HeunDiscrete",), source=EDM),
     "heunpp2": Sampler(two_calls.heunpp2, "HeunPP2", order=2, source="Carzit/sd-webui-samplers-scheduler"),
-    "dpm_2": Sampler(dpm_2, "DPM2", KARRAS, 2, ("KDPM2Discrete",), f"{KD}; {DPM}"),
-    "dpm_2_ancestral": Sampler(ancestral(two_calls.dpm_2), "DPM2 a", KARRAS, 2, ("KDPM2AncestralDiscrete", "dpm_2_a"), KD),
+    "dpm_2": Sampler(dpm_2, "DPM2", KARRAS_DISCARDED, 2, ("KDPM2Discrete",), f"{KD}; {DPM}"),
+    "dpm_2_ancestral": Sampler(
+        ancestral(two_calls.dpm_2), "DPM2 a", KARRAS_DISCARDED, 2, ("KDPM2AncestralDiscrete", "dpm_2_a"), KD
+    ),
     "lms": Sampler(by_slopes.lms, "LMS", order=4, names=("LMSDiscrete", "KLMS"), source=KD),
     "plms": Sampler(by_slopes.plms, "PLMS", VARIANCE_PRESERVING, 4, ("PNDM",), PNDM),
     "ipndm": Sampler(by_slopes.ipndm, "IPNDM", order=4, source=IPNDM),
@@ -118,8 +123,8 @@ SAMPLERS = {
         by_estimates.dpmpp_2m_sde_heun, "DPM++ 2M SDE Heun", EXPONENTIAL, 2, ("dpmpp_2m_sde_heun_gpu",), KD
     ),
     "dpmpp_3m_sde": Sampler(by_estimates.dpmpp_3m_sde, "DPM++ 3M SDE", EXPONENTIAL, 3, ("dpmpp_3m_sde_gpu",), KD, orders=(1, 3)),
-    "uni_pc": Sampler(correctors.uni_pc, "UniPC", order=3, names=("UniPCMultistep",), source=UNIPC, orders=(1, 3)),
-    "uni_pc_bh2": Sampler(correctors.uni_pc_bh2, "UniPC bh2", order=3, source=UNIPC, orders=(1, 3)),
+    "uni_pc": Sampler(correctors.uni_pc, "UniPC", DISCARDED, order=3, names=("UniPCMultistep",), source=UNIPC, orders=(1, 3)),
+    "uni_pc_bh2": Sampler(correctors.uni_pc_bh2, "UniPC bh2", DISCARDED, order=3, source=UNIPC, orders=(1, 3)),
     "res_2s": Sampler(partial(ancestral(two_calls.res_2s), eta=0.0), "Res 2S", order=2, source=f"{RES}; {SD_CPP}"),
     "res_multistep": Sampler(by_estimates.res_multistep, "Res Multistep", order=2, source=RES),
     "res_multistep_ancestral": Sampler(
@@ -135,8 +140,8 @@ SAMPLERS = {
     "dpm_adaptive": Sampler(
         free_steps.dpm_adaptive, "DPM adaptive", order=3, names=("dpm_ad",), source=DPM, least=2, orders=(2, 3)
     ),
-    "lcm": Sampler(distilled.lcm, "LCM", TRAILING, source="Luo et al. 2023, arXiv 2310.04378"),
-    "tcd": Sampler(distilled.tcd, "TCD", TRAILING, source="Zheng et al. 2024, arXiv 2402.19159"),
+    "lcm": Sampler(distilled.lcm, "LCM", DISTILLED, source="Luo et al. 2023, arXiv 2310.04378"),
+    "tcd": Sampler(distilled.tcd, "TCD", DISTILLED, source="Zheng et al. 2024, arXiv 2402.19159"),
     "euler_cfg_pp": Sampler(cfg_pp.euler_cfg_pp, "Euler CFG++", names=("ddim_cfgpp",), source=CFG_PP, pair=True),
     "euler_ancestral_cfg_pp": Sampler(
         ancestral(cfg_pp.euler_cfg_pp), "Euler a CFG++", names=("euler_a_cfg_pp",), source=CFG_PP, pair=True
@@ -155,8 +160,8 @@ SAMPLERS = {
 }  # fmt: skip
 
 
-# A name may end in that of a schedule: "DPM++ 2M Karras", "k_dpmpp_2m_ka", "DPM_2_KARRAS", "ddim_trailing".
-ENDINGS = {"karras": "karras", "ka": "karras", "exponential": "exponential", "exp": "exponential", "trailing": "trailing"}
+# A name may end in that of a spacing, as A1111 has it: "DPM++ 2M Karras", "k_dpmpp_2m_ka", "DPM_2_KARRAS", "ddim_trailing".
+ENDINGS = ALIKE_SPACINGS | {spacing_key(label): name for label, name in LABELS.items()}
 
 
 def key(name: str) -> str:
@@ -171,13 +176,13 @@ NAMES = {key(name): own for own, each in SAMPLERS.items() for name in (*each.nam
 
 
 def named(name: str) -> tuple[str, str | None]:
-    """What another program's name means here: a key of SAMPLERS, and a schedule where the name says one.  Raises UsageError."""
+    """What another program's name means here: a key of SAMPLERS, and a spacing where the name says one.  Raises UsageError."""
     found = key(name)
     if found in NAMES:
         return NAMES[found], None
-    for ending, schedule in ENDINGS.items():
+    for ending in sorted(ENDINGS, key=len, reverse=True):
         if found.endswith(ending) and found.removesuffix(ending) in NAMES:
-            return NAMES[found.removesuffix(ending)], schedule
+            return NAMES[found.removesuffix(ending)], ENDINGS[ending]
     close = get_close_matches(found, NAMES, 1, 0.5)
     meant = f"did you mean {NAMES[close[0]]}? " if close else ""
     raise UsageError(f"sampler: {name[:80]!r} is unknown; {meant}minisd samplers lists all")

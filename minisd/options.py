@@ -181,6 +181,11 @@ OPTIONS = {
             "--spacing", "NAME", FINER, infotext="Schedule type",
         ),
         Option(
+            "like", one_of("comfyui", "a1111", "diffusers"), None,
+            "by the rules of comfyui, a1111 or diffusers where they differ from minisd's: for pictures of theirs",
+            "--like", "NAME", FINER,
+        ),
+        Option(
             "guidance_rescale", number(0, 1), 0.0, "0 to 1: against the glare of strong guidance",
             "--rescale", "R", FINER, infotext="CFG Rescale",
         ),

@@ -18,6 +18,7 @@ from torch import Tensor
 from .diffusion.denoiser import Conditioning, Timeline
 from .diffusion.samplers import SAMPLERS, Sampler, named
 from .diffusion.spacings import SPACINGS, spacing_named
+from .diffusion.worlds import DEFAULTS
 from .errors import UsageError
 from .models.family import Recognition
 from .options import MAX_IMAGES, MAX_SIDE, OPTIONS, checked, whole
@@ -104,7 +105,7 @@ def planned(request: Request, model: Capabilities) -> Plan:
         request = replace(request, seed=request.seeds, seeds="rising")
     plain = {name: checked(name, getattr(request, name)) for name in OPTIONS if name != "negative_prompt"}
     request = replace(request, **plain)
-    sampler, request = sampler_of(request)
+    sampler, request = sampler_of(as_in(request))
     options = sampler_options(request, sampler)
     check_for_model(request, model)
     spacing = spacing_of(request, model, sampler)
@@ -219,6 +220,12 @@ def own_latents(request: Request, shape: tuple[int, ...]) -> Tensor | None:
     if not latents.isfinite().all():
         raise UsageError("latents: expected numbers, found NaN or infinity")
     return latents
+
+
+def as_in(request: Request) -> Request:
+    """With the defaults of the program that it is to be like, where nobody asked for something else."""
+    defaults: dict[str, Any] = {name: value for name, value in DEFAULTS.get(request.like or "", {}).items() if name in OPTIONS}
+    return replace(request, **{name: each for name, each in defaults.items() if getattr(request, name) == OPTIONS[name].default})
 
 
 def sampler_of(request: Request) -> tuple[Sampler, Request]:

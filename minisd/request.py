@@ -72,6 +72,8 @@ class Request:
     sampler_options: what else the sampler has, such as {"s_churn": 10}; `SAMPLERS[name].options` says what.
     spacing: the noise levels visited, one of diffusion.spacings.SPACINGS or what other programs call it; by default what the
         checkpoint or the sampler wants.
+    like: another program, by whose rules levels, first noise and timesteps are made (diffusion.worlds), and what follows from it
+        for the options that are not given.
     guidance_rescale: 0 … 1, against the glare of strong guidance; 0.7 is usual for models that predict v.
     original_size, crop, target_size: SDXL: (width, height), (left, top) and (width, height) that the UNet is told.
     zero_negative: SDXL: an empty negative prompt is zeros (True) or the encoding of no words (False).
@@ -103,6 +105,7 @@ class Request:
     eta: float | None = None
     sampler_options: Mapping[str, float] | None = None
     spacing: str | None = None
+    like: Literal["comfyui", "a1111", "diffusers"] | None = None
     guidance_rescale: float = 0.0
     original_size: tuple[int, int] | None = None
     crop: tuple[int, int] = (0, 0)

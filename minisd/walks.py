@@ -13,10 +13,11 @@ from torch import Tensor
 from .codec import check_finite
 from .diffusion.denoiser import ClassifierFree, Conditioning, Guide, Known, Noise, Timeline
 from .diffusion.guides import Own, Rescaled, TextAndImage
-from .diffusion.levels import Levels, levels, own_levels
+from .diffusion.levels import Levels, own_levels
 from .diffusion.noise import per_picture
 from .diffusion.program import Program, program
 from .diffusion.schedule import TRAINING_STEPS
+from .diffusion.worlds import RULES, Wanted, schedule_of
 from .errors import UsageError
 from .fast.ways import Moment, Walk
 from .models.family import REFINER
@@ -62,11 +63,13 @@ def course(plan: Plan, base: Stations) -> list[Leg]:
 def plan_levels(plan: Plan, base: Stations) -> Levels:
     """The noise levels of the way, falling; a strength below 1 leaves out the first (diffusers, get_timesteps)."""
     request = plan.request
-    if request.sigmas is not None:
-        found = own_levels(request.sigmas, plan.sampler.wish)
-    else:
-        found = levels(base.network.schedule, plan.spacing, request.steps, plan.sampler.wish, bool(base.family.vector))
-    return found.tail(int(found.steps * plan.init.strength)) if plan.init else found
+    strength = plan.init.strength if plan.init else None
+    if request.sigmas is None:
+        name = request.sampler if isinstance(request.sampler, str) else plan.sampler.label
+        wanted = Wanted(name, plan.spacing, request.steps, plan.sampler.wish, bool(base.family.vector), strength)
+        return RULES[request.like](schedule_of(request.like, base.network.schedule), wanted)
+    found = own_levels(request.sigmas, plan.sampler.wish)
+    return found if strength is None else found.tail(int(found.steps * strength))
 
 
 def kept(plan: Plan, pipe: Stations) -> Tensor | None:
@@ -107,7 +110,8 @@ def walk(plan: Plan, part: slice, leg: Leg, known: Tensor | None, progress: Prog
     region = Known(at_latents(mask, known), known) if mask is not None and known is not None else None
     transform = progress.begin(part, leg)
     how = (leg.levels, conditioning, guide, leg.program, plan.options, region, transform, plan.request.observe)
-    return Walk(leg.pipe.network, plan.sampler, *how)
+    network = replace(leg.pipe.network, schedule=schedule_of(plan.request.like, leg.pipe.network.schedule))
+    return Walk(network, plan.sampler, *how)
 
 
 class Progress:

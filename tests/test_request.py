@@ -456,8 +456,9 @@ def test_levels_and_rescaling_are_in_the_parameters_text(tiny):
     assert "Schedule type: Leading" in text(spacing="leading")
     assert "Schedule type: Uniform" in text(spacing="linspace", sampler="ddim")
     assert "Schedule type: KL Optimal" in text(spacing="KL Optimal")
-        "CFG scale: 7.5, Seed: 1, Size: 32x32, Model hash: 9770512655, Model: tiny, ", ""
-    )
+    fused = text(sampler="DPM++ 2M Karras")
+    assert "Sampler: DPM++ 2M," in fused
+    assert "Schedule type: Karras" in fused
     for usual in ({}, {"spacing": "linspace"}, {"sampler": "ddim"}, {"spacing": "karras", "sigmas": [9.0, 3.0, 0.0]}):
         assert "Schedule" not in text(**usual)
     assert "CFG Rescale: 0.7" in text(guidance_rescale=0.7)

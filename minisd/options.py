@@ -84,6 +84,8 @@ NUMBERS = Kind("numbers", str, lambda value: [number(0, 1e30).check("", each) fo
 FUNCTION = Kind("a function", str, lambda value: value if callable(value) else None)
 # Names, functions, pictures and tensors, which are looked at where they are used.
 ANYTHING = Kind("a name, a function or a picture", str, lambda value: value)
+# How prompts are read (text/grammar.py): A1111's four ways to weigh (sd_emphasis.py), and ComfyUI's dialect.
+EMPHASES = ("original", "no-norm", "ignore", "none", "comfy")
 SPACINGS = ("leading", "linspace", "trailing", "karras", "exponential")
 
 
@@ -184,6 +186,18 @@ OPTIONS = {
         Option("progress", FLAG, False, recorded=False),
         Option("transform", FUNCTION, None, recorded=False),
         Option("observe", FUNCTION, None, recorded=False),
+        Option(
+            "prompt_2", TEXT, None, "what the second text encoder reads (default: the prompt)", "--prompt-2", "TEXT", SDXL,
+            by_picture=True,
+        ),
+        Option(
+            "negative_prompt_2", TEXT, None, "likewise, of what it should not show", "--negative-2", "TEXT", SDXL, by_picture=True
+        ),
+        Option(
+            "emphasis", one_of(*EMPHASES), "original",
+            "how (red:1.2) is read: as A1111 does, original, no-norm, ignore or none; or comfy", "--emphasis", "NAME", FINER,
+        ),
+        Option("plain_prompt", FLAG, False, "prompts are words: no brackets, AND or BREAK", "--plain-prompt", None, FINER),
     )
 }  # fmt: skip
 RECORDED = [option.name for option in OPTIONS.values() if option.recorded]

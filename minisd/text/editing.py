@@ -1,8 +1,8 @@
 """Prompts that change on the way, as A1111 writes them: [from:to:when], [to:when], [from::when], and [a|b|...].
 
 Rules: A1111 prompt_parser.py, get_learned_conditioning_prompt_schedules and its lark grammar, read here by one pass with a stack
-of open brackets.  A bracket that turns out to be no edit, no alternation and no balanced pair is a letter, and so are those around
-it; what was complete within it stays what it is.
+of open brackets.  A bracket that turns out to be no edit, no alternation and no balanced pair is a letter, and so are those
+around it; what was complete within it stays what it is.
 """
 
 from __future__ import annotations

@@ -11,13 +11,14 @@ import math
 import re
 from dataclasses import dataclass
 
-from ..errors import UsageError
 from . import attention, comfy
 from .editing import schedule
 from .pieces import Piece
 
 AND = re.compile(r"\bAND\b")
 TAIL = re.compile(r":\s*([-+]?(?:\d+\.?|\d*\.\d+))$")  # of a part whose blanks at the end are gone
+
+MAX_PARTS = 50  # each is asked of the network at every call
 
 
 @dataclass(frozen=True)
@@ -42,20 +43,19 @@ class Prompt:
 
 
 def parse(text: str, steps: int, emphasis: str = "original", joins: bool = True) -> Prompt:
-    """Reads a prompt.  Raises UsageError where a weight is no number.
+    """Reads a prompt.  Raises ValueError where a weight is no number, and for too many parts.
 
     steps: of the schedule that `when` in [from:to:when] is about: calls of the network, as A1111 counts them.
     emphasis: one of options.EMPHASES, or "plain".
     joins: whether AND joins parts and a number at a part's end is its weight; in a negative prompt, both are words.
     """
-    try:
-        if emphasis in ("comfy", "plain"):
-            pieces = comfy.weighted(text) if emphasis == "comfy" else (Piece(text),)
-            return Prompt((Part(1.0, text, (Entry(steps, text, pieces),)),))
-        parts = [with_weight(part) for part in AND.split(text)] if joins else [(text, 1.0)]
-        return Prompt(tuple(Part(weight, part, entries(part, steps, emphasis)) for part, weight in parts))
-    except ValueError as error:
-        raise UsageError(f"prompt: {error}") from None
+    if emphasis in ("comfy", "plain"):
+        pieces = comfy.weighted(text) if emphasis == "comfy" else (Piece(text),)
+        return Prompt((Part(1.0, text, (Entry(steps, text, pieces),)),))
+    parts = [with_weight(part) for part in AND.split(text)] if joins else [(text, 1.0)]
+    if len(parts) > MAX_PARTS:
+        raise ValueError(f"expected at most {MAX_PARTS} parts joined by AND, found {len(parts)}")
+    return Prompt(tuple(Part(weight, part, entries(part, steps, emphasis)) for part, weight in parts))
 
 
 def entries(text: str, steps: int, emphasis: str) -> tuple[Entry, ...]:
@@ -77,9 +77,12 @@ def lone_weight(text: str) -> str | None:
     return tail[0] if tail else None
 
 
-def check_finite(prompt: Prompt) -> None:
-    """Raises UsageError for weights that no picture survives: ComfyUI's take what Python calls a number, `inf` and `nan` too."""
+def checked(text: str, emphasis: str = "original", joins: bool = True) -> Prompt:
+    """Reads a prompt whatever the steps are.  Raises ValueError also for weights that no picture survives: ComfyUI's are all that
+    Python calls a number, `inf` and `nan` among them."""
+    prompt = parse(text, 1, emphasis, joins)
     for part in prompt.parts:
         for weight in (part.weight, *(piece.weight for entry in part.entries for piece in entry.pieces)):
             if not math.isfinite(weight):
-                raise UsageError(f"prompt: expected weights that are finite, found {weight}")
+                raise ValueError(f"expected weights that are finite, found {weight}")
+    return prompt

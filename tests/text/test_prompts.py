@@ -1,10 +1,9 @@
-"""A hundred hard prompts, what each means written by hand from the rules of A1111's prompt_parser.py and ComfyUI's sd1_clip.py."""
+"""A hundred hard prompts, and what each means, written by hand from the rules of A1111 and ComfyUI."""
 
 from __future__ import annotations
 
 import pytest
 
-from minisd import UsageError
 from minisd.text.attention import weighted
 from minisd.text.chunks import COMMA, at_commas, by_segments, chunked, closed
 from minisd.text.comfy import weighted as comfy
@@ -220,7 +219,7 @@ def test_modes_that_read_less():
     ("text", "emphasis"), [("(x:1.2.3)", "original"), ("(wait:...)", "ignore"), ("(" * 600 + ")" * 600, "comfy")]
 )
 def test_what_is_no_number_is_refused(text, emphasis):
-    with pytest.raises(UsageError, match=r"prompt: expected (a number as a weight, found ':|at most 500 brackets)"):
+    with pytest.raises(ValueError, match=r"expected (a number as a weight, found ':|at most 500 brackets)"):
         parse(text, 4, emphasis)
 
 

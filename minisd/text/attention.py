@@ -6,8 +6,17 @@ Rules: A1111 prompt_parser.py, parse_prompt_attention.
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
-from .pieces import BREAK, Piece
+
+class Piece(NamedTuple):
+    """Words that go to the text encoder together, and how much they count."""
+
+    text: str
+    weight: float = 1.0
+
+
+BREAK = Piece("BREAK", -1.0)  # the text goes on in the next chunk (A1111 marks it so)
 
 # In order of preference: an escape, a lone backslash, brackets, a weight with its bracket, a run of other characters, a colon.
 TOKENS = re.compile(r"\\[()\[\]\\]|\\|[(\[]|:\s*([-+]?[.\d]+)\s*\)|[)\]]|[^\\()\[\]:]+|:")

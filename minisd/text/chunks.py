@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .pieces import BREAK, Piece
+from .attention import BREAK, Piece
 from .tokenizer import END_ID, LENGTH, START_ID, TOKENS, encode
 
 COMMA = 267  # the id of "," at the end of a word

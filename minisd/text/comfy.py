@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from .pieces import Piece
+from .attention import Piece
 
 LARGER = 1.1
 DEEPEST = 500  # brackets within one another

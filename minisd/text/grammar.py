@@ -12,8 +12,8 @@ import re
 from dataclasses import dataclass
 
 from . import attention, comfy
+from .attention import Piece
 from .editing import schedule
-from .pieces import Piece
 
 AND = re.compile(r"\bAND\b")
 TAIL = re.compile(r":\s*([-+]?(?:\d+\.?|\d*\.\d+))$")  # of a part whose blanks at the end are gone

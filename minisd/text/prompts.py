@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..diffusion.denoiser import Conditioning, Timeline
+from .attention import Piece
 from .chunks import chunked, empty
 from .conditioner import Conditioner
 from .emphasis import away_from, scaled
 from .grammar import Part, parse
-from .pieces import Piece
 from .tokenizer import LENGTH
 
 Words = tuple[tuple[Piece, ...], ...]  # what each text encoder reads at one time

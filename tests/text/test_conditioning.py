@@ -15,8 +15,8 @@ from helpers import relative_error
 from safetensors.torch import load_file
 
 import minisd
-from minisd.text.prompts import Reader, line
 from minisd.text.grammar import parse
+from minisd.text.prompts import Reader, line
 
 LIMIT = 1e-5
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -124,7 +124,9 @@ def test_a_batch_of_texts_is_each_of_them(made):
         pipe, direct = made[name]
         texts = ["a (red:1.4) star", "(cat:1.5) " + "dog " * 80, "a star"]
         found = pipe.encode_prompt(texts, emphasis=mode)
-        for row, chunks in zip(found.context, ([[("a", 1), ("red", 1.4), ("star", 1)], []], None, [[("a star", 1)], []]), strict=True):
+        for row, chunks in zip(
+            found.context, ([[("a", 1), ("red", 1.4), ("star", 1)], []], None, [[("a star", 1)], []]), strict=True
+        ):
             wanted, _ = direct.encode(chunks or PROMPTS[texts[1]], mode)
             assert relative_error(row, wanted) <= LIMIT
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from minisd.text.attention import weighted
+from minisd.text.attention import BREAK, Piece, weighted
 from minisd.text.chunks import COMMA, at_commas, by_segments, chunked, closed
 from minisd.text.comfy import weighted as comfy
 from minisd.text.editing import schedule
 from minisd.text.grammar import lone_weight, parse
-from minisd.text.pieces import BREAK, Piece
 from minisd.text.tokenizer import END_ID, START_ID, encode, tokenize
 
 UP, DOWN = 1.1, 1 / 1.1

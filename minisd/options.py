@@ -196,6 +196,7 @@ OPTIONS = {
         Option(
             "emphasis", one_of(*EMPHASES), "original",
             "how (red:1.2) is read: as A1111 does, original, no-norm, ignore or none; or comfy", "--emphasis", "NAME", FINER,
+            infotext="Emphasis",
         ),
         Option("plain_prompt", FLAG, False, "prompts are words: no brackets, AND or BREAK", "--plain-prompt", None, FINER),
     )

@@ -143,10 +143,7 @@ class Pipeline:
             check_text("prompts", text, reading)
         if clip_skip is not None:
             whole(1, self.capabilities().text_layers).check("clip_skip", clip_skip)
-        try:
-            return encode(self.conditioner, prompts, reading, clip_skip)
-        except ValueError as error:
-            raise UsageError(f"prompts: {error}") from None
+        return encode(self.conditioner, prompts, reading, clip_skip)
 
     def noise_levels(self, spacing: str = "linspace", steps: int = 20) -> Tensor:
         """The levels (steps + 1,) of a spacing of options.SPACINGS, float64, falling to 0: what `sigmas` takes."""

@@ -386,7 +386,8 @@ def check_grammar(name: str, text: str, reading: str) -> None:
     tail = grammar.lone_weight(text) if name == "prompt" and reading not in ("comfy", "plain") else None
     if tail is not None:
         warnings.warn(
-            f"prompt: {tail!r} at its end is no word but a weight of guidance, as A1111 has it; plain_prompt (--plain-prompt) takes it for words",
+            f"prompt: {tail!r} at its end is no word but a weight of guidance, as A1111 has it; "
+            "plain_prompt (--plain-prompt) takes all for words",
             stacklevel=2,
         )
 

@@ -22,6 +22,7 @@ FIELD = re.compile(r'([A-Za-z][\w /+-]{0,40}):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,\s
 OF_FIELDS = {option.infotext: option for option in OPTIONS.values() if option.infotext}
 SAMPLERS = {"Euler": "euler", "DDIM": "ddim"}
 SPACINGS = {"Karras": "karras", "Exponential": "exponential"}
+EMPHASES = {"Original": "original", "No norm": "no-norm", "Ignore": "ignore", "None": "none"}
 USUAL = ("Automatic", "Uniform")  # schedules that these samplers take by themselves
 ASIDE = {"Version", "Model hash", "VAE hash", "Hashes", "User", "RNG"}  # nothing that a command would say
 
@@ -140,7 +141,8 @@ def option_of(name: str, value: str) -> list[str] | None:
         return []
     if name in ("Model", "VAE"):
         return [{"Model": "-m", "VAE": "--vae"}[name], value] if value not in ("", "None", "Automatic") else []
-    for field, flag, known in (("Sampler", "--sampler", SAMPLERS), ("Schedule type", "--spacing", SPACINGS)):
+    tables = (("Sampler", "--sampler", SAMPLERS), ("Schedule type", "--spacing", SPACINGS), ("Emphasis", "--emphasis", EMPHASES))
+    for field, flag, known in tables:
         if name == field:
             return [flag, known[value]] if value in known else None
     try:

@@ -22,6 +22,8 @@ MAX_CHUNKS = 10_000
 
 # Spacings that have a name in A1111 (modules/sd_schedulers.py); the others are what its samplers take by themselves.
 SCHEDULES = {"karras": "Karras", "exponential": "Exponential"}
+# A1111's names of its ways to weigh words (sd_emphasis.py); it does not say the first, and ComfyUI's is none of them.
+EMPHASES = {"no-norm": "No norm", "ignore": "Ignore", "none": "None"}
 HEAD = ("Steps", "Sampler", "CFG scale", "Seed")  # comes first, and is said always
 
 
@@ -66,6 +68,8 @@ def said_of(option: Option, recipe: Mapping[str, Any]) -> object:
     if option.name == "spacing":
         usual = recipe.get("sigmas") or (value == recipe.get("own_spacing", value) and value not in SCHEDULES)
         value = None if usual else SCHEDULES.get(str(value), str(value).capitalize())
+    if option.name == "emphasis":
+        value = EMPHASES.get(str(value))
     if option.name == "image_guidance_scale" and recipe.get("task") != "edit":
         value = None
     return None if option.infotext not in HEAD and value in (None, 0) else value

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.denoiser import Conditioning, Timeline
+from ..errors import UsageError
 from .attention import Piece
 from .chunks import chunked, empty
 from .conditioner import Conditioner
@@ -125,15 +126,15 @@ def side_by_side(texts: Sequence[Sequence[Sequence[float]]]) -> Tensor:
 
 
 def encode(conditioner: Conditioner, texts: Sequence[str], emphasis: str, clip_skip: int | None = None) -> Conditioning:
-    """Texts -> context (B, 77*k, D) and pooled (B, P).  Raises ValueError for those that no one conditioning can say."""
+    """Texts -> context (B, 77*k, D) and pooled (B, P).  Raises UsageError for those that no one conditioning can say."""
     lines = []
     for text in texts:
         (part, *more) = parse(text, 2, emphasis).parts
         if more:
-            raise ValueError("expected a text without AND, which is a matter of guidance: give it as a prompt")
+            raise UsageError("prompts: expected a text without AND, which is a matter of guidance: give it as a prompt")
         (part,) = parse(text, 2, emphasis, joins=False).parts
         if len(part.entries) > 1:
-            raise ValueError("expected a text that says the same at all steps, found editing: give it as a prompt")
+            raise UsageError("prompts: expected a text that says the same at all steps, found editing: give it as a prompt")
         lines.append(line(part, None, len(conditioner.encoders)))
     ((_, conditioning),) = Reader(conditioner, lines, emphasis, clip_skip).timeline(lines).entries
     return conditioning

@@ -95,6 +95,8 @@ NUMBERS_BY_NAME = Kind("numbers by name, such as s_churn=10", numbers_by_name, p
 FUNCTION = Kind("a function", str, lambda value: value if callable(value) else None)
 # Names, functions, pictures and tensors, which are looked at where they are used.
 ANYTHING = Kind("a name, a function or a picture", str, lambda value: value)
+# How prompts are read (text/grammar.py): A1111's four ways to weigh (sd_emphasis.py), and ComfyUI's dialect.
+EMPHASES = ("original", "no-norm", "ignore", "none", "comfy")
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,19 @@ OPTIONS = {
         Option("progress", FLAG, False, recorded=False),
         Option("transform", FUNCTION, None, recorded=False),
         Option("observe", FUNCTION, None, recorded=False),
+        Option(
+            "prompt_2", TEXT, None, "what the second text encoder reads (default: the prompt)", "--prompt-2", "TEXT", SDXL,
+            by_picture=True,
+        ),
+        Option(
+            "negative_prompt_2", TEXT, None, "likewise, of what it should not show", "--negative-2", "TEXT", SDXL, by_picture=True
+        ),
+        Option(
+            "emphasis", one_of(*EMPHASES), "original",
+            "how (red:1.2) is read: as A1111 does, original, no-norm, ignore or none; or comfy", "--emphasis", "NAME", FINER,
+            infotext="Emphasis",
+        ),
+        Option("plain_prompt", FLAG, False, "prompts are words: no brackets, AND or BREAK", "--plain-prompt", None, FINER),
     )
 }  # fmt: skip
 RECORDED = [option.name for option in OPTIONS.values() if option.recorded]

@@ -38,13 +38,14 @@ from .models.taesd import TinyAutoencoder
 from .options import FLAG, checked, whole
 from .pictures.image import to_pil
 from .pictures.preview import LinearDecoder, fit_decoder
-from .plan import Capabilities, Plan, check_text, pasted, planned
+from .plan import Capabilities, Plan, check_text, pasted, planned, reading_of
 from .recipe import recipe_of
 from .request import Request, taking_options
 from .result import Drawn, Result, Step, finish, keeping_finished, with_bar
 from .system.device import name_of, on_device, to_device, to_dtype
 from .system.memory import memory_errors
 from .text.conditioner import Conditioner
+from .text.prompts import encode
 from .walks import Progress, check_refiner, course, in_parts, known_latents, start, walk
 
 
@@ -127,16 +128,22 @@ class Pipeline:
         return self.codec.vae
 
     @torch.no_grad()
-    def encode_prompt(self, prompts: str | Sequence[str], clip_skip: int | None = None) -> Conditioning:
-        """Texts -> what conditions the UNet: context (B, 77*k, D), pooled (B, P) or None.  May be given in a prompt's place."""
+    def encode_prompt(
+        self, prompts: str | Sequence[str], clip_skip: int | None = None, emphasis: str = "original", plain_prompt: bool = False
+    ) -> Conditioning:
+        """Texts -> what conditions the UNet: context (B, 77*k, D), pooled (B, P) or None.  May be given in a prompt's place.
+
+        emphasis, plain_prompt: as in `Request`.  Raises UsageError also for texts with AND or editing, which are no single one.
+        """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(prompts, list | tuple) or not prompts:
             raise UsageError(f"prompts: expected a text or a list of texts, found {repr(prompts)[:80]}")
+        reading = reading_of(emphasis, plain_prompt)
         for text in prompts:
-            check_text("prompts", text)
+            check_text("prompts", text, reading)
         if clip_skip is not None:
             whole(1, self.capabilities().text_layers).check("clip_skip", clip_skip)
-        return self.conditioner.encode(prompts, clip_skip)
+        return encode(self.conditioner, prompts, reading, clip_skip)
 
     def noise_levels(self, spacing: str = "linspace", steps: int = 20) -> Tensor:
         """The levels (steps + 1,) of a spacing of diffusion.spacings, float64, falling to 0: what `sigmas` takes."""

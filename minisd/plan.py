@@ -25,6 +25,7 @@ from .options import MAX_IMAGES, MAX_SIDE, OPTIONS, checked, whole
 from .pictures.init import Picture, as_tensor, fingerprint, open_picture, to_mask, to_pixels
 from .pictures.masks import paste
 from .request import Request
+from .text import grammar
 
 MAX_PROMPT = 10_000  # characters; the text encoder reads about 300 of them
 
@@ -71,6 +72,8 @@ class Plan:
     spacing: str
     zero_negative: list[bool]
     init: InitImage | None
+    reading: str  # how prompts are read: one of options.EMPHASES, or "plain"
+    seconds: dict[str, list[str | None]]  # what the second text encoder reads, by prompt_2 and negative_prompt_2
 
 
 @dataclass(frozen=True)
@@ -94,35 +97,50 @@ class Capabilities:
 
 def planned(request: Request, model: Capabilities) -> Plan:
     """Checks a request for a model.  Raises UsageError, which names the argument, what was expected and what was found."""
+    request = as_in(request)
     if request.refiner is not None and any(
         isinstance(x, Conditioning | Timeline) for x in (request.prompt, request.negative_prompt)
     ):
         raise UsageError("refiner: expected prompts that are texts, found a conditioning, which one model alone can read")
-    texts = texts_of(request, model)
+    reading = reading_of(request.emphasis, request.plain_prompt)
+    texts = texts_of(request, model, reading)
     if request.seeds is not None and not isinstance(request.seeds, str):
         if request.seed is not None:
             raise UsageError("seed and seeds: expected a list in one of the two, found both")
         request = replace(request, seed=request.seeds, seeds="rising")
     plain = {name: checked(name, getattr(request, name)) for name in OPTIONS if name != "negative_prompt"}
     request = replace(request, **plain)
-    sampler, request = sampler_of(as_in(request))
+    sampler, request = sampler_of(request)
     options = sampler_options(request, sampler)
     check_for_model(request, model)
+    check_seconds(request, model, reading)
     spacing = spacing_of(request, model, sampler)
     init = open_picture("init_image", request.init_image) if request.init_image is not None else None
     width, height = picture_size(request, model, init)
     shape = (model.channels, height // model.downscale, width // model.downscale)
-    prompts, negatives, scales, seeds = by_picture(request, *texts)
+    prompts, negatives, scales, seeds, seconds = by_picture(request, *texts)
     latents = own_latents(request, (len(prompts), *shape))
     zero = model.recognition.family.zero_negative if request.zero_negative is None else request.zero_negative
-    zeros = [zero and not negative and isinstance(request.negative_prompt, str | Sequence) for negative in negatives]
+    empty = [not first and not second for first, second in zip(negatives, seconds["negative_prompt_2"], strict=True)]
+    zeros = [zero and each and isinstance(request.negative_prompt, str | Sequence) for each in empty]
     return Plan(
         request, prompts, negatives, scales, [None] * len(seeds) if latents is not None else list(seeds), latents, shape,
         width, height, sampler, options, spacing, zeros, settle_init(request, model, init, width, height),
+        reading, seconds,
     )  # fmt: skip
 
 
-def texts_of(request: Request, model: Capabilities) -> tuple[list[str], list[str]]:
+def reading_of(emphasis: object, plain: object) -> str:
+    """How prompts are read: as text/grammar.py calls it.  Raises UsageError."""
+    found = str(checked("emphasis", emphasis))
+    if not checked("plain_prompt", plain):
+        return found
+    if found != "original":
+        raise UsageError(f"emphasis: expected none beside plain_prompt, which reads no weights, found {found!r}")
+    return "plain"
+
+
+def texts_of(request: Request, model: Capabilities, reading: str) -> tuple[list[str], list[str]]:
     """The prompts, and the negative ones; empty texts where conditionings are given in their place."""
     found = []
     for name in ("prompt", "negative_prompt"):
@@ -135,7 +153,7 @@ def texts_of(request: Request, model: Capabilities) -> tuple[list[str], list[str
         else:
             texts = [value] if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
         for text in texts:
-            check_text(name, text)
+            check_text(name, text, reading)
         if not texts:
             raise UsageError(f"{name}: expected at least one, found an empty list")
         found.append(texts)
@@ -162,9 +180,12 @@ def check_conditioning(name: str, given: Conditioning | Timeline, model: Capabil
     return sizes.pop()[0]
 
 
-def by_picture(request: Request, prompts: list[str], negatives: list[str]) -> tuple[list[str], list[str], list[float], list[int]]:
-    """Prompts, negative prompts, guidance scales and seeds, one for each picture."""
-    given = {"negative_prompt": negatives, "guidance_scale": request.guidance_scale, "seed": request.seed}
+def by_picture(
+    request: Request, prompts: list[str], negatives: list[str]
+) -> tuple[list[str], list[str], list[float], list[int], dict[str, list[str | None]]]:
+    """Prompts, negative prompts, guidance scales, seeds, and what the second text encoder reads, one for each picture."""
+    seconds = {"prompt_2": request.prompt_2, "negative_prompt_2": request.negative_prompt_2}
+    given = seconds | {"negative_prompt": negatives, "guidance_scale": request.guidance_scale, "seed": request.seed}
     lists = {name: list(value) for name, value in given.items() if isinstance(value, list | tuple) and len(value) != 1}
     each = request.num_images
     if len(prompts) == 1 and each == 1:
@@ -188,6 +209,7 @@ def by_picture(request: Request, prompts: list[str], negatives: list[str]) -> tu
         spread("negative_prompt", negatives),
         spread("guidance_scale", request.guidance_scale),
         settle_seeds(request, len(prompts), each, spread),
+        {name: spread(name, value) for name, value in seconds.items()},
     )
 
 
@@ -224,7 +246,7 @@ def own_latents(request: Request, shape: tuple[int, ...]) -> Tensor | None:
 
 def as_in(request: Request) -> Request:
     """With the defaults of the program that it is to be like, where nobody asked for something else."""
-    defaults: dict[str, Any] = {name: value for name, value in DEFAULTS.get(request.like or "", {}).items() if name in OPTIONS}
+    defaults: dict[str, Any] = {name: value for name, value in DEFAULTS.get(str(request.like), {}).items() if name in OPTIONS}
     return replace(request, **{name: each for name, each in defaults.items() if getattr(request, name) == OPTIONS[name].default})
 
 
@@ -363,11 +385,10 @@ def path_of(picture: Picture | None) -> str | None:
     return os.path.abspath(file) if isinstance(file, str | os.PathLike) and str(file) else None
 
 
-# What other programs understand in a prompt: (red:1.2), <lora:name:0.8>.
-SYNTAX = re.compile(r"\([^()]*[^\W\d][^()]*:\s*(\d?\.\d+|\d)\s*\)|<(lora|lyco|hypernet):[^<>]*>")
+LORA = re.compile(r"<(lora|lyco|hypernet):[^<>]*>")  # what other programs understand in a prompt
 
 
-def check_text(name: str, text: object) -> None:
+def check_text(name: str, text: object, reading: str) -> None:
     if not isinstance(text, str):
         wanted = "a text or a list of texts, or what encode_prompt gives"
         raise UsageError(f"{name}: expected {wanted}, found {type(text).__name__}")
@@ -381,7 +402,35 @@ def check_text(name: str, text: object) -> None:
         raise UsageError(f"{name}: expected text in UTF-8, found bytes that are not") from None
     if "\0" in text:
         raise UsageError(f"{name}: expected a text, found a NUL character in it")
-    if found := SYNTAX.search(text):
+    if found := LORA.search(text):
+        warnings.warn(f"{name}: {found[0]!r} is read as plain words: LoRAs in a prompt are not known yet", stacklevel=2)
+    check_grammar(name, text, reading)
+
+
+def check_grammar(name: str, text: str, reading: str) -> None:
+    """Raises UsageError for weights that are none; warns of one that may not be meant."""
+    try:
+        grammar.checked(text, reading, joins=name == "prompt")
+    except ValueError as error:
+        raise UsageError(f"{name}: {error}") from None
+    tail = grammar.lone_weight(text) if name == "prompt" and reading not in ("comfy", "plain") else None
+    if tail is not None:
         warnings.warn(
-            f"{name}: {found[0]!r} is read as plain words: weights and LoRAs in a prompt are not known yet", stacklevel=2
+            f"prompt: {tail!r} at its end is no word but a weight of guidance, as A1111 has it; "
+            "plain_prompt (--plain-prompt) takes all for words",
+            stacklevel=2,
         )
+
+
+def check_seconds(request: Request, model: Capabilities, reading: str) -> None:
+    """What a second text encoder is to read, where there is one."""
+    for name in ("prompt_2", "negative_prompt_2"):
+        value, first = getattr(request, name), getattr(request, name.removesuffix("_2"))
+        if value is None:
+            continue
+        if len(model.recognition.family.towers) < 2:
+            raise UsageError(f"{name}: only SDXL has a second text encoder, found {model.recognition.family.title}")
+        if isinstance(first, Conditioning | Timeline):
+            raise UsageError(f"{name}: expected none beside a conditioning, which holds what both text encoders read")
+        for text in [value] if isinstance(value, str) else value:
+            check_text(name, text, reading)

@@ -25,6 +25,7 @@ def recipe_of(plan: Plan, i: int) -> dict[str, Any]:
     settled = {
         "prompt": None if isinstance(request.prompt, handed) else plan.prompts[i],
         "negative_prompt": None if isinstance(request.negative_prompt, handed) else plan.negatives[i],
+        **{name: texts[i] for name, texts in plan.seconds.items()},
         "guidance_scale": plan.scales[i],
         "seed": plan.seeds[i],
         "width": plan.width,
@@ -83,6 +84,7 @@ def repeat(recipe: Mapping[str, Any], checkpoint: Path, elsewhere: Mapping[str, 
     check_sources(recipe)
     if "prompt" not in recipe:
         raise UsageError("the picture's minisd chunk says nothing of its prompt")
+    recipe = {"plain_prompt": "emphasis" not in recipe} | recipe  # from before prompts had a grammar
     count = whole(1, MAX_IMAGES).check("grid", recipe.get("grid", 1))  # pictures; a grid carries the recipe of its first
     return Request(**{name: recipe[name] for name in ("prompt", *RECORDED) if name in recipe}, num_images=count)
 

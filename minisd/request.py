@@ -79,6 +79,10 @@ class Request:
     zero_negative: SDXL: an empty negative prompt is zeros (True) or the encoding of no words (False).
     aesthetic_score, negative_aesthetic_score: what the SDXL refiner is told of the picture wanted, and of the one not wanted.
     refiner: another pipeline (SDXL's refiner) that goes on where this one has drawn high_noise_frac of the noise schedule.
+    prompt_2, negative_prompt_2: SDXL: what its second text encoder reads; by default the same as the first.
+    emphasis: how weights and brackets in prompts are read, one of options.EMPHASES: A1111's grammar and its ways to weigh
+        ("original", "no-norm", "ignore", "none"), or "comfy" for ComfyUI's.
+    plain_prompt: prompts are words, whatever they contain.
     progress: show a bar.  transform: what the latents become after each step, Step -> (B, C, h, w).
     observe: is shown every call of the network: (call, x, estimates of x_0 by role).
     """
@@ -117,6 +121,10 @@ class Request:
     progress: bool = False
     transform: Callable[[Step], Tensor] | None = None
     observe: Observer | None = None
+    prompt_2: str | Sequence[str] | None = None
+    negative_prompt_2: str | Sequence[str] | None = None
+    emphasis: str = "original"
+    plain_prompt: bool = False
 
 
 def request_of(given: tuple[Any, ...], options: Mapping[str, Any]) -> Request:

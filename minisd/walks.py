@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .codec import check_finite
 from .diffusion.denoiser import ClassifierFree, Conditioning, Guide, Known, Noise, Timeline
-from .diffusion.guides import Own, Rescaled, TextAndImage
+from .diffusion.guides import Composed, Own, Rescaled, TextAndImage, part_role
 from .diffusion.levels import Levels, own_levels
 from .diffusion.noise import per_picture
 from .diffusion.program import Program, program
@@ -25,7 +25,9 @@ from .pictures.masks import at_latents, without_masked
 from .plan import Plan
 from .request import Stations
 from .result import Step
-from .text.conditioner import halves, with_sizes, zeroed
+from .text.conditioner import with_sizes, zeroed
+from .text.grammar import parse
+from .text.prompts import Line, Reader, line
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Leg:
     pipe: Stations
     levels: Levels
     program: Program | None  # of the sampler over these levels, where it has one
+    before: int  # calls of the network on the way here
+    calls: int  # of the whole way, as A1111 counts them for what changes in a prompt
 
     @property
     def steps(self) -> int | None:
@@ -57,7 +61,12 @@ def course(plan: Plan, base: Stations) -> list[Leg]:
     if short := [part.steps for _, part in parts if 0 < part.steps < sampler.least]:
         raise UsageError(f"steps: expected at least {sampler.least} for sampler {sampler.label!r}, found {short[0]}")
     run = partial(program, sampler.run, shape=shape, pair=sampler.pair, **plan.options)
-    return [Leg(pipe, part, run(sigmas=part.sigmas)) for pipe, part in parts if part.steps > 0]
+    ways = [(pipe, part, run(sigmas=part.sigmas)) for pipe, part in parts if part.steps > 0]
+    asked = [len(found.sigmas) if found else part.steps for _, part, found in ways]
+    steps = plan.request.steps if plan.request.sigmas is None else len(plan.request.sigmas) - 1
+    # The steps asked for, twice for samplers that ask twice a step, be it 2 N - 1 times (A1111 sd_samplers_kdiffusion.py).
+    calls = steps * max(1, int(sum(asked) / max(1, sum(part.steps for _, part, _ in ways)) + 0.5))
+    return [Leg(*each, before=sum(asked[:i]), calls=calls) for i, each in enumerate(ways)]
 
 
 def plan_levels(plan: Plan, base: Stations) -> Levels:
@@ -102,7 +111,7 @@ def start(plan: Plan, part: slice, leg: Leg, known: Tensor | None) -> tuple[Tens
 
 def walk(plan: Plan, part: slice, leg: Leg, known: Tensor | None, progress: Progress) -> Walk:
     """What one model does for some of the pictures.  known: the latents of the init image (1, C, h, w), where there is one."""
-    guide, conditioning = guidance(plan, part, leg.pipe)
+    guide, conditioning = guidance(plan, part, leg)
     for each in conditioning:
         for _, conditioned in each.entries:
             check_finite(conditioned.context, leg.pipe.dtype, "text encoder")
@@ -144,22 +153,12 @@ class Progress:
         return Step(self.index, self.total, *at, self.part.start, seeds, moment.way)
 
 
-def guidance(plan: Plan, part: slice, pipe: Stations) -> tuple[Guide, list[Timeline]]:
+def guidance(plan: Plan, part: slice, leg: Leg) -> tuple[Guide, list[Timeline]]:
     """How the network's answers become one, and what it is told in each role."""
-    request, scales = plan.request, plan.scales[part]
-    scale = scales[0] if len(set(scales)) == 1 else tuple(scales)
-    roles = conditionings(plan, part, pipe)
-    guide: Guide
-    if request.guide is not None:
-        guide = (
-            cast(Guide, request.guide) if hasattr(request.guide, "on") and hasattr(request.guide, "roles") else Own(request.guide)
-        )
-    elif "image" in roles:
-        guide = TextAndImage(scale, request.image_guidance_scale)
-    elif request.guidance_rescale and scale != 1:
-        guide = Rescaled(scale, request.guidance_rescale)
-    else:
-        guide = ClassifierFree(scale)
+    roles, weights = conditionings(plan, part, leg)
+    # Of each part of a prompt, of each picture.
+    scales = [[scale * weight for scale, weight in zip(plan.scales[part], of_part, strict=True)] for of_part in weights]
+    guide = own_guide(plan.request.guide, weights) if plan.request.guide is not None else usual_guide(plan, scales, roles)
     if not guide.roles or guide.on not in ("estimate", "output"):
         raise UsageError(f"guide: expected roles, and to work on estimate or output, found {guide.roles} and {guide.on!r}")
     if plan.sampler.pair and "negative" not in guide.roles:
@@ -169,23 +168,49 @@ def guidance(plan: Plan, part: slice, pipe: Stations) -> tuple[Guide, list[Timel
     return guide, [roles[role] for role in guide.roles]
 
 
-def conditionings(plan: Plan, part: slice, pipe: Stations) -> dict[str, Timeline]:
-    """What the network is told of some of the pictures, by role, with what the model's task wants to see beside the latents."""
-    positive, negative = positive_and_negative(plan, part, pipe)
-    count, task, init = len(plan.seeds[part]), pipe.recognition.task, plan.init
-    if task == "draw" or init is None:
-        return {"negative": negative, "positive": positive}
-    if task == "edit":
+def own_guide(given: Guide | Callable[..., Tensor], weights: Sequence[Sequence[float]]) -> Guide:
+    """A user's own, which weighs itself what AND joins, if it knows of that."""
+    guide = cast(Guide, given) if hasattr(given, "on") and hasattr(given, "roles") else Own(given)
+    if (len(weights) > 1 or set(weights[0]) != {1.0}) and part_role(1) not in guide.roles:
+        raise UsageError(
+            "guide: expected a prompt without AND and without a weight at its end, which are guidance as A1111 has it"
+        )
+    return guide
+
+
+def usual_guide(plan: Plan, scales: list[list[float]], roles: dict[str, Timeline]) -> Guide:
+    request, joined = plan.request, len(scales) > 1
+    if all(len(set(each)) == 1 for each in scales):
+        scales = [each[:1] for each in scales]
+    scale = scales[0][0] if len(scales[0]) == 1 else tuple(scales[0])
+    if joined and ("image" in roles or request.guidance_rescale):
+        found = "a model that edits" if "image" in roles else "guidance_rescale"
+        raise UsageError(f"prompt: expected no AND beside {found}, which is a guidance of its own")
+    if joined:
+        return Composed(tuple(map(tuple, scales)))
+    if "image" in roles:
+        return TextAndImage(scale, request.image_guidance_scale)
+    if request.guidance_rescale and scale != 1:
+        return Rescaled(scale, request.guidance_rescale)
+    return ClassifierFree(scale)
+
+
+def conditionings(plan: Plan, part: slice, leg: Leg) -> tuple[dict[str, Timeline], list[list[float]]]:
+    """What the network is told of some of the pictures, by role, with what the model's task wants to see beside the latents; and
+    the weights of each part of the prompts, by picture."""
+    negative, positives, weights = read_prompts(plan, part, leg)
+    pipe, count, init = leg.pipe, len(plan.seeds[part]), plan.init
+    roles = {"negative": negative} | {part_role(i): positive for i, positive in enumerate(positives)}
+    if pipe.recognition.task == "draw" or init is None:
+        return roles, weights
+    if pipe.recognition.task == "edit":
         picture = (pipe.codec.encode(init.pixels) / pipe.codec.scale).expand(count, -1, -1, -1)  # not scaled (edit_cli.py)
-        return {
-            "negative": beside(negative, torch.zeros_like(picture)),
-            "image": beside(negative, picture),
-            "positive": beside(positive, picture),
-        }
+        seeing = {name: beside(each, picture) for name, each in (roles | {"image": negative}).items()}
+        return seeing | {"negative": beside(negative, torch.zeros_like(picture))}, weights
     assert init.mask is not None
     seen = pipe.codec.encode(without_masked(init.pixels, init.mask))
     extra = torch.cat([at_latents(init.mask, seen), seen], dim=1).expand(count, -1, -1, -1)  # (B, 1 + C, h, w)
-    return {"negative": beside(negative, extra), "positive": beside(positive, extra)}
+    return {name: beside(each, extra) for name, each in roles.items()}, weights
 
 
 def beside(timeline: Timeline, extra: Tensor) -> Timeline:
@@ -196,32 +221,56 @@ def each_entry(timeline: Timeline, change: Callable[[Conditioning], Conditioning
     return Timeline(tuple((last, change(each)) for last, each in timeline.entries))
 
 
-def positive_and_negative(plan: Plan, part: slice, pipe: Stations) -> tuple[Timeline, Timeline]:
-    """The conditionings of the positive and of the negative prompts, equally many chunks long, with SDXL's sizes."""
-    request, family = plan.request, pipe.family
+def read_prompts(plan: Plan, part: slice, leg: Leg) -> tuple[Timeline, list[Timeline], list[list[float]]]:
+    """What the negative prompts say, and each part of the positive ones, equally many chunks long, with SDXL's sizes; and the
+    parts' weights, by picture."""
+    request, pipe = plan.request, leg.pipe
     handed = [value for value in (request.prompt, request.negative_prompt) if isinstance(value, Conditioning | Timeline)]
     chunks = max([1, *(each.context.shape[1] // 77 for value in handed for _, each in timeline_of(value).entries)])
-    prompts, negatives = plan.prompts[part], plan.negatives[part]
-    both = pipe.conditioner.encode([*prompts, *negatives], request.clip_skip, chunks)
-    positive, negative = (timeline_of(half) for half in halves(both))
+    pictures, negatives = lines(plan, part, leg, "prompt"), [line for ((_, line),) in lines(plan, part, leg, "negative_prompt")]
+    told = [line for picture in pictures for _, line in picture] + negatives
+    reader = Reader(pipe.conditioner, told, plan.reading, request.clip_skip, chunks)
+    longest = [max(reader.chunks(line) for _, line in picture) for picture in pictures]
+    count = max(map(len, pictures))  # a picture of fewer parts has others that do not count
+    parts = [[picture[k] if k < len(picture) else (0.0, picture[0][1]) for picture in pictures] for k in range(count)]
+    positives = [reader.timeline([line for _, line in each], longest, leg.before) for each in parts]
+    negative = reader.timeline(negatives, before=leg.before)
     if isinstance(request.prompt, Conditioning | Timeline):
-        positive = each_entry(timeline_of(request.prompt), lambda each: handed_over(each, plan, part, pipe))
+        positives = [each_entry(timeline_of(request.prompt), lambda each: handed_over(each, plan, part, leg, reader.length))]
     if isinstance(request.negative_prompt, Conditioning | Timeline):
-        negative = each_entry(timeline_of(request.negative_prompt), lambda each: handed_over(each, plan, part, pipe))
-    if not family.vector:
-        return positive, negative
-    negative = each_entry(negative, lambda each: zeroed(each, plan.zero_negative[part]))
-    good, bad = sizes(plan, pipe)
-    return each_entry(positive, lambda each: with_sizes(each, good)), each_entry(negative, lambda each: with_sizes(each, bad))
+        negative = each_entry(
+            timeline_of(request.negative_prompt), lambda each: handed_over(each, plan, part, leg, reader.length)
+        )
+    if pipe.family.vector:
+        negative = each_entry(negative, lambda each: zeroed(each, plan.zero_negative[part]))
+        good, bad = sizes(plan, pipe)
+        positives = [each_entry(positive, lambda each: with_sizes(each, good)) for positive in positives]
+        negative = each_entry(negative, lambda each: with_sizes(each, bad))
+    return negative, positives, [[weight for weight, _ in each] for each in parts]
 
 
-def handed_over(given: Conditioning, plan: Plan, part: slice, pipe: Stations) -> Conditioning:
-    """Some of the pictures' rows of a user's own conditioning, where and in the dtype that the network takes them."""
+def lines(plan: Plan, part: slice, leg: Leg, name: str) -> list[list[tuple[float, Line]]]:
+    """Weights and lines of the parts of each picture's prompt."""
+    texts = plan.prompts if name == "prompt" else plan.negatives
+    found, encoders = [], len(leg.pipe.family.towers)
+    for text, second in zip(texts[part], plan.seconds[f"{name}_2"][part], strict=True):
+        other = None if second is None else parse(second, leg.calls, plan.reading, joins=False).parts[0]
+        parts = parse(text, leg.calls, plan.reading, joins=name == "prompt").parts
+        found.append([(each.weight, line(each, other, encoders)) for each in parts])
+    return found
+
+
+def handed_over(given: Conditioning, plan: Plan, part: slice, leg: Leg, chunks: int) -> Conditioning:
+    """Some of the pictures' rows of a user's own conditioning, where and in the dtype that the network takes them; one that is
+    shorter than others goes on with its last vector."""
+    pipe = leg.pipe
 
     def rows(x: Tensor) -> Tensor:  # one for all, one a prompt, or one a picture
         return x.repeat_interleave(len(plan.seeds) // len(x), 0)[part].to(pipe.device, pipe.dtype)
 
-    return Conditioning(rows(given.context), None if given.pooled is None else rows(given.pooled))
+    context = rows(given.context)
+    context = torch.cat([context, context[:, -1:].expand(-1, chunks * 77 - context.shape[1], -1)], dim=1)
+    return Conditioning(context, None if given.pooled is None else rows(given.pooled))
 
 
 def timeline_of(given: Conditioning | Timeline) -> Timeline:

@@ -19,7 +19,7 @@ from difflib import get_close_matches
 
 from .. import __version__
 from ..errors import MinisdError, OutOfMemoryError, OutputError
-from . import about, again, bench, completion, draw, files, models
+from . import about, again, bench, completion, draw, files, models, tokens
 from .options import Parser, one_line, with_flags
 from .streams import careful_streams, ended_by_signals
 
@@ -59,6 +59,9 @@ COMMANDS = {
     "save": Command("-m FILE", "put a checkpoint together from parts, under the next free number", files.save_parser, files.save),
     "compare": Command(
         '"PROMPT" …', "checkpoints against seeds, or over other settings: one picture", models.compare_parser, models.compare
+    ),
+    "tokens": Command(
+        '"PROMPT"', "how a prompt is read: its parts, steps, chunks, tokens and weights", tokens.parser, tokens.tokens
     ),
     "models": Command(
         "[add FILE]", "what models there are on this machine; import one", models.models_parser, models.models, models.parse

@@ -151,7 +151,8 @@ def mix(weights: Tensor, answers: Sequence[Tensor]) -> Tensor:
 
 def checked(weights: Tensor, roles: int) -> Tensor:
     """Weights (K, B or 1) as they must be: what sums to something else would be no mean of the answers.  Raises UsageError."""
-    if weights.dim() != 2 or len(weights) != roles or not bool(((weights.sum(0) - 1).abs() < 1e-4).all()):
+    fits = weights.dim() == 2 and len(weights) == roles
+    if not fits or not bool(((weights.sum(0) - 1).abs() < 1e-4 * weights.abs().sum(0)).all()):
         raise UsageError(
             f"guide: expected weights ({roles}, B or 1) that sum to 1 over the roles, found {weights.tolist()}"[:300]
         )

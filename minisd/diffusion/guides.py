@@ -1,4 +1,5 @@
-"""Guides beside classifier-free guidance: for editing pictures, against the glare of strong guidance, and a user's own."""
+"""Guides beside classifier-free guidance: for editing pictures, for several prompts at once, against the glare of strong
+guidance, and a user's own."""
 
 from __future__ import annotations
 
@@ -29,6 +30,29 @@ class TextAndImage(Affine):
     def weights(self, call: Call) -> Tensor:
         text = torch.tensor(self.text).float().view(-1)  # (B or 1,)
         return torch.stack([torch.full_like(text, 1 - self.image), self.image - text, text])
+
+
+@dataclass(frozen=True)
+class Composed(Affine):
+    """Several prompts at once, each with its scale: u + sum_i s_i (c_i - u), which may be negative and have any sum.
+
+    Liu et al. 2022, arXiv 2206.01714, composable diffusion; A1111 sd_samplers_cfg_denoiser.py, combine_denoised.
+    """
+
+    scales: tuple[tuple[float, ...], ...]  # (K - 1, B or 1): s_i, of each picture or of all
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return "negative", *(part_role(i) for i in range(len(self.scales)))
+
+    def weights(self, call: Call) -> Tensor:
+        scales = torch.tensor(self.scales).float()
+        return torch.cat([1 - scales.sum(0, keepdim=True), scales])
+
+
+def part_role(i: int) -> str:
+    """The name of the i-th of the prompts that are joined by AND."""
+    return "positive" if i == 0 else f"positive {i + 1}"
 
 
 @dataclass(frozen=True)

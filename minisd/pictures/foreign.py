@@ -22,6 +22,7 @@ EXIF, USER_COMMENT, DESCRIPTIONS = 0x8769, 0x9286, (0x010E, 0x010F, 0x0110)  # t
 FIELD = re.compile(r'([A-Za-z][\w /+-]{0,40}):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,\s*|$)')
 OF_FIELDS = {option.infotext: option for option in OPTIONS.values() if option.infotext}
 OF_FIELDS["Eta DDIM"] = OPTIONS["eta"]
+EMPHASES = {"Original": "original", "No norm": "no-norm", "Ignore": "ignore", "None": "none"}
 ASIDE = {"Version", "Model hash", "VAE hash", "Hashes", "User", "RNG"}  # nothing that a command would say
 
 # Whose text it is, by the beginning of its field `Version`.
@@ -140,6 +141,8 @@ def option_of(name: str, value: str) -> list[str] | None:
         return sampler_words(value)
     if name == "Schedule type":
         return spacing_words(value)
+    if name == "Emphasis":
+        return ["--emphasis", EMPHASES[value]] if value in EMPHASES else None
     try:
         if name == "Size":
             for side, length in zip(("width", "height"), pair(value), strict=True):

@@ -22,6 +22,8 @@ MAX_CHUNKS = 10_000
 
 # What its samplers take beside eta (A1111 processing.py, generation_params of sd_samplers_common.py).
 SAMPLER_OPTIONS = {"s_churn": "Sigma churn", "s_tmin": "Sigma tmin", "s_tmax": "Sigma tmax", "s_noise": "Sigma noise"}
+# A1111's names of its ways to weigh words (sd_emphasis.py); it does not say the first, and ComfyUI's is none of them.
+EMPHASES = {"no-norm": "No norm", "ignore": "Ignore", "none": "None"}
 HEAD = ("Steps", "Sampler", "CFG scale", "Seed")  # comes first, and is said always
 
 
@@ -71,6 +73,8 @@ def said_of(option: Option, recipe: Mapping[str, Any]) -> object:
     value = recipe["sampler_label"] if option.name == "sampler" else recipe.get(option.name)
     if option.name == "spacing":
         value = schedule_type(recipe)
+    if option.name == "emphasis":
+        value = EMPHASES.get(str(value))
     if option.name == "image_guidance_scale" and recipe.get("task") != "edit":
         value = None
     return None if option.infotext not in HEAD and value in (None, 0) else value

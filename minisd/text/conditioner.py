@@ -1,4 +1,4 @@
-"""From texts, and from what the family wants to know beside them, to what conditions the UNet."""
+"""From a text's ids, and from what the family wants to know beside them, to what conditions the UNet."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from ..diffusion.denoiser import Conditioning
 from ..models.clip import OpenTextTransformer, TextEncoder
 from ..models.family import Family, Tower, text_skip
 from ..models.unet import timestep_embedding
-from .tokenizer import LENGTH, tokenize
+from .tokenizer import LENGTH
 
+AT_ONCE = 64  # texts: every layer's output of all of them is in memory
 SIZE_CHANNELS = 256  # of the sinusoids of one number in SDXL's vector (sd_xl_base.yaml, ConcatTimestepEmbedderND)
 
 
@@ -32,21 +33,21 @@ class Conditioner:
     run: Callable[[TextEncoder, Tensor], Sequence[Tensor]] = hidden_states  # ids (B, 77) -> every layer's output, (B, 77, D)
     visit: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext  # brings an encoder to the device while it works
 
-    def encode(self, prompts: Sequence[str], clip_skip: int | None = None, chunks: int = 1) -> Conditioning:
-        """Texts -> context (B, 77*k, D), the encoders' channels side by side, and the pooled vector (B, P) where there is one.
+    def read(self, ids: Sequence[Tensor], clip_skip: int | None = None) -> tuple[list[Tensor], Tensor | None]:
+        """ids (B, 77*k) for each encoder -> the context (B, 77*k, D) of each, and the pooled vector (B, P) where there is one.
 
         clip_skip: 1 takes the last layer of every encoder, 2 the one before it, …; by default that which the family has.
-        chunks: how many times 77 tokens the context is long, at least.
         """
         contexts, pooled = [], None
-        for tower, encoder in zip(self.family.towers, self.encoders, strict=True):
-            ids = torch.tensor(tokenize(prompts, tower.pad, chunks), device=self.device)  # (B, 77*k)
+        for tower, encoder, texts in zip(self.family.towers, self.encoders, ids, strict=True):
+            parts = []
             with self.visit(encoder):
-                states = self.run(encoder, ids.view(-1, LENGTH))  # (B*k, 77): every chunk is a text of its own
-                context, vector = read_states(tower, encoder, ids, states, clip_skip)
-            contexts.append(context)
-            pooled = vector if tower.pooled else pooled
-        return Conditioning(torch.cat(contexts, dim=-1), pooled)
+                for rows in texts.to(self.device).split(AT_ONCE):
+                    states = self.run(encoder, rows.view(-1, LENGTH))  # (B*k, 77): every chunk is a text of its own
+                    parts.append(read_states(tower, encoder, rows, states, clip_skip))
+            contexts.append(torch.cat([context for context, _ in parts]))
+            pooled = torch.cat([vector for _, vector in parts if vector is not None]) if tower.pooled else pooled
+        return contexts, pooled
 
 
 def read_states(
@@ -82,10 +83,3 @@ def zeroed(conditioning: Conditioning, which: Sequence[bool]) -> Conditioning:
     keep = torch.tensor([not each for each in which], device=conditioning.context.device)
     context = torch.where(keep[:, None, None], conditioning.context, 0)
     return replace(conditioning, context=context, pooled=torch.where(keep[:, None], conditioning.pooled, 0))
-
-
-def halves(both: Conditioning) -> tuple[Conditioning, Conditioning]:
-    """What was encoded as one batch."""
-    first, second = both.context.chunk(2)
-    pooled = both.pooled.chunk(2) if both.pooled is not None else (None, None)
-    return Conditioning(first, pooled[0]), Conditioning(second, pooled[1])

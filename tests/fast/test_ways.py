@@ -39,6 +39,7 @@ from minisd.models.unet import CrossAttention, Trunk, UNet
 from minisd.models.vae import AutoencoderKL
 from minisd.plan import planned
 from minisd.request import Request
+from minisd.text.prompts import encode
 from minisd.walks import Progress, course, known_latents, start, walk
 from minisd.workbench import blueprint
 
@@ -508,6 +509,30 @@ def test_an_observer_sees_every_call_and_changes_nothing(files):
     assert all(len(shapes) == 2 for *_, shapes in seen)
 
 
+PROMPTS = {
+    "and": {"prompt": "a red circle AND a blue star:0.6 AND grey:-0.3"},
+    "and, no guidance of all": {"prompt": "a red circle:0.5 AND a blue star:0.5", "guidance_scale": 1.0},  # weight 0 for no words
+    "and, unlike pictures": {"prompt": ["a red circle AND a star:2", "a ring:1.5"], "guidance_scale": [3.0, 7.5]},
+    "and, unlike lengths": {"prompt": "a red circle AND " + "a blue star " * 50, "negative_prompt": "grey " * 160},
+    "edit": {"prompt": "a [red:blue:0.5] circle", "negative_prompt": "[grey::2]"},
+    "edit, long": {"prompt": "a [red circle:" + "blue star, " * 60 + ":1]"},
+    "alternation": {"prompt": "a [red|blue|] circle"},
+    "alternation, two calls a step": {"prompt": "a [red|blue|] circle", "sampler": heun},
+    "all of it": {"prompt": "a ([red|blue]:1.3) circle BREAK [star] AND [a:b:0.5] (ring:0.5):0.7", "emphasis": "no-norm"},
+    "comfy": {"prompt": "a ((red:1.3) circle) BREAK [star] AND", "emphasis": "comfy"},
+}
+
+
+@pytest.mark.parametrize(("name", "case"), [*(("sd1", case) for case in PROMPTS), ("sdxl", "all of it")])
+def test_every_kind_of_prompt_both_ways(name, case, files, recording):
+    """Recorded, and replayed: what changes from call to call is put in place between two replays."""
+    pipe = load(files[name], DEVICE)
+    request = Request(**(SMALLEST | {"steps": 4} | PROMPTS[case]))
+    with choice.using("torch"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "prompt: .* is no word")
+        compare(pipe, request, engine=fast(pipe, graphs=True), limit=2 * LIMIT)
+
+
 def test_a_conditioning_that_changes_on_the_way_both_ways(files):
     from minisd.diffusion.denoiser import Timeline
 
@@ -866,11 +891,11 @@ def test_recorded_texts_are_the_texts(name, files, recording):
     pipe = load(files[name], DEVICE)
     prompts = ["a red star", "a blue circle " * 40]
     plain_texts = replace(pipe.conditioner, run=lambda encoder, ids: encoder.hidden_states(ids))
-    wanted = plain_texts.encode(prompts, clip_skip=2)
+    wanted = encode(plain_texts, prompts, "original", clip_skip=2)
     recorded = {encoder: text_recorder(encoder, graphs=True) for encoder in pipe.text_encoders}
     texts = replace(pipe.conditioner, run=lambda encoder, ids: recorded[encoder](ids).unbind())
     for _ in range(3):
-        found = texts.encode(prompts, clip_skip=2)
+        found = encode(texts, prompts, "original", clip_skip=2)
         assert relative_error(found.context, wanted.context) <= LIMIT
         assert found.pooled is None or relative_error(found.pooled, wanted.pooled) <= LIMIT
     assert all(len(each.calls.recordings) == 1 for each in recorded.values())

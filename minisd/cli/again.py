@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from .draw import as_grid, report
 from .models import compare_again
 from .options import Parser, add_device, check_output
 
+if TYPE_CHECKING:
+    from ..pictures.found import Found
+
 
 def parser() -> Parser:
     made = Parser(
         prog="minisd again",
-        description="Make a picture again from the recipe in its minisd chunk.  Of pictures by A1111 and its like (PNG, JPEG, "
-        "WebP) it says the command that comes nearest.",
+        description="Make a picture again from the recipe in its minisd chunk; one of A1111, Forge, ComfyUI, InvokeAI, kohya's "
+        "scripts or stable-diffusion.cpp (PNG, JPEG, WebP) as near as minisd comes, with what it did not understand.",
     )
     made.add_argument("picture", type=Path, metavar="PICTURE.png")
     made.add_argument(
@@ -32,14 +36,23 @@ def parser() -> Parser:
     files.add_argument("--refiner", metavar="FILE", help="the checkpoint that finished it")
     files.add_argument("--init", dest="init_image", metavar="PICTURE", help="the picture that it was drawn over")
     files.add_argument("--mask", metavar="PICTURE", help="the mask that it was drawn under")
+    made.add_argument("--dry-run", action="store_true", help="of another program's picture: print the command, and draw nothing")
     add_device(made)
     return made
 
 
 def again(args: argparse.Namespace) -> int:
+    from ..pictures.foreign import ForeignPictureError
     from ..pictures.metadata import read_recipe
 
-    recipe = read_recipe(args.picture)
+    try:
+        recipe = read_recipe(args.picture)
+    except ForeignPictureError as error:
+        if error.found is None:
+            raise
+        return again_like(error.found, args)
+    if args.dry_run:
+        raise UsageError(f"--dry-run: expected a picture of another program, found {args.picture}, which minisd makes as it is")
     output = check_output(args.output, Path(f"{args.picture.stem}-again.png"))
     if "compare" in recipe:
         return compare_again(recipe, output, args)
@@ -67,6 +80,50 @@ def again(args: argparse.Namespace) -> int:
         sheet = grid(result.images)
         result = replace(result, images=[sheet], seeds=result.seeds[:1], metadata=[as_grid(result)])
     return report(result, output, args)
+
+
+def again_like(found: Found, args: argparse.Namespace) -> int:
+    """A picture of another program, as near as minisd comes: says what was understood, what was not, and what to expect."""
+    from .draw import draw, parse
+
+    print(f"minisd: {args.picture}: by {found.program}", file=sys.stderr)
+    for thing, words in found.said:
+        print(f"minisd:   {thing} -> {' '.join(words)}", file=sys.stderr)
+    for thing in found.lacking:
+        print(f"minisd:   not understood: {thing}", file=sys.stderr)
+    print("minisd:   expect the same picture up to rounding at best: other kernels, other last digits", file=sys.stderr)
+    given = [("-m", args.model), ("--device", args.device), ("--dtype", args.dtype), ("--init", args.init_image)]
+    given += [("--vae", vae) for vae in args.vae or ()] + [("--mask", args.mask), ("--refiner", args.refiner)]
+    more = [word for flag, value in given if value for word in (flag, str(value))]
+    if args.dry_run:
+        print(found.command(*more))
+        return 0
+    if "PICTURE" in found.words(*more):
+        raise UsageError("init_image: the picture was drawn over another, which it does not carry; give it with --init")
+    model = args.model or model_of(found)
+    output = check_output(args.output, Path(f"{args.picture.stem}-again.png"))
+    more += [] if args.model else ["-m", str(model)]
+    flags = [flag for flag in ("offload", "json", "debug") if getattr(args, flag)]
+    return draw(parse([*found.words(*more), "-o", str(output), *(f"--{flag}" for flag in flags)]))
+
+
+def model_of(found: Found) -> Path:
+    """The checkpoint that a picture names, by its hash or else by its name.  Raises UsageError."""
+    from ..errors import CheckpointError
+    from ..library.names import list_models, resolve
+
+    if found.model_hash:
+        for each in list_models():
+            if each.model_hash and each.model_hash.startswith(found.model_hash[:10].lower()):
+                return each.path
+    try:
+        if found.model:
+            return resolve(found.model)
+    except CheckpointError:
+        pass
+    known = f"{found.model or 'unnamed'}{f' (hash {found.model_hash})' if found.model_hash else ''}"
+    what_now = "-m FILE draws with another, --dry-run shows the command"
+    raise UsageError(f"model: the picture's, {known}, is not on this machine; {what_now}")
 
 
 @contextlib.contextmanager

@@ -155,7 +155,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
             check_head(file)
             with Image.open(file, formats=FORMATS) as image:
                 if image.format != "PNG" or "minisd" not in image.info:
-                    raise UsageError(f"{path}: {why_no_recipe(image)}")
+                    raise why_no_recipe(path, image)
                 recipe = json.loads(image.info["minisd"])
     except UsageError:
         raise

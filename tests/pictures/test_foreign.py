@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import struct
@@ -14,7 +15,8 @@ from PIL import Image, PngImagePlugin
 from minisd.cli import draw
 from minisd.cli.main import main
 from minisd.errors import UsageError
-from minisd.pictures.foreign import nearest, options_of, parsed
+from minisd.pictures.foreign import found_in
+from minisd.pictures.infotext import of_infotext, options_of, parsed
 from minisd.pictures.metadata import read_recipe, unreadable
 
 FAST = ["--steps", "2", "--size", "32x32", "--dtype", "float32", "--device", "cpu", "--seed", "1"]
@@ -24,8 +26,8 @@ TEXT = (
     'Model: v1-5-pruned-emaonly, Clip skip: 2, Eta DDIM: 0.5, Lora hashes: "a: 12, b: 34", Version: v1.10.1'
 )
 COMMAND = (
-    "minisd draw --steps 30 --sampler ddim --spacing karras --cfg 7.5 --seed 42 --size 512x768 -m v1-5-pruned-emaonly "
-    "--clip-skip 2 --eta 0.5 -n 'people, \"cars\"' 'a castle, \u65e5\u672c in winter'"
+    "minisd draw -m v1-5-pruned-emaonly --like a1111 --steps 30 --sampler ddim --spacing karras --cfg 7.5 --seed 42 "
+    "--size 512x768 --clip-skip 2 --eta 0.5 -n 'people, \"cars\"' 'a castle, \u65e5\u672c in winter'"
 )
 
 
@@ -50,16 +52,21 @@ def write(path: str, text: str, order: str = "be") -> None:
 @pytest.mark.parametrize(("path", "order"), [("x.png", ""), ("x.jpg", "be"), ("x.jpg", "le"), ("x.webp", "be")])
 def test_a_picture_of_a1111_gives_the_nearest_command(path, order, capsys):
     write(path, TEXT, order)
-    assert main(["again", path]) == 2
+    assert main(["again", path, "--dry-run"]) == 0
     said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err == (
-        f"minisd: error: {path}: carries no minisd chunk but the parameters text of AUTOMATIC1111's web UI, from which it cannot "
-        f"be made again exactly; nearest, without Lora hashes: {COMMAND}\n"
-    )
+    assert said.out == f"{COMMAND}\n"
+    lines = said.err.splitlines()
+    assert lines[0] == f"minisd: {path}: by AUTOMATIC1111's web UI"
+    assert "minisd:   Schedule type: Karras -> --spacing karras" in lines
+    assert "minisd:   not understood: Lora hashes: a: 12, b: 34" in lines
     args = draw.parse(shlex.split(COMMAND)[2:])
     assert (args.prompt, args.negative_prompt, args.size) == ("a castle, \u65e5\u672c in winter", 'people, "cars"', (512, 768))
     assert (args.steps, args.sampler, args.spacing, args.seed, args.eta) == (30, "ddim", "karras", 42, 0.5)
+    assert main(["again", path]) == 2
+    expected = "minisd: error: model: the picture's, v1-5-pruned-emaonly (hash 6ce0161689), is not on this machine; -m FILE"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(expected)
+    with pytest.raises(UsageError, match=r"nearest, without Lora hashes: .*: minisd draw -m v1"):
+        read_recipe(path)
 
 
 @pytest.mark.parametrize(
@@ -67,10 +74,10 @@ def test_a_picture_of_a1111_gives_the_nearest_command(path, order, capsys):
     [
         ({"Sampler": "DPM++ 2M Karras"}, "--sampler dpmpp_2m --spacing karras", []),
         ({"Sampler": "Euler a", "Eta": "0.7"}, "--sampler euler_ancestral --eta 0.7", []),
-        ({"Sampler": "Nosuch"}, "", ["Sampler: Nosuch"]),
+        ({"Sampler": "Nosuch"}, "", ["Sampler"]),
         ({"Sampler": "Euler", "Schedule type": "Automatic"}, "--sampler euler", []),
         ({"Schedule type": "SGM Uniform", "Seed": "-5"}, "--spacing sgm_uniform", ["Seed"]),
-        ({"Schedule type": "Nosuch"}, "", ["Schedule type: Nosuch"]),
+        ({"Schedule type": "Nosuch"}, "", ["Schedule type"]),
         ({"Size": "512x99999", "CFG scale": "nan", "Steps": "x"}, "", ["Size", "CFG scale", "Steps"]),
         ({"Denoising strength": "0.6", "Mask blur": "4"}, "--init PICTURE --strength 0.6", ["Mask blur"]),
         ({"Denoising strength": "0.6", "Hires upscale": "2"}, "", ["Hires upscale"]),
@@ -79,7 +86,9 @@ def test_a_picture_of_a1111_gives_the_nearest_command(path, order, capsys):
     ],
 )
 def test_what_fields_become(fields, words, rest):
-    assert options_of(fields) == (words.split(), rest)
+    said, lacking = options_of(fields)
+    assert [word for _, each in said for word in each] == words.split()
+    assert [each.partition(":")[0] for each in lacking] == rest
 
 
 @pytest.mark.parametrize(
@@ -88,13 +97,14 @@ def test_what_fields_become(fields, words, rest):
 )
 def test_whose_text_it_is(version, whose):
     text = f"a\nSteps: 1, Sampler: Euler, Seed: 1, Version: {version}"
-    assert nearest(text).startswith(f"carries no minisd chunk but the parameters text of {whose}")
+    assert of_infotext(text).program.startswith(whose)
 
 
 def test_prompts_are_read_from_any_text():
     assert parsed("only words") == ("only words", "", {})
     assert parsed("Negative prompt: b\nSteps: 1, Seed: 2, CFG scale: 3")[:2] == ("", "b")
-    assert nearest("-x\nNegative prompt: -y\nSteps: 1, Seed: 2, CFG scale: 3").endswith(" --negative=-y -- -x")
+    found = of_infotext("-x\nNegative prompt: -y\nSteps: 1, Seed: 2, CFG scale: 3")
+    assert found.command().endswith(" --negative=-y -- -x")
     hard = "a:" * 50_000 + '"' * 5000
     assert parsed(hard)[0] == hard
 
@@ -159,7 +169,7 @@ def test_what_others_cannot_read_back(text, why):
 
 
 def test_a_prompt_that_others_cannot_read_back_is_told_once_and_made_again(capsys):
-    prompt, negative = " a red star \r\nNegative prompt: x\nSteps: 3 ", "Steps: 9, Sampler: none, Seed: 7"
+    prompt, negative = " a red star \r\nNegative prompt: x\nSteps: three ", "Steps: 9, Sampler: none, Seed: 7"
     assert main([prompt, "-n", negative, "--num-images", "2", "-o", "x.png", *FAST]) == 0
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2
@@ -172,3 +182,117 @@ def test_a_prompt_that_others_cannot_read_back_is_told_once_and_made_again(capsy
     with Image.open("x-2.png") as first, Image.open("y.png") as second:
         assert np.array_equal(np.asarray(first), np.asarray(second))
         assert re.match(r" a red star \r?\n", first.info["parameters"])
+
+
+GRAPH = {
+    "3": {"class_type": "KSampler", "inputs": {
+        "seed": 7, "steps": 3, "cfg": 2.5, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 1.0,
+        "model": ["11", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0]}},
+    "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "sub\\tiny.safetensors"}},
+    "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 32, "batch_size": 1}},
+    "6": {"class_type": "CLIPTextEncode", "inputs": {"text": "a (red:1.2) star", "clip": ["12", 0]}},
+    "7": {"class_type": "CLIPTextEncode", "inputs": {"text": ["13", 0], "clip": ["12", 0]}},
+    "8": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["4", 2]}},
+    "9": {"class_type": "SaveImage", "inputs": {"images": ["8", 0], "filename_prefix": "x"}},
+    "11": {"class_type": "LoraLoader", "inputs": {"lora_name": "x", "model": ["4", 0], "clip": ["4", 1]}},
+    "12": {"class_type": "CLIPSetLastLayer", "inputs": {"stop_at_clip_layer": -2, "clip": ["11", 1]}},
+    "13": {"class_type": "PrimitiveString", "inputs": {"value": "blue"}},
+}  # fmt: skip
+INVOKE = {
+    "generation_mode": "txt2img", "positive_prompt": "a star", "negative_prompt": "blue", "width": 64, "height": 64, "seed": 5,
+    "cfg_scale": 7.5, "steps": 4, "scheduler": "dpmpp_2m_k", "model": {"name": "tiny", "hash": "x"}, "clip_skip": 1,
+    "loras": [{"weight": 1}], "app_version": "5.0",
+}  # fmt: skip
+KOHYA = {"prompt": "a star", "seed": "3", "sampler": "euler_a", "steps": "4", "scale": "7.5", "negative-prompt": "blue"}
+OTHERS = {
+    "ComfyUI": (
+        {"prompt": json.dumps(GRAPH), "workflow": "{}"},
+        "minisd draw -m tiny.safetensors --like comfyui --seed 7 --steps 3 --cfg 2.5 --sampler dpmpp_2m --spacing karras "
+        "--size 64x32 --clip-skip 2 -n blue 'a (red:1.2) star'",
+        ["node LoraLoader"],
+    ),
+    "InvokeAI": (
+        {"invokeai_metadata": json.dumps(INVOKE)},
+        "minisd draw -m tiny --like diffusers --steps 4 --cfg 7.5 --seed 5 --size 64x64 --clip-skip 2 --sampler dpmpp_2m "
+        "--spacing karras -n blue 'a star'",
+        ["loras"],
+    ),
+    "kohya's sd-scripts": (
+        KOHYA, "minisd draw --like diffusers --steps 4 --cfg 7.5 --seed 3 --sampler euler_ancestral -n blue 'a star'", [],
+    ),
+    "stable-diffusion.cpp": (
+        {"parameters": "a star\nSteps: 4, CFG scale: 7, Seed: 3, Size: 64x64, Model: tiny.safetensors, RNG: CPU, "
+         "Sampler: euler_a karras, Version: stable-diffusion.cpp"},
+        "minisd draw -m tiny.safetensors --like a1111 --steps 4 --cfg 7 --seed 3 --size 64x64 --sampler euler_ancestral "
+        "--spacing karras 'a star'",
+        [],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", OTHERS)
+def test_pictures_of_other_programs(program, capsys):
+    texts, command, lacking = OTHERS[program]
+    Image.new("RGB", (8, 8)).save("x.png", pnginfo=chunks(**texts))
+    with Image.open("x.png") as image:
+        found = found_in(image)
+    assert (found.program, list(found.lacking)) == (program, lacking)
+    assert found.command() == command
+    assert main(["again", "x.png", "--dry-run"]) == 0
+    assert capsys.readouterr().out == f"{command}\n"
+
+
+def test_a_graph_in_exif():
+    Image.new("RGB", (8, 8)).save("x.webp", exif=described("prompt:" + json.dumps(GRAPH)))
+    with Image.open("x.webp") as image:
+        assert found_in(image).prompt == "a (red:1.2) star"
+
+
+def test_it_is_drawn_with_the_model_that_it_names(capsys):
+    Image.new("RGB", (8, 8)).save("x.png", pnginfo=chunks(**OTHERS["InvokeAI"][0]))
+    assert main(["again", "x.png", "--device", "cpu", "--dtype", "float32"]) == 0
+    assert capsys.readouterr().out == "x-again.png\n"
+    recipe = read_recipe("x-again.png")
+    assert (recipe["sampler"], recipe["spacing"], recipe["seed"], recipe["like"]) == ("dpmpp_2m", "karras", 5, "diffusers")
+    assert main(["again", "x-again.png", "--dry-run"]) == 2
+    assert "--dry-run: expected a picture of another program" in capsys.readouterr().err
+
+
+def test_what_it_was_drawn_over_must_be_given(capsys):
+    write("x.png", TEXT.replace("Clip skip: 2", "Denoising strength: 0.5"))
+    assert main(["again", "x.png", "-m", "tiny"]) == 2
+    assert "the picture was drawn over another, which it does not carry; give it with --init" in capsys.readouterr().err
+    assert main(["again", "x.png", "-m", "tiny", "--init", "y.png", "--dry-run"]) == 0
+    assert "--init y.png" in (out := capsys.readouterr().out)
+    assert "PICTURE" not in out
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        [], {"3": 5}, {"3": {"class_type": "KSampler"}}, {"3": {"class_type": "KSampler", "inputs": {"positive": ["3", 0]}}},
+        {"3": {"class_type": "KSampler", "inputs": {"positive": ["4", 0], "seed": {}, "steps": True, "cfg": [[[]]]}},
+         "4": {"class_type": "A", "inputs": {"a": ["4", 0]}}},
+        {"3": {"class_type": "KSampler", "inputs": {"sampler_name": "none", "scheduler": 5, "denoise": "x", "latent_image": 1}}},
+    ],
+)  # fmt: skip
+def test_a_strange_graph_is_no_crash(graph, capsys):
+    Image.new("RGB", (8, 8)).save("x.png", pnginfo=chunks(prompt=json.dumps(graph)))
+    assert main(["again", "x.png"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_our_own_text_is_read_back():
+    """What the parameters text says of a drawing is what its recipe says."""
+    options = ["--sampler", "DPM++ 2M SDE Karras", "--cfg", "3", "--eta", "0.5", "--sampler-options", "s_noise=0.9", *FAST]
+    assert main(["a (red:1.2) star", "-n", "blue", *options, "-o", "x.png"]) == 0
+    with Image.open("x.png") as image:
+        text, known = image.info["parameters"], read_recipe("x.png")
+    found = of_infotext(text)
+    assert not found.lacking
+    args = draw.parse(found.words())
+    assert (args.prompt, args.negative_prompt) == (known["prompt"], known["negative_prompt"])
+    for name in ("sampler", "spacing", "steps", "seed", "eta", "guidance_scale"):
+        assert getattr(args, name) == known[name], name
+    assert args.sampler_options == known["sampler_options"]
+    assert args.size == (known["width"], known["height"])

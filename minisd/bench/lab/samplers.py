@@ -159,17 +159,21 @@ def steps_for(name: str, calls: int) -> int:
 
 
 def plot(lines: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    """Error against calls, both in powers, a line for each sampler; the best at the largest budget come first in the legend."""
-    figure, axis = pyplot().subplots(figsize=(9, 5.6), constrained_layout=True)
+    """Error against calls, both in powers: a line for each sampler, or for those that are one without noise; the best first."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, found in lines.items():
+        alike.setdefault(tuple(f"{far:.2e}" for _, far in found), []).append(name)
+    figure, axis = pyplot().subplots(figsize=(9.6, 5.4), constrained_layout=True)
     colours = pyplot().get_cmap("tab20").colors
-    for i, (name, found) in enumerate(sorted(lines.items(), key=lambda line: line[1][-1][1])):
-        calls, errors = zip(*found, strict=True)
-        axis.plot(calls, errors, marker="osD^v"[i % 5], markersize=4, linewidth=1.2, color=colours[i % 20], label=name)
+    for i, names in enumerate(sorted(alike.values(), key=lambda names: lines[names[0]][-1][1])):
+        calls, errors = zip(*lines[names[0]], strict=True)
+        looks = {"marker": "osD^v"[i % 5], "markersize": 4, "linewidth": 1.2, "color": colours[i % 20]}
+        axis.plot(calls, errors, label=", ".join(names), **looks)
     axis.set(xscale="log", yscale="log", xlabel="calls of the network", ylabel="relative error of the latents")
     axis.set_xticks(BUDGETS, [str(calls) for calls in BUDGETS])
     axis.minorticks_off()
     axis.grid(color="#e4e7eb", linewidth=0.7)
     for side in axis.spines.values():
         side.set_visible(False)
-    axis.legend(frameon=False, fontsize=8, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.legend(frameon=False, fontsize=7.5, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=100, facecolor="white")

@@ -26,7 +26,7 @@ from torch import nn
 
 import minisd
 from minisd.diffusion.denoiser import ClassifierFree
-from minisd.diffusion.samplers import Sampler
+from minisd.diffusion.samplers import SAMPLERS, Sampler
 from minisd.fast import choice
 from minisd.fast.cuda import Cuda, decoder_recorder, text_recorder
 from minisd.fast.decoder import FusedDecoder
@@ -170,6 +170,22 @@ def test_every_sampler_and_guide_both_ways(sampler, guide, files):
     options = SMALLEST | {"steps": 4, "sampler": LINEAR.get(sampler, sampler), "guide": own, "spacing": "trailing"}
     with choice.using("torch"), warnings.catch_warnings():
         warnings.simplefilter("ignore" if way == "network" else "error")
+        compare(pipe, Request("a red circle", num_images=2, **options), way)
+
+
+@pytest.mark.parametrize(
+    "guide", ["usual", *(pytest.param(guide, marks=pytest.mark.slow) for guide in GUIDES if guide != "usual")]
+)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_of_the_field_both_ways(sampler, guide, files):
+    """By its table, or by its own generator where it has none (dpm_adaptive) or asks for two estimates (CFG++)."""
+    own, way = GUIDES[guide]
+    if sampler == "dpm_adaptive" or SAMPLERS[sampler].pair:
+        way = "network"
+    pipe = load(files["sd1"], DEVICE)
+    options = SMALLEST | {"steps": 4, "sampler": sampler, "guide": own, "guidance_scale": 2.0}
+    with choice.using("torch"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         compare(pipe, Request("a red circle", num_images=2, **options), way)
 
 

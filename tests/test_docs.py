@@ -172,9 +172,5 @@ def test_unet_figure_shows_what_runs():
     taken = [block.made[0] for block in blocks[:12]]
     made = [block.made[0] for block in blocks[12:-1]]
     assert [block.given[0] for block in blocks[13:]] == [a + b for a, b in zip(made, reversed(taken), strict=True)]
-    assert {path.name for path in (ROOT / "docs" / "figures").iterdir()} == {
-        "unet.png",
-        "schedules.png",
-        "denoising.png",
-        "samplers.png",
-    }
+    figures = {path.name for path in (ROOT / "docs" / "figures").iterdir()}
+    assert figures == {"unet.png", "schedules.png", "denoising.png", "samplers.png"}

@@ -112,9 +112,8 @@ def start(plan: Plan, part: slice, leg: Leg, known: Tensor | None) -> tuple[Tens
 def walk(plan: Plan, part: slice, leg: Leg, known: Tensor | None, progress: Progress) -> Walk:
     """What one model does for some of the pictures.  known: the latents of the init image (1, C, h, w), where there is one."""
     guide, conditioning = guidance(plan, part, leg)
-    for each in conditioning:
-        for _, conditioned in each.entries:
-            check_finite(conditioned.context, leg.pipe.dtype, "text encoder")
+    for conditioned in {id(each): each for timeline in conditioning for _, each in timeline.entries}.values():
+        check_finite(conditioned.context, leg.pipe.dtype, "text encoder")
     mask = kept(plan, leg.pipe)
     region = Known(at_latents(mask, known), known) if mask is not None and known is not None else None
     transform = progress.begin(part, leg)
@@ -218,7 +217,8 @@ def beside(timeline: Timeline, extra: Tensor) -> Timeline:
 
 
 def each_entry(timeline: Timeline, change: Callable[[Conditioning], Conditioning]) -> Timeline:
-    return Timeline(tuple((last, change(each)) for last, each in timeline.entries))
+    changed = {key: change(each) for key, each in {id(each): each for _, each in timeline.entries}.items()}
+    return Timeline(tuple((last, changed[id(each)]) for last, each in timeline.entries))
 
 
 def read_prompts(plan: Plan, part: slice, leg: Leg) -> tuple[Timeline, list[Timeline], list[list[float]]]:

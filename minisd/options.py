@@ -119,7 +119,7 @@ class Option:
 
 
 FILES, START = "model files", "starting from a picture"
-FINER, SDXL = "finer control", "what SDXL is told"
+FINER, SDXL, NOISE = "finer control", "what SDXL is told", "where noise comes from"
 OPTIONS = {
     option.name: option
     for option in (
@@ -184,6 +184,28 @@ OPTIONS = {
             "guidance_rescale", number(0, 1), 0.0, "0 to 1: against the glare of strong guidance",
             "--rescale", "R", FINER, infotext="CFG Rescale",
         ),
+        Option(
+            "rng", TEXT, "cpu", "cpu: minisd's, and A1111's RNG CPU; nv: A1111's RNG GPU and NV; comfy: ComfyUI's",
+            "--rng", "NAME", NOISE,
+        ),
+        Option(
+            "subseed", whole(0, MAX_SEED, at_least=-1), None, "of the noise that a variation goes towards (default: random)",
+            "--subseed", "N", NOISE, infotext="Variation seed",
+        ),
+        Option(
+            "subseed_strength", number(0, 1), 0.0, "0 to 1, how far; the pictures have one seed, and subseeds N + i",
+            "--subseed-strength", "F", NOISE, infotext="Variation seed strength",
+        ),
+        Option(
+            "ensd", whole(0, 2**32), 0, "added to the seed for the noise of the steps (A1111's eta noise seed delta)",
+            "--ensd", "N", NOISE, infotext="ENSD",
+        ),
+        Option(
+            "sde_noise", one_of("independent", "brownian"), "independent",
+            "independent noise for each step, or brownian: of one path, as other programs have it for samplers of SDEs",
+            "--sde-noise", "NAME", NOISE,
+        ),
+        Option("batch_place", PAIR, None),
         Option("original_size", PAIR, None, "size before cropping (default: the picture's)", "--original-size", "WxH", SDXL),
         Option("crop", PAIR, (0, 0), "left and top of the crop (default: 0x0)", "--crop", "LxT", SDXL),
         Option("target_size", PAIR, None, "size after cropping (default: the picture's)", "--target-size", "WxH", SDXL),

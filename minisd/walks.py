@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from .codec import check_finite
+from .diffusion.brownian import brownian
 from .diffusion.denoiser import ClassifierFree, Conditioning, Guide, Known, Noise, Timeline
 from .diffusion.guides import Own, Rescaled, TextAndImage
 from .diffusion.levels import Levels, levels, own_levels
-from .diffusion.noise import per_picture
+from .diffusion.noise import sources
 from .diffusion.program import Program, program
 from .diffusion.schedule import TRAINING_STEPS
 from .errors import UsageError
@@ -34,6 +35,7 @@ class Leg:
     pipe: Stations
     levels: Levels
     program: Program | None  # of the sampler over these levels, where it has one
+    ends: tuple[float, float]  # of all levels of the way, the least above 0 and the greatest
 
     @property
     def steps(self) -> int | None:
@@ -46,7 +48,8 @@ def course(plan: Plan, base: Stations) -> list[Leg]:
     The base draws the noise levels of the first timesteps, the refiner goes on from there (Podell et al. 2023, arXiv 2307.01952,
     section 2.5); a level belongs to the base if its timestep is at least the cutoff (diffusers, denoising_end).
     """
-    whole, refiner = plan_levels(plan, base), plan.request.refiner
+    full, refiner = plan_levels(plan, base), plan.request.refiner
+    whole = full.tail(int(full.steps * plan.init.strength)) if plan.init else full
     parts = [(base, whole)]
     if refiner is not None:
         cutoff = round(TRAINING_STEPS * (1 - plan.request.high_noise_frac))
@@ -56,17 +59,16 @@ def course(plan: Plan, base: Stations) -> list[Leg]:
     if short := [part.steps for _, part in parts if 0 < part.steps < sampler.least]:
         raise UsageError(f"steps: expected at least {sampler.least} for sampler {sampler.label!r}, found {short[0]}")
     run = partial(program, sampler.run, shape=shape, pair=sampler.pair, **plan.options)
-    return [Leg(pipe, part, run(sigmas=part.sigmas)) for pipe, part in parts if part.steps > 0]
+    ends = (whole if plan.request.rng == "comfy" else full).ends  # of those that are walked, or of all (A1111)
+    return [Leg(pipe, part, run(sigmas=part.sigmas), ends) for pipe, part in parts if part.steps > 0]
 
 
 def plan_levels(plan: Plan, base: Stations) -> Levels:
-    """The noise levels of the way, falling; a strength below 1 leaves out the first (diffusers, get_timesteps)."""
+    """The noise levels, falling; a strength below 1 leaves out the first (diffusers, get_timesteps)."""
     request = plan.request
     if request.sigmas is not None:
-        found = own_levels(request.sigmas, plan.sampler.wish)
-    else:
-        found = levels(base.network.schedule, plan.spacing, request.steps, plan.sampler.wish, bool(base.family.vector))
-    return found.tail(int(found.steps * plan.init.strength)) if plan.init else found
+        return own_levels(request.sigmas, plan.sampler.wish)
+    return levels(base.network.schedule, plan.spacing, request.steps, plan.sampler.wish, bool(base.family.vector))
 
 
 def kept(plan: Plan, pipe: Stations) -> Tensor | None:
@@ -90,7 +92,10 @@ def start(plan: Plan, part: slice, leg: Leg, known: Tensor | None) -> tuple[Tens
 
     Noise, and under it the latents of the init image (1, C, h, w), where it is drawn over.
     """
-    drawn, noise = per_picture(plan.seeds[part], plan.shape, leg.pipe.device)
+    origins, device = plan.origins[part], leg.pipe.device
+    drawn, noise = sources(plan.request.rng, origins, plan.shape, device)
+    if plan.request.sde_noise == "brownian":
+        noise = brownian(plan.request.rng, origins, plan.shape, leg.ends, device)
     unit = drawn if plan.latents is None else plan.latents[part].to(leg.pipe.device)
     if known is not None and plan.init and (plan.init.strength < 1 or kept(plan, leg.pipe) is not None):
         return known + unit * float(leg.levels.sigmas[0]), noise

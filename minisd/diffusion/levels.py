@@ -43,6 +43,11 @@ class Levels:
         return replace(self, sigmas=self.sigmas[: steps + 1]), replace(self, sigmas=self.sigmas[steps:])
 
     @property
+    def ends(self) -> tuple[float, float]:
+        """The least level above 0, and the greatest."""
+        return float(self.sigmas[self.sigmas > 0][-1]), float(self.sigmas[0])
+
+    @property
     def steps(self) -> int:
         return len(self.sigmas) - 1
 

@@ -22,7 +22,7 @@ EXIF, USER_COMMENT, DESCRIPTIONS = 0x8769, 0x9286, (0x010E, 0x010F, 0x0110)  # t
 FIELD = re.compile(r'([A-Za-z][\w /+-]{0,40}):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,\s*|$)')
 OF_FIELDS = {option.infotext: option for option in OPTIONS.values() if option.infotext}
 OF_FIELDS["Eta DDIM"] = OPTIONS["eta"]
-ASIDE = {"Version", "Model hash", "VAE hash", "Hashes", "User", "RNG"}  # nothing that a command would say
+ASIDE = {"Version", "Model hash", "VAE hash", "Hashes", "User"}  # nothing that a command would say
 
 # Whose text it is, by the beginning of its field `Version`.
 WRITERS = {
@@ -136,6 +136,8 @@ def option_of(name: str, value: str) -> list[str] | None:
         return []
     if name in ("Model", "VAE"):
         return [{"Model": "-m", "VAE": "--vae"}[name], value] if value not in ("", "None", "Automatic") else []
+    if name == "RNG":  # "GPU" where nothing is said, which NV imitates
+        return {"CPU": []}.get(value, ["--rng", "nv"]) if value in ("CPU", "NV", "GPU") else None
     if name == "Sampler":
         return sampler_words(value)
     if name == "Schedule type":

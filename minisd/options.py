@@ -71,6 +71,14 @@ def pair(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def levels(text: str) -> list[float] | str:
+    """Numbers between commas; what is none is left to the check of them, which says what was expected."""
+    try:
+        return [float(each) for each in text.split(",")]
+    except ValueError:
+        return text
+
+
 def two_numbers(value: Any) -> tuple[int, int] | None:
     first, second = (operator.index(each) for each in value)
     return (first, second) if 0 <= first <= 65_536 and 0 <= second <= 65_536 else None
@@ -92,6 +100,7 @@ PAIR = Kind("two whole numbers from 0 to 65,536", pair, two_numbers)
 TEXTS = Kind("texts", str, lambda value: [TEXT.check("", each) for each in value] if isinstance(value, list) else None)
 NUMBERS = Kind("numbers", str, lambda value: [number(0, 1e30).check("", each) for each in value])
 NUMBERS_BY_NAME = Kind("numbers by name, such as s_churn=10", numbers_by_name, plain_numbers)
+LEVELS = Kind("numbers, falling", levels, lambda value: value)
 FUNCTION = Kind("a function", str, lambda value: value if callable(value) else None)
 # Names, functions, pictures and tensors, which are looked at where they are used.
 ANYTHING = Kind("a name, a function or a picture", str, lambda value: value)
@@ -143,7 +152,10 @@ OPTIONS = {
         Option("seeds", one_of("rising", "same"), "rising", recorded=False),
         Option("num_images", whole(1, MAX_IMAGES), 1, "pictures to draw", "--num-images", "N", recorded=False),
         Option("latents", ANYTHING, None, recorded=False),
-        Option("sigmas", ANYTHING, None, stands_as=NUMBERS),
+        Option(
+            "sigmas", LEVELS, None, "noise levels of one's own, falling to 0, in the place of --steps and --spacing",
+            "--sigmas", "S,S,…", FINER, stands_as=NUMBERS,
+        ),
         Option("guide", FUNCTION, None, stands_as=TEXT),
         Option(
             "high_noise_frac", number(0, 1), 0.8, "the part that the first draws", "--high-noise-frac", "F", FILES

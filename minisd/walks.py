@@ -35,7 +35,6 @@ class Leg:
     pipe: Stations
     levels: Levels
     program: Program | None  # of the sampler over these levels, where it has one
-    ends: tuple[float, float]  # of all levels of the way, the least above 0 and the greatest
 
     @property
     def steps(self) -> int | None:
@@ -48,8 +47,7 @@ def course(plan: Plan, base: Stations) -> list[Leg]:
     The base draws the noise levels of the first timesteps, the refiner goes on from there (Podell et al. 2023, arXiv 2307.01952,
     section 2.5); a level belongs to the base if its timestep is at least the cutoff (diffusers, denoising_end).
     """
-    full, refiner = plan_levels(plan, base), plan.request.refiner
-    whole = full.tail(int(full.steps * plan.init.strength)) if plan.init else full
+    whole, refiner = plan_levels(plan, base), plan.request.refiner
     parts = [(base, whole)]
     if refiner is not None:
         cutoff = round(TRAINING_STEPS * (1 - plan.request.high_noise_frac))
@@ -59,16 +57,17 @@ def course(plan: Plan, base: Stations) -> list[Leg]:
     if short := [part.steps for _, part in parts if 0 < part.steps < sampler.least]:
         raise UsageError(f"steps: expected at least {sampler.least} for sampler {sampler.label!r}, found {short[0]}")
     run = partial(program, sampler.run, shape=shape, pair=sampler.pair, **plan.options)
-    ends = (whole if plan.request.rng == "comfy" else full).ends  # of those that are walked, or of all (A1111)
-    return [Leg(pipe, part, run(sigmas=part.sigmas), ends) for pipe, part in parts if part.steps > 0]
+    return [Leg(pipe, part, run(sigmas=part.sigmas)) for pipe, part in parts if part.steps > 0]
 
 
 def plan_levels(plan: Plan, base: Stations) -> Levels:
-    """The noise levels, falling; a strength below 1 leaves out the first (diffusers, get_timesteps)."""
+    """The noise levels of the way, falling; a strength below 1 leaves out the first (diffusers, get_timesteps)."""
     request = plan.request
     if request.sigmas is not None:
-        return own_levels(request.sigmas, plan.sampler.wish)
-    return levels(base.network.schedule, plan.spacing, request.steps, plan.sampler.wish, bool(base.family.vector))
+        found = own_levels(request.sigmas, plan.sampler.wish)
+    else:
+        found = levels(base.network.schedule, plan.spacing, request.steps, plan.sampler.wish, bool(base.family.vector))
+    return found.tail(int(found.steps * plan.init.strength)) if plan.init else found
 
 
 def kept(plan: Plan, pipe: Stations) -> Tensor | None:
@@ -95,7 +94,7 @@ def start(plan: Plan, part: slice, leg: Leg, known: Tensor | None) -> tuple[Tens
     origins, device = plan.origins[part], leg.pipe.device
     drawn, noise = sources(plan.request.rng, origins, plan.shape, device)
     if plan.request.sde_noise == "brownian":
-        noise = brownian(plan.request.rng, origins, plan.shape, leg.ends, device)
+        noise = brownian(plan.request.rng, origins, plan.shape, leg.levels.ends, device)
     unit = drawn if plan.latents is None else plan.latents[part].to(leg.pipe.device)
     if known is not None and plan.init and (plan.init.strength < 1 or kept(plan, leg.pipe) is not None):
         return known + unit * float(leg.levels.sigmas[0]), noise

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .errors import CheckpointError, MinisdError, NonFiniteError, OutOfMemoryError, OutputError, UsageError
 
 if TYPE_CHECKING:
+    from .diffusion.noise import noise as noise
     from .diffusion.samplers import sample as sample
     from .pipeline import Pipeline as Pipeline
     from .pipeline import load as load
@@ -34,6 +35,7 @@ __all__ = [
     "Step",
     "UsageError",
     "load",
+    "noise",
     "sample",
 ]
 
@@ -44,6 +46,10 @@ def __getattr__(name: str) -> object:
         from . import pipeline
 
         return getattr(pipeline, name)
+    if name == "noise":
+        from .diffusion.noise import noise
+
+        return noise
     if name == "sample":
         from .diffusion.samplers import sample
 

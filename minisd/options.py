@@ -71,6 +71,14 @@ def pair(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def levels(text: str) -> list[float] | str:
+    """Numbers between commas; what is none is left to the check of them, which says what was expected."""
+    try:
+        return [float(each) for each in text.split(",")]
+    except ValueError:
+        return text
+
+
 def two_numbers(value: Any) -> tuple[int, int] | None:
     first, second = (operator.index(each) for each in value)
     return (first, second) if 0 <= first <= 65_536 and 0 <= second <= 65_536 else None
@@ -92,6 +100,7 @@ PAIR = Kind("two whole numbers from 0 to 65,536", pair, two_numbers)
 TEXTS = Kind("texts", str, lambda value: [TEXT.check("", each) for each in value] if isinstance(value, list) else None)
 NUMBERS = Kind("numbers", str, lambda value: [number(0, 1e30).check("", each) for each in value])
 NUMBERS_BY_NAME = Kind("numbers by name, such as s_churn=10", numbers_by_name, plain_numbers)
+LEVELS = Kind("numbers, falling", levels, lambda value: value)
 FUNCTION = Kind("a function", str, lambda value: value if callable(value) else None)
 # Names, functions, pictures and tensors, which are looked at where they are used.
 ANYTHING = Kind("a name, a function or a picture", str, lambda value: value)
@@ -121,7 +130,7 @@ class Option:
 
 
 FILES, START = "model files", "starting from a picture"
-FINER, SDXL = "finer control", "what SDXL is told"
+FINER, SDXL, NOISE = "finer control", "what SDXL is told", "where noise comes from"
 OPTIONS = {
     option.name: option
     for option in (
@@ -145,7 +154,10 @@ OPTIONS = {
         Option("seeds", one_of("rising", "same"), "rising", recorded=False),
         Option("num_images", whole(1, MAX_IMAGES), 1, "pictures to draw", "--num-images", "N", recorded=False),
         Option("latents", ANYTHING, None, recorded=False),
-        Option("sigmas", ANYTHING, None, stands_as=NUMBERS),
+        Option(
+            "sigmas", LEVELS, None, "noise levels of one's own, falling to 0, in the place of --steps and --spacing",
+            "--sigmas", "S,S,…", FINER, stands_as=NUMBERS,
+        ),
         Option("guide", FUNCTION, None, stands_as=TEXT),
         Option(
             "high_noise_frac", number(0, 1), 0.8, "the part that the first draws", "--high-noise-frac", "F", FILES
@@ -191,6 +203,28 @@ OPTIONS = {
             "guidance_rescale", number(0, 1), 0.0, "0 to 1: against the glare of strong guidance",
             "--rescale", "R", FINER, infotext="CFG Rescale",
         ),
+        Option(
+            "rng", TEXT, "cpu", "cpu: minisd's, and A1111's RNG CPU; nv: A1111's RNG GPU and NV; comfy: ComfyUI's",
+            "--rng", "NAME", NOISE,
+        ),
+        Option(
+            "subseed", whole(0, MAX_SEED, at_least=-1), None, "of the noise that a variation goes towards (default: random)",
+            "--subseed", "N", NOISE, infotext="Variation seed",
+        ),
+        Option(
+            "subseed_strength", number(0, 1), 0.0, "0 to 1, how far; the pictures have one seed, and subseeds N + i",
+            "--subseed-strength", "F", NOISE, infotext="Variation seed strength",
+        ),
+        Option(
+            "ensd", whole(0, 2**32), 0, "added to the seed for the noise of the steps (A1111's eta noise seed delta)",
+            "--ensd", "N", NOISE, infotext="ENSD",
+        ),
+        Option(
+            "sde_noise", one_of("independent", "brownian"), "independent",
+            "independent noise for each step, or brownian: of one path, as other programs have it for samplers of SDEs",
+            "--sde-noise", "NAME", NOISE,
+        ),
+        Option("batch_place", PAIR, None),
         Option("original_size", PAIR, None, "size before cropping (default: the picture's)", "--original-size", "WxH", SDXL),
         Option("crop", PAIR, (0, 0), "left and top of the crop (default: 0x0)", "--crop", "LxT", SDXL),
         Option("target_size", PAIR, None, "size after cropping (default: the picture's)", "--target-size", "WxH", SDXL),

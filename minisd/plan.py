@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from .diffusion.denoiser import Conditioning, Timeline
+from .diffusion.noise import Origin, dialect_named
 from .diffusion.samplers import SAMPLERS, Sampler, named
 from .diffusion.spacings import SPACINGS, spacing_named
 from .diffusion.worlds import DEFAULTS
@@ -63,6 +64,7 @@ class Plan:
     negatives: list[str]
     scales: list[float]  # of guidance
     seeds: list[int | None]  # None where the caller gave the noise
+    origins: list[Origin]  # of all other noise, where he did
     latents: Tensor | None  # (B, C, h, w), the caller's starting noise, float32
     shape: tuple[int, int, int]  # (C, h, w) of the latents
     width: int
@@ -110,10 +112,12 @@ def planned(request: Request, model: Capabilities) -> Plan:
         request = replace(request, seed=request.seeds, seeds="rising")
     plain = {name: checked(name, getattr(request, name)) for name in OPTIONS if name != "negative_prompt"}
     request = replace(request, **plain)
+    request = replace(request, rng=dialect_named(request.rng))
     sampler, request = sampler_of(request)
     options = sampler_options(request, sampler)
     check_for_model(request, model)
     check_seconds(request, model, reading)
+    check_noise(request)
     spacing = spacing_of(request, model, sampler)
     init = open_picture("init_image", request.init_image) if request.init_image is not None else None
     width, height = picture_size(request, model, init)
@@ -124,7 +128,8 @@ def planned(request: Request, model: Capabilities) -> Plan:
     empty = [not first and not second for first, second in zip(negatives, seconds["negative_prompt_2"], strict=True)]
     zeros = [zero and each and isinstance(request.negative_prompt, str | Sequence) for each in empty]
     return Plan(
-        request, prompts, negatives, scales, [None] * len(seeds) if latents is not None else list(seeds), latents, shape,
+        request, prompts, negatives, scales, [None] * len(seeds) if latents is not None else list(seeds),
+        origins_of(request, seeds), latents, shape,
         width, height, sampler, options, spacing, zeros, settle_init(request, model, init, width, height),
         reading, seconds,
     )  # fmt: skip
@@ -227,7 +232,40 @@ def settle_seeds(request: Request, prompts: int, each: int, spread: Callable[[st
         rises = prompts > 1 and len(given) == prompts  # a seed for each prompt: its pictures go on from there
         return [seed + i % each if rises else seed for i, seed in enumerate(seeds)]
     first = drawn(given)  # type: ignore[arg-type]
+    if request.rng == "comfy" or request.subseed_strength:  # all of one seed, as there
+        return [first] * (prompts * each)
     return [first + (i % each if request.seeds == "same" else i) for i in range(prompts * each)]
+
+
+def check_noise(request: Request) -> None:
+    for name in ("subseed_strength", "ensd"):
+        if request.rng == "comfy" and getattr(request, name):
+            raise UsageError(f"{name}: expected 0 with rng comfy, which has none, found {getattr(request, name)}")
+    if request.subseed_strength and request.latents is not None:
+        raise UsageError("latents and subseed_strength: expected one of the two, found both")
+    if request.batch_place is not None and not request.batch_place[0] < request.batch_place[1] <= MAX_IMAGES:
+        raise UsageError(f"batch_place: expected (i, B) with i < B <= {MAX_IMAGES}, found {request.batch_place}")
+
+
+def origins_of(request: Request, seeds: Sequence[int]) -> list[Origin]:
+    """What the noise of every picture is made of.  In dialect comfy those of one given seed are a batch."""
+    if request.rng == "comfy":
+        if isinstance(request.seed, list | tuple):
+            return [Origin(seed) for seed in seeds]
+        own = request.num_images if request.seeds == "same" else len(seeds)
+        first, size = request.batch_place or (0, own)
+        return [Origin(seed, index=first + i % own, batch=max(size, first + own)) for i, seed in enumerate(seeds)]
+    given, strength = request.subseed, request.subseed_strength
+    subseed = secrets.randbelow(RANDOM_SEEDS) if given in (None, -1) else given
+    return [
+        Origin(
+            seed,
+            subseed + i if strength and subseed is not None else None,
+            strength,
+            seed + request.ensd if request.ensd else None,
+        )
+        for i, seed in enumerate(seeds)
+    ]
 
 
 def own_latents(request: Request, shape: tuple[int, ...]) -> Tensor | None:

@@ -20,7 +20,7 @@ from .request import Request
 
 def recipe_of(plan: Plan, i: int) -> dict[str, Any]:
     """What was asked for and settled about picture i, ready for JSON."""
-    request, handed = plan.request, Conditioning | Timeline
+    request, origin, handed = plan.request, plan.origins[i], Conditioning | Timeline
     asked = {name: getattr(request, name) for name in RECORDED if name not in ("sigmas", "guide")}
     settled = {
         "prompt": None if isinstance(request.prompt, handed) else plan.prompts[i],
@@ -28,6 +28,8 @@ def recipe_of(plan: Plan, i: int) -> dict[str, Any]:
         **{name: texts[i] for name, texts in plan.seconds.items()},
         "guidance_scale": plan.scales[i],
         "seed": plan.seeds[i],
+        "subseed": origin.subseed,
+        "batch_place": [origin.index, origin.batch] if origin.batch > 1 else None,
         "width": plan.width,
         "height": plan.height,
         "spacing": plan.spacing,

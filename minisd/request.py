@@ -60,6 +60,11 @@ class Request:
     seed: picture i uses seed + i and equals the single run with that seed; None or -1 draws one.
     seeds: "rising" so, or "same": every prompt gets the same ones; or a list of them, as `seed` takes it.
     latents: starting noise (B, C, h, w) of unit variance instead of a seed.
+    rng: what makes noise of a seed (diffusion.noise): "cpu", "nv" (A1111's GPU) or "comfy" (one draw for all, of one seed).
+    subseed, subseed_strength: A1111's variation, 0 … 1: all pictures have the seed, and picture i goes towards subseed + i.
+    ensd: added to the seed for all noise but the first (A1111's eta noise seed delta).
+    sde_noise: of a sampler's steps, "independent" draws, or "brownian": increments of one path, whatever the number of steps.
+    batch_place: rng "comfy": (i, B), where the picture is number i of B that were drawn together; recipes say so.
     sigmas: noise levels (N + 1,) of one's own, falling, instead of steps and spacing.
     guide: a function (answers, x, call) -> mixed, or a diffusion.denoiser.Guide, in the place of classifier-free guidance.
     high_noise_frac: 0 … 1, the part of the noise schedule that the base draws before a refiner takes over.
@@ -117,6 +122,12 @@ class Request:
     zero_negative: bool | None = None
     aesthetic_score: float = 6.0
     negative_aesthetic_score: float = 2.5
+    rng: str = "cpu"
+    subseed: int | None = None
+    subseed_strength: float = 0.0
+    ensd: int = 0
+    sde_noise: Literal["independent", "brownian"] = "independent"
+    batch_place: tuple[int, int] | None = None
     refiner: Stations | None = None
     progress: bool = False
     transform: Callable[[Step], Tensor] | None = None

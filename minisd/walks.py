@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from .codec import check_finite
+from .diffusion.brownian import brownian
 from .diffusion.denoiser import ClassifierFree, Conditioning, Guide, Known, Noise, Timeline
 from .diffusion.guides import Composed, Own, Rescaled, TextAndImage, part_role
 from .diffusion.levels import Levels, own_levels
-from .diffusion.noise import per_picture
+from .diffusion.noise import sources
 from .diffusion.program import Program, program
 from .diffusion.schedule import TRAINING_STEPS
 from .diffusion.worlds import RULES, Wanted, schedule_of
@@ -102,7 +103,10 @@ def start(plan: Plan, part: slice, leg: Leg, known: Tensor | None) -> tuple[Tens
 
     Noise, and under it the latents of the init image (1, C, h, w), where it is drawn over.
     """
-    drawn, noise = per_picture(plan.seeds[part], plan.shape, leg.pipe.device)
+    origins, device = plan.origins[part], leg.pipe.device
+    drawn, noise = sources(plan.request.rng, origins, plan.shape, device)
+    if plan.request.sde_noise == "brownian":
+        noise = brownian(plan.request.rng, origins, plan.shape, leg.levels.ends, device)
     unit = drawn if plan.latents is None else plan.latents[part].to(leg.pipe.device)
     if known is not None and plan.init and (plan.init.strength < 1 or kept(plan, leg.pipe) is not None):
         return known + unit * float(leg.levels.sigmas[0]), noise

@@ -20,8 +20,6 @@ from minisd.diffusion.spacings import SPACINGS
 from minisd.files.checkpoint import file_sha256
 from minisd.pictures.metadata import read_recipe
 
-# Made for models that were distilled, or with noise left in what they draw.
-NOT_JUDGED = ("lcm", "tcd", "dpm_fast", "dpm_adaptive")
 LIT = Path(__file__).parents[1] / "weights" / "tiny-lit.safetensors"
 
 
@@ -123,7 +121,7 @@ def test_every_sampler_over_every_spacing_with_every_guidance(tiny, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in NOT_JUDGED])
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_draws_what_the_prompt_says(tiny, name):
     """With a guidance that methods of several steps can follow on so small a model; CFG++ with one of its own."""
     scale = 1.5 if SAMPLERS[name].pair else 3.0

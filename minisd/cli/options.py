@@ -73,9 +73,12 @@ def add_options(parser: argparse.ArgumentParser, names: Iterable[str] = OPTIONS,
         add_option(groups[option.group], option, also)
 
 
+SECOND = {"negative_prompt": ("-n",), "spacing": ("--schedule",)}  # other flags for the same
+
+
 def add_option(group: Any, option: Option, also: str) -> None:
     assert option.flag is not None
-    flags = ("-n", option.flag) if option.name == "negative_prompt" else (option.flag,)
+    flags = sorted((option.flag, *SECOND.get(option.name, ())), key=len)
     if option.name == "width":
         said = also or "pixels, multiples of 8"
         group.add_argument("--size", type=size, default=(None, None), metavar="WxH", help=f"{said} (default: the checkpoint's)")

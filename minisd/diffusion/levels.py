@@ -33,14 +33,22 @@ class Levels:
     sigmas: Tensor  # (N + 1,), float64, falling
     start_scale: float  # unit noise times this is the first latents
     end_scale: float  # the last latents divided by this have unit variance
+    whole: tuple[float, float] | None = None  # the ends of the way that these are a part of
 
     def tail(self, steps: int) -> Levels:
         """The last steps alone."""
-        return replace(self, sigmas=self.sigmas[-1 - steps :])
+        return replace(self, sigmas=self.sigmas[-1 - steps :], whole=self.ends)
 
     def split(self, steps: int) -> tuple[Levels, Levels]:
         """The first steps, and the rest, which may be none of them."""
-        return replace(self, sigmas=self.sigmas[: steps + 1]), replace(self, sigmas=self.sigmas[steps:])
+        first, rest = self.sigmas[: steps + 1], self.sigmas[steps:]
+        return replace(self, sigmas=first, whole=self.ends), replace(self, sigmas=rest, whole=self.ends)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The least level above 0 and the greatest of the whole way, between which Brownian noise moves (A1111
+        sd_samplers_common.py, create_noise_sampler, takes all of them over a picture, too)."""
+        return self.whole or (float(self.sigmas[self.sigmas > 0][-1]), float(self.sigmas[0]))
 
     @property
     def steps(self) -> int:

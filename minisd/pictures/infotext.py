@@ -77,6 +77,8 @@ def option_of(name: str, value: str) -> list[str] | None:
     try:
         if name in ("Sampler", "Schedule type"):
             return sampler_words(value) if name == "Sampler" else spacing_words(value)
+        if name == "RNG":  # A1111's "GPU", which is also what it means where it says nothing, is imitated by its NV
+            return ["--rng", {"NV": "nv", "GPU": "nv"}[value]]
         if name == "VAE":
             return ["--vae", value] if value else []
         if name == "Emphasis":

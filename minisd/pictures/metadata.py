@@ -52,7 +52,7 @@ def parameters_text(recipe: Mapping[str, Any]) -> str:
         "VAE": recipe.get("vae"),
         **said,
         **{SAMPLER_OPTIONS.get(name, name): value for name, value in (recipe.get("sampler_options") or {}).items()},
-        "RNG": "CPU",
+        "RNG": "NV" if recipe.get("rng") == "nv" else "CPU",
         "Refiner": recipe.get("refiner"),
         "Refiner switch at": recipe["high_noise_frac"] if recipe.get("refiner") else None,
         **compared_text(recipe),
@@ -77,7 +77,8 @@ def said_of(option: Option, recipe: Mapping[str, Any]) -> object:
         value = EMPHASES.get(str(value))
     if option.name == "image_guidance_scale" and recipe.get("task") != "edit":
         value = None
-    return None if option.infotext not in HEAD and value in (None, 0) else value
+    always = option.infotext in HEAD or option.name == "subseed"
+    return None if not always and value in (None, 0) else value
 
 
 def schedule_type(recipe: Mapping[str, Any]) -> str | None:

@@ -66,6 +66,20 @@ def test_again_makes_the_same_picture(capsys):
     assert Path("x-2.png").read_bytes() == Path("x-2-again.png").read_bytes()
 
 
+def test_levels_and_schedules_from_the_command_line(capsys):
+    pipe, names = minisd.load(device="cpu"), ("x.png", "y.png")
+    karras = ",".join(map(repr, pipe.noise_levels("karras", 3).tolist()))
+    for name, options in zip(names, (["--sigmas", karras], ["--schedule", "Karras", "--steps", "3"]), strict=True):
+        assert main(["a star", "--seed", "1", "--size", "32x32", "--device", "cpu", "-o", name, *options]) == 0
+    assert Image.open("x.png").tobytes() == Image.open("y.png").tobytes()
+    assert main(["again", "x.png"]) == 0
+    assert Image.open("x-again.png").tobytes() == Image.open("x.png").tobytes()
+    capsys.readouterr()
+    for wrong in ("abc", "1,2", "3"):
+        assert main(["a star", "--sigmas", wrong]) == 2
+        assert "--sigmas: expected " in capsys.readouterr().err
+
+
 def test_again_with_another_checkpoint_is_told(capsys, reduced_file):
     assert main(["a star", "--seed", "5", "-o", "x.png", *FAST]) == 0
     assert main(["again", "x.png", "-m", str(reduced_file)]) == 0
@@ -312,11 +326,16 @@ def test_bash_completes(capsys):
         "--steps",
         "--sampler",
         "--sampler-options",
+        "--schedule",
+        "--sde-noise",
         "--seed",
+        "--sigmas",
         "--size",
         "--strength",
         "--spacing",
         "--strict",
+        "--subseed",
+        "--subseed-strength",
     }
 
 

@@ -204,7 +204,7 @@ OPTIONS = {
             "--rescale", "R", FINER, infotext="CFG Rescale",
         ),
         Option(
-            "rng", TEXT, "cpu", "cpu: minisd's, and A1111's RNG CPU; nv: A1111's RNG GPU and NV; comfy: ComfyUI's",
+            "rng", TEXT, None, "cpu, the default: minisd's, and A1111's RNG CPU; nv: A1111's RNG GPU and NV; comfy: ComfyUI's",
             "--rng", "NAME", NOISE,
         ),
         Option(
@@ -220,8 +220,8 @@ OPTIONS = {
             "--ensd", "N", NOISE, infotext="ENSD",
         ),
         Option(
-            "sde_noise", one_of("independent", "brownian"), "independent",
-            "independent noise for each step, or brownian: of one path, as other programs have it for samplers of SDEs",
+            "sde_noise", one_of("independent", "brownian"), None,
+            "independent noise for each step (default), or brownian: of one path, as other programs have it for samplers of SDEs",
             "--sde-noise", "NAME", NOISE,
         ),
         Option("batch_place", PAIR, None),
@@ -247,11 +247,11 @@ OPTIONS = {
             "negative_prompt_2", TEXT, None, "likewise, of what it should not show", "--negative-2", "TEXT", SDXL, by_picture=True
         ),
         Option(
-            "emphasis", one_of(*EMPHASES), "original",
-            "how (red:1.2) is read: as A1111 does, original, no-norm, ignore or none; or comfy", "--emphasis", "NAME", FINER,
-            infotext="Emphasis",
+            "emphasis", one_of(*EMPHASES), None,
+            "how (red:1.2) is read: as A1111 does, original (default), no-norm, ignore or none; or comfy",
+            "--emphasis", "NAME", FINER, infotext="Emphasis",
         ),
-        Option("plain_prompt", FLAG, False, "prompts are words: no brackets, AND or BREAK", "--plain-prompt", None, FINER),
+        Option("plain_prompt", FLAG, None, "prompts are words: no brackets, AND or BREAK", "--plain-prompt", None, FINER),
     )
 }  # fmt: skip
 RECORDED = [option.name for option in OPTIONS.values() if option.recorded]

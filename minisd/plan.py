@@ -19,7 +19,7 @@ from .diffusion.denoiser import Conditioning, Timeline
 from .diffusion.noise import Origin, dialect_named
 from .diffusion.samplers import SAMPLERS, Sampler, named
 from .diffusion.spacings import SPACINGS, spacing_named
-from .diffusion.worlds import DEFAULTS
+from .diffusion.worlds import DEFAULTS, OWN_DEFAULTS, sde_noise_of
 from .errors import UsageError
 from .models.family import Recognition
 from .options import MAX_IMAGES, MAX_SIDE, OPTIONS, checked, whole
@@ -115,6 +115,8 @@ def planned(request: Request, model: Capabilities) -> Plan:
     request = replace(request, rng=dialect_named(request.rng))
     sampler, request = sampler_of(request)
     options = sampler_options(request, sampler)
+    if request.sde_noise is None:
+        request = replace(request, sde_noise=sde_noise_of(request.like, request.sampler))
     check_for_model(request, model)
     check_seconds(request, model, reading)
     check_noise(request)
@@ -137,7 +139,7 @@ def planned(request: Request, model: Capabilities) -> Plan:
 
 def reading_of(emphasis: object, plain: object) -> str:
     """How prompts are read: as text/grammar.py calls it.  Raises UsageError."""
-    found = str(checked("emphasis", emphasis))
+    found = str(checked("emphasis", emphasis) or "original")
     if not checked("plain_prompt", plain):
         return found
     if found != "original":
@@ -283,9 +285,12 @@ def own_latents(request: Request, shape: tuple[int, ...]) -> Tensor | None:
 
 
 def as_in(request: Request) -> Request:
-    """With the defaults of the program that it is to be like, where nobody asked for something else."""
-    defaults: dict[str, Any] = {name: value for name, value in DEFAULTS.get(str(request.like), {}).items() if name in OPTIONS}
-    return replace(request, **{name: each for name, each in defaults.items() if getattr(request, name) == OPTIONS[name].default})
+    """With the defaults of minisd, or of the program that it is to be like, for what nobody asked for."""
+    defaults = OWN_DEFAULTS | DEFAULTS.get(str(request.like), {})
+    if request.emphasis is not None:  # which a text without grammar has not
+        defaults["plain_prompt"] = False
+    open_: dict[str, Any] = {name: value for name, value in defaults.items() if getattr(request, name) is None}
+    return replace(request, **open_)
 
 
 def sampler_of(request: Request) -> tuple[Sampler, Request]:

@@ -122,11 +122,11 @@ class Request:
     zero_negative: bool | None = None
     aesthetic_score: float = 6.0
     negative_aesthetic_score: float = 2.5
-    rng: str = "cpu"
+    rng: str | None = None
     subseed: int | None = None
     subseed_strength: float = 0.0
     ensd: int = 0
-    sde_noise: Literal["independent", "brownian"] = "independent"
+    sde_noise: Literal["independent", "brownian"] | None = None
     batch_place: tuple[int, int] | None = None
     refiner: Stations | None = None
     progress: bool = False
@@ -134,8 +134,8 @@ class Request:
     observe: Observer | None = None
     prompt_2: str | Sequence[str] | None = None
     negative_prompt_2: str | Sequence[str] | None = None
-    emphasis: str = "original"
-    plain_prompt: bool = False
+    emphasis: str | None = None
+    plain_prompt: bool | None = None
 
 
 def request_of(given: tuple[Any, ...], options: Mapping[str, Any]) -> Request:

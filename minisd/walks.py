@@ -103,10 +103,10 @@ def start(plan: Plan, part: slice, leg: Leg, known: Tensor | None) -> tuple[Tens
 
     Noise, and under it the latents of the init image (1, C, h, w), where it is drawn over.
     """
-    origins, device = plan.origins[part], leg.pipe.device
-    drawn, noise = sources(plan.request.rng, origins, plan.shape, device)
+    origins, device, rng = plan.origins[part], leg.pipe.device, plan.request.rng or "cpu"
+    drawn, noise = sources(rng, origins, plan.shape, device)
     if plan.request.sde_noise == "brownian":
-        noise = brownian(plan.request.rng, origins, plan.shape, leg.levels.ends, device)
+        noise = brownian(rng, origins, plan.shape, leg.levels.ends, device)
     unit = drawn if plan.latents is None else plan.latents[part].to(leg.pipe.device)
     if known is not None and plan.init and (plan.init.strength < 1 or kept(plan, leg.pipe) is not None):
         return known + unit * float(leg.levels.sigmas[0]), noise

@@ -15,7 +15,7 @@ import minisd
 from minisd.diffusion.denoiser import Call, ClassifierFree, Timeline, checked
 from minisd.diffusion.guides import Composed
 from minisd.errors import UsageError
-from minisd.pictures.foreign import nearest
+from minisd.pictures.infotext import of_infotext
 from minisd.pictures.metadata import parameters_text
 from minisd.plan import planned
 from minisd.recipe import repeat
@@ -140,7 +140,7 @@ def test_a_recipe_tells_how_the_prompt_was_read(pipe, sdxl):
     assert torch.equal(pipe(repeat(recipe, pipe.checkpoint.path)).latents, result.latents)
     assert ", Emphasis: No norm," in parameters_text(recipe)
     assert "Emphasis" not in parameters_text(pipe("a", **FAST).metadata[0])
-    assert "--emphasis no-norm" in nearest("a\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Emphasis: No norm")
+    assert "--emphasis no-norm" in of_infotext("a\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Emphasis: No norm").command()
     two = sdxl(["a", "b"], prompt_2=["c", "d"], negative_prompt_2="e", **(FAST | {"steps": 1})).metadata
     assert [(recipe["prompt_2"], recipe["negative_prompt_2"]) for recipe in two] == [("c", "e"), ("d", "e")]
 
@@ -167,7 +167,7 @@ def test_a_second_prompt_is_read_by_the_second_encoder(sdxl):
         assert torch.equal(context(prompt_2="a red star"), usual)
 
 
-@pytest.mark.filterwarnings("ignore:prompt. ':2' at its end")
+@pytest.mark.filterwarnings("ignore:prompt. '.2' at its end")
 @pytest.mark.parametrize(
     ("prompt", "options", "told"),
     [

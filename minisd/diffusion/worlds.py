@@ -7,6 +7,7 @@ once, in the order in which it happens: which levels, how the first noise is sca
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -90,8 +91,14 @@ def without_last(sigmas: Tensor, discard: bool) -> Tensor:
 
 RULES = {"comfyui": comfyui, "a1111": a1111, "diffusers": diffusers, None: diffusers}
 # What else a program does otherwise, by the options that say it; options that are given say more.
+OWN_DEFAULTS: dict[str, object] = {"rng": "cpu", "emphasis": "original", "plain_prompt": False}
 DEFAULTS: dict[str, dict[str, object]] = {
     "comfyui": {"zero_negative": False, "emphasis": "comfy", "rng": "comfy"},
-    "a1111": {"emphasis": "original", "rng": "nv"},
+    "a1111": {"rng": "nv"},
     "diffusers": {"plain_prompt": True},
 }
+BROWNIAN = ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde")  # whose noise is that of one path in both
+
+
+def sde_noise_of(world: str | None, sampler: object) -> Literal["independent", "brownian"]:
+    return "brownian" if world in ("comfyui", "a1111") and sampler in BROWNIAN else "independent"

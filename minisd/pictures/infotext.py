@@ -72,13 +72,13 @@ def options_of(fields: Mapping[str, str]) -> tuple[list[tuple[str, tuple[str, ..
 
 def option_of(name: str, value: str) -> list[str] | None:
     """The words for one field, none where minisd does so anyway; None where it cannot."""
-    if name in ASIDE or (name, value) in (("Schedule type", "Automatic"), ("RNG", "CPU"), ("VAE", "None"), ("VAE", "Automatic")):
+    if name in ASIDE or (name, value) in (("Schedule type", "Automatic"), ("VAE", "None"), ("VAE", "Automatic")):
         return []
     try:
         if name in ("Sampler", "Schedule type"):
             return sampler_words(value) if name == "Sampler" else spacing_words(value)
-        if name == "RNG":  # A1111's "GPU", which is also what it means where it says nothing, is imitated by its NV
-            return ["--rng", {"NV": "nv", "GPU": "nv"}[value]]
+        if name == "RNG":
+            return ["--rng", rng_named(value)]
         if name == "VAE":
             return ["--vae", value] if value else []
         if name == "Emphasis":
@@ -109,3 +109,10 @@ def spacing_words(label: str) -> list[str]:
     from ..diffusion.spacings import spacing_named
 
     return ["--spacing", spacing_named(label)]
+
+
+def rng_named(value: str) -> str:
+    """A1111's "GPU" is imitated by its "NV"."""
+    from ..diffusion.noise import dialect_named
+
+    return dialect_named(value)

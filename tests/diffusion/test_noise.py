@@ -13,7 +13,7 @@ import minisd
 from minisd.cli import main
 from minisd.diffusion.brownian import brownian, path
 from minisd.diffusion.noise import Origin, philox, slerp, sources, torch_stream
-from minisd.pictures.foreign import options_of
+from minisd.pictures.infotext import options_of
 from minisd.pictures.metadata import parameters_text, read_recipe
 from minisd.recipe import repeat
 
@@ -259,7 +259,8 @@ def test_in_the_words_of_a1111(tiny, tmp_path):
     assert not any(word in plain for word in ("Variation", "ENSD"))
     fields = {"RNG": "NV", "Variation seed": "7", "Variation seed strength": "0.5", "ENSD": "31337"}
     words = ["--rng", "nv", "--subseed", "7", "--subseed-strength", "0.5", "--ensd", "31337"]
-    assert options_of(fields) == (words, [])
+    said, lacking = options_of(fields)
+    assert ([word for _, each in said for word in each], lacking) == (words, [])
     out = tmp_path / "x.png"
     assert main(["a star", "--steps", "1", "--size", "32x32", "--seed", "3", "-o", str(out), *words]) == 0
     kept = read_recipe(out)

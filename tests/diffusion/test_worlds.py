@@ -95,3 +95,20 @@ def test_it_is_recorded_and_chosen_again(world, tmp_path, monkeypatch):
     assert read_recipe("x.png")["like"] == world
     assert main(["again", "x.png", "-o", "y.png"]) == 0
     assert (tmp_path / "x.png").read_bytes() == (tmp_path / "y.png").read_bytes()
+
+
+def test_what_else_follows_from_the_program(float32):
+    from minisd.plan import planned
+    from minisd.request import Request
+
+    def settled(**options):
+        request = planned(Request("a star", **options), float32.capabilities()).request
+        return request.rng, request.emphasis, request.plain_prompt, request.sde_noise
+
+    assert settled() == ("cpu", "original", False, "independent")
+    assert settled(like="comfyui") == ("comfy", "comfy", False, "independent")
+    assert settled(like="a1111", sampler="DPM++ SDE") == ("nv", "original", False, "brownian")
+    assert settled(like="a1111", rng="cpu", sde_noise="independent", sampler="dpmpp_sde")[::3] == ("cpu", "independent")
+    assert settled(like="comfyui", emphasis="original")[1] == "original"
+    assert settled(like="diffusers")[2] is True
+    assert settled(like="diffusers", emphasis="no-norm")[1:3] == ("no-norm", False)

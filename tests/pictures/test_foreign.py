@@ -82,7 +82,7 @@ def test_a_picture_of_a1111_gives_the_nearest_command(path, order, capsys):
         ({"Denoising strength": "0.6", "Mask blur": "4"}, "--init PICTURE --strength 0.6", ["Mask blur"]),
         ({"Denoising strength": "0.6", "Hires upscale": "2"}, "", ["Hires upscale"]),
         ({"VAE": "a.safetensors", "VAE hash": "0"}, "--vae a.safetensors", []),
-        ({"VAE": "Automatic", "RNG": "CPU"}, "", []),
+        ({"VAE": "Automatic", "RNG": "CPU"}, "--rng cpu", []),
     ],
 )
 def test_what_fields_become(fields, words, rest):
@@ -223,8 +223,8 @@ OTHERS = {
     "stable-diffusion.cpp": (
         {"parameters": "a star\nSteps: 4, CFG scale: 7, Seed: 3, Size: 64x64, Model: tiny.safetensors, RNG: CPU, "
          "Sampler: euler_a karras, Version: stable-diffusion.cpp"},
-        "minisd draw -m tiny.safetensors --like a1111 --steps 4 --cfg 7 --seed 3 --size 64x64 --sampler euler_ancestral "
-        "--spacing karras 'a star'",
+        "minisd draw -m tiny.safetensors --like a1111 --steps 4 --cfg 7 --seed 3 --size 64x64 --rng cpu "
+        "--sampler euler_ancestral --spacing karras 'a star'",
         [],
     ),
 }  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 import minisd
 from minisd.cli import main
 from minisd.diffusion.brownian import brownian, path
+from minisd.diffusion.levels import Levels
 from minisd.diffusion.noise import Origin, philox, slerp, sources, torch_stream
 from minisd.pictures.foreign import options_of
 from minisd.pictures.metadata import parameters_text, read_recipe
@@ -264,3 +265,10 @@ def test_in_the_words_of_a1111(tiny, tmp_path):
     assert main(["a star", "--steps", "1", "--size", "32x32", "--seed", "3", "-o", str(out), *words]) == 0
     kept = read_recipe(out)
     assert (kept["rng"], kept["subseed"], kept["subseed_strength"], kept["ensd"]) == ("nv", 7, 0.5, 31337)
+
+
+def test_a_part_of_a_way_has_the_ends_of_the_whole():
+    whole = Levels(torch.tensor([9.0, 5.0, 2.0, 1.0, 0.0]), 9.0, 1.0)
+    first, rest = whole.tail(3).split(1)
+    assert (first.sigmas.tolist(), rest.sigmas.tolist()) == ([5, 2], [2, 1, 0])
+    assert whole.ends == whole.tail(2).ends == first.ends == rest.ends == (1.0, 9.0)

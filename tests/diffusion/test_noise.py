@@ -14,7 +14,7 @@ from minisd.cli import main
 from minisd.diffusion.brownian import brownian, path
 from minisd.diffusion.levels import Levels
 from minisd.diffusion.noise import Origin, philox, slerp, sources, torch_stream
-from minisd.pictures.foreign import options_of
+from minisd.options import OPTIONS
 from minisd.pictures.metadata import parameters_text, read_recipe
 from minisd.recipe import repeat
 
@@ -258,9 +258,8 @@ def test_in_the_words_of_a1111(tiny, tmp_path):
     plain = parameters_text(tiny("a star", seed=4, **FAST).metadata[0])
     assert "RNG: CPU" in plain
     assert not any(word in plain for word in ("Variation", "ENSD"))
-    fields = {"RNG": "NV", "Variation seed": "7", "Variation seed strength": "0.5", "ENSD": "31337"}
-    words = ["--rng", "nv", "--subseed", "7", "--subseed-strength", "0.5", "--ensd", "31337"]
-    assert options_of(fields) == (words, [])
+    flags = {option.infotext: option.flag for option in OPTIONS.values()}
+    words = [flags["Variation seed"], "7", flags["Variation seed strength"], "0.5", flags["ENSD"], "31337", "--rng", "NV"]
     out = tmp_path / "x.png"
     assert main(["a star", "--steps", "1", "--size", "32x32", "--seed", "3", "-o", str(out), *words]) == 0
     kept = read_recipe(out)

@@ -12,8 +12,9 @@ import torch
 import minisd
 from minisd.cli import main
 from minisd.diffusion.brownian import brownian, path
+from minisd.diffusion.levels import Levels
 from minisd.diffusion.noise import Origin, philox, slerp, sources, torch_stream
-from minisd.pictures.infotext import options_of
+from minisd.options import OPTIONS
 from minisd.pictures.metadata import parameters_text, read_recipe
 from minisd.recipe import repeat
 
@@ -257,11 +258,16 @@ def test_in_the_words_of_a1111(tiny, tmp_path):
     plain = parameters_text(tiny("a star", seed=4, **FAST).metadata[0])
     assert "RNG: CPU" in plain
     assert not any(word in plain for word in ("Variation", "ENSD"))
-    fields = {"RNG": "NV", "Variation seed": "7", "Variation seed strength": "0.5", "ENSD": "31337"}
-    words = ["--rng", "nv", "--subseed", "7", "--subseed-strength", "0.5", "--ensd", "31337"]
-    said, lacking = options_of(fields)
-    assert ([word for _, each in said for word in each], lacking) == (words, [])
+    flags = {option.infotext: option.flag for option in OPTIONS.values()}
+    words = [flags["Variation seed"], "7", flags["Variation seed strength"], "0.5", flags["ENSD"], "31337", "--rng", "NV"]
     out = tmp_path / "x.png"
     assert main(["a star", "--steps", "1", "--size", "32x32", "--seed", "3", "-o", str(out), *words]) == 0
     kept = read_recipe(out)
     assert (kept["rng"], kept["subseed"], kept["subseed_strength"], kept["ensd"]) == ("nv", 7, 0.5, 31337)
+
+
+def test_a_part_of_a_way_has_the_ends_of_the_whole():
+    whole = Levels(torch.tensor([9.0, 5.0, 2.0, 1.0, 0.0]), 9.0, 1.0)
+    first, rest = whole.tail(3).split(1)
+    assert (first.sigmas.tolist(), rest.sigmas.tolist()) == ([5, 2], [2, 1, 0])
+    assert whole.ends == whole.tail(2).ends == first.ends == rest.ends == (1.0, 9.0)

@@ -30,7 +30,7 @@ from minisd.workbench.folders.folder import from_folder, to_folder
 from minisd.workbench.merging import merge
 from minisd.workbench.merging import repeat as repeat_merge
 
-SHARES = [pytest.param(20, id="a 20th"), pytest.param(1, id="all", marks=pytest.mark.slow)]
+SHARES = [pytest.param(60, id="a 60th"), pytest.param(1, id="all", marks=pytest.mark.slow)]
 pytestmark = [
     pytest.mark.parametrize("share", SHARES),
     pytest.mark.filterwarnings("ignore"),  # of pickletools and Pillow, about texts and sizes that are then refused

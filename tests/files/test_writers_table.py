@@ -25,12 +25,6 @@ from minisd.workbench.inspecting import as_text, inspect
 from minisd.workbench.merging import merge
 
 CASES = [(name, family) for name, families in WRITTEN.items() for family in families]
-# The way through every command takes seconds: by default one family of each writer, and with `-m slow` all of them.
-ONE_EACH = [
-    pytest.param(name, family, marks=[] if family == next(iter(families)) else [pytest.mark.slow])
-    for name, families in WRITTEN.items()
-    for family in families
-]
 LACKING = ("diffusers' SD 2 before 0.11", "SD 2 without what it does not use")  # SD 2's last layer, its projection
 MADE_UP = "SD 2 with dummies"  # the same, not as it was
 # What the names in a file do not show: the row's example, and the file that shows it.
@@ -101,7 +95,7 @@ def same(found, expected):
     )
 
 
-@pytest.mark.parametrize(("name", "family"), ONE_EACH)
+@pytest.mark.parametrize(("name", "family"), CASES)
 def test_a_file_as_it_is_written_draws_and_goes_through_every_command(name, family, usual, tmp_path):
     plain, weights, picture = usual[family]
     theirs = written(name, family, weights, tmp_path)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tokenize
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -242,3 +243,11 @@ def test_kernels_are_found_from_the_checkout_itself():
     code = "import minisd.kernels, minisd.weights; print(minisd.__file__, minisd.kernels.__file__)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert run.stdout.split() == [str(ROOT / "minisd" / "__init__.py"), str(ROOT / "kernels" / "__init__.py")]
+
+
+def test_every_room_is_in_the_package():
+    """pip install . brings the folders that pyproject.toml names, and no others."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    named = set(tomllib.loads(text)["tool"]["setuptools"]["packages"])
+    folders = {path.parent.relative_to(ROOT) for path in PACKAGE.rglob("__init__.py")}
+    assert named == {".".join(folder.parts) for folder in folders} | {"minisd.kernels", "minisd.weights"}

@@ -355,7 +355,7 @@ def test_a_hundred_thousand_empty_tensors_are_counted_and_not_listed(spelling, t
     begin = time.process_time()
     with pytest.raises(minisd.CheckpointError, match="more than 10,000 tensors"):
         open_checkpoint(path)
-    assert time.process_time() - begin < 0.1
+    assert time.process_time() - begin < 2  # seconds; listed, they took minutes
 
 
 def test_ten_thousand_tensors_are_taken(tmp_path):

@@ -62,6 +62,7 @@ def test_ddim_with_eta_equals_diffusers_step(reduced):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("full width")  # one at a time: up to 11 GB
 @torch.no_grad()
 def test_full_width_stable_diffusion_15(tmp_path):
     """The published architecture at its real size: 1.07 G parameters, float32, 32x32 latents."""

@@ -333,6 +333,7 @@ def test_base_and_refiner_share_one_noise_schedule(opened, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("full width")  # one at a time: up to 11 GB
 @torch.no_grad()
 def test_full_width_sdxl_unet():
     """The published architecture at its real size, float32: 2.57 G parameters, which both implementations share."""

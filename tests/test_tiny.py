@@ -116,7 +116,7 @@ def test_every_sampler_over_every_spacing_with_every_guidance(tiny, name):
         for guidance in ({"guidance_scale": 1}, {"guidance_scale": 4.0}, {"guidance_scale": 4.0, "guidance_rescale": 0.7}):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of spacings that begin low
-                drawn = tiny("a red circle", sampler=name, spacing=spacing, steps=4, seed=1, width=16, height=16, **guidance)
+                drawn = tiny("a red circle", sampler=name, spacing=spacing, steps=2, seed=1, width=16, height=16, **guidance)
             assert drawn.latents.isfinite().all()
 
 
@@ -127,6 +127,6 @@ def test_every_sampler_draws_what_the_prompt_says(tiny, name):
     scale = 1.5 if SAMPLERS[name].pair else 3.0
     found = [
         judge(tiny(prompt, seed=seed, sampler=name, steps=30, guidance_scale=scale).images[0]) == answer
-        for answer, prompt, seed in exam(100)[::9][:6]
+        for answer, prompt, seed in exam(100)[::9][:3]
     ]
-    assert sum(found) >= 4, found
+    assert sum(found) >= 2, found

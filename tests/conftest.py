@@ -57,7 +57,7 @@ NOT_QUICK = (
 )
 
 
-# What takes so long that by default one case of every n is run, or none where n is 0; with -m slow the others are.
+# What takes so long that by default one case of every n is run, or none where n is 0; with -m seldom the others are.
 SELDOM = {
     "test_200_kills_during_a_save_leave_the_old_or_the_new_file_whole": 0,
     "test_a_checkpoint_decides_the_style_and_the_prompt_the_content": 0,
@@ -65,15 +65,19 @@ SELDOM = {
     "test_a_key_names_the_unit_of_its_number": 0,
     "test_a_mixture_is_trained_as_what_is_left_of_it": 2,
     "test_a_recipe_may_hold_anything": 0,
+    "test_all_texts": 3,
     "test_any_width_and_depth_of_every_family": 0,
     "test_blocks_run[docs/drawing.md]": 0,
     "test_blocks_run[docs/files.md]": 0,
     "test_blocks_run[docs/python.md]": 0,
+    "test_commands_that_are_ended_at_any_moment": 0,
     "test_compile_names_registers_spills_and_shared_memory": 0,
     "test_diffusers_opens_it_and_draws_the_same": 5,
     "test_every_sampler_and_guide_both_ways": 4,
     "test_every_sampler_draws_by_its_own_spacing": 2,
-    "test_every_sampler_of_the_field_both_ways": 3,
+    "test_every_sampler_draws_what_the_prompt_says": 3,
+    "test_every_sampler_of_the_field_both_ways": 4,
+    "test_every_sampler_over_every_spacing_with_every_guidance": 3,
     "test_every_step_equals_the_plain_way": 2,
     "test_group_norm_of_many_chunks": 3,
     "test_group_norm_over_a_skip_connection": 6,
@@ -90,7 +94,9 @@ SELDOM = {
     "test_shapes_of_a_checkpoint_are_those_that_the_kernels_know": 0,
     "test_shapes_of_a_checkpoint_say_where_and_how_often": 0,
     "test_six_sizes_in_turns_and_a_weight_that_changes": 2,
+    "test_streams_of_all": 2,
     "test_surroundings": 3,
+    "test_surroundings_of_all": 2,
     "test_text_to_image": 3,
     "test_there_and_back_changes_no_bit": 3,
     "test_unet_with_kernels_equals_the_one_without": 2,
@@ -107,10 +113,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.name in SELDOM or getattr(item, "originalname", "") in SELDOM:
             name = item.name if item.name in SELDOM else item.originalname  # type: ignore[attr-defined]
             if not SELDOM[name] or seen[name] % SELDOM[name]:
-                item.add_marker("slow")
+                item.add_marker("seldom")
             seen[name] += 1
         among = {*item.path.relative_to(Path(__file__).parent).with_suffix("").parts} & {*QUICK}
-        elsewhere = item.get_closest_marker("slow") or item.get_closest_marker("gpu")
+        elsewhere = item.get_closest_marker("slow") or item.get_closest_marker("seldom") or item.get_closest_marker("gpu")
         if among and not elsewhere and not any(name in item.name for name in NOT_QUICK):
             item.add_marker("quick")
 

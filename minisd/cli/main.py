@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from .. import __version__
-from ..errors import MinisdError, OutOfMemoryError, OutputError
+from ..errors import MinisdError, OutOfMemoryError, OutputError, UsageError
 from . import about, again, bench, completion, draw, files, models, tokens
 from .options import Parser, one_line, with_flags
 from .streams import careful_streams, ended_by_signals
@@ -107,12 +107,23 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     if first not in WITHOUT_TORCH:
         check_address_space()
+        check_working_folder(first)
     command = COMMANDS.get(first)
     if command is None:
         check_no_command(arguments)
         return draw.draw(draw.parse(arguments))
     parse = command.parse or command.parser().parse_args
     return command.run(parse(arguments[1:]))
+
+
+def check_working_folder(command: str) -> None:
+    """Raises UsageError where it was deleted: libraries that torch loads end the process there by themselves."""
+    try:
+        os.getcwd()
+    except OSError:
+        if command != "doctor":
+            raise UsageError("the working folder is gone; change into one that is there") from None
+        os.chdir(os.sep)  # it neither reads nor writes there
 
 
 def check_address_space() -> None:

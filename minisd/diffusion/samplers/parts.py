@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,12 +80,6 @@ def integrals(known: Tensor, at: Tensor, width: Tensor) -> Tensor:
     return torch.stack([(one.prod(0) * width).sum() for one in basis])
 
 
-def gauss(points: int) -> tuple[Tensor, Tensor]:
-    """Places and weights of Gauss-Legendre integration from 0 to 1 (Golub and Welsch 1969)."""
-    k = torch.arange(1, points, dtype=torch.float64)
-    beside = torch.diag(k / (4 * k**2 - 1).sqrt(), 1)
-    values, vectors = torch.linalg.eigh(beside + beside.T)
-    return (values + 1) / 2, vectors[0] ** 2
-
-
-PLACES, WEIGHTS = gauss(32)
+# Places and weights of Gauss-Legendre integration from 0 to 1.
+PLACES, WEIGHTS = (torch.from_numpy(each) / 2 for each in np.polynomial.legendre.leggauss(32))
+PLACES = PLACES + 0.5

@@ -45,7 +45,7 @@ class Pointwise(nn.Linear):
     def __init__(self, shapes: Shapes, name: str) -> None:
         shape = shapes[f"{name}.weight"]
         super().__init__(shape[1], shape[0])
-        self.weight = nn.Parameter(self.weight.detach().view(shape))
+        self.weight = nn.Parameter(self.weight.detach().view(*self.weight.shape, *(1 for _ in shape[2:])))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.flatten(1), self.bias)

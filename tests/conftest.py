@@ -91,6 +91,7 @@ SELDOM = {
     "test_measured_order_is_the_claimed_one_or_the_table_says_why": 4,
     "test_names_that_are_not_in_the_streams_letters": 3,
     "test_over_many_steps_the_ways_part_no_further_than_rounding_takes_them": 3,
+    "test_recipes_of_merges[all]": 0,
     "test_roofline_leaves_the_terminal_alone": 0,
     "test_save_then_load_is_the_same_model_for_every_family": 4,
     "test_shapes_of_a_checkpoint_are_those_that_the_kernels_know": 0,

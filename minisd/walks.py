@@ -150,7 +150,8 @@ class Progress:
     def describe(self, moment: Moment) -> Step:
         sigma = moment.call.sigma if moment.call else self.sigma
         self.sigma, self.way = sigma, moment.way
-        timestep = float(self.leg.pipe.network.schedule.timestep(torch.tensor(sigma, dtype=torch.float64)))
+        schedule = schedule_of(self.plan.request.like, self.leg.pipe.network.schedule)
+        timestep = float(schedule.timestep(torch.tensor(sigma, dtype=torch.float64)))
         seeds = tuple(self.plan.seeds[self.part])
         at = (moment.latents, moment.denoised, moment.before, sigma, timestep)
         return Step(self.index, self.total, *at, self.part.start, seeds, moment.way)

@@ -61,8 +61,7 @@ def levels(schedule: Schedule, spacing: str, steps: int, wish: LevelWish, xl: bo
     Warns where a spacing starts far below the top.
     """
     sigmas = visited(spacing, schedule, steps + wish.discard, xl)
-    if wish.discard:
-        sigmas = torch.cat([sigmas[:-2], sigmas[-1:]])
+    sigmas = without_penultimate(sigmas) if wish.discard else sigmas
     if SPACINGS[spacing].timesteps:
         first = float(schedule.timestep(sigmas[0]))
         if first < 800:
@@ -74,6 +73,11 @@ def levels(schedule: Schedule, spacing: str, steps: int, wish: LevelWish, xl: bo
         if wish.ends_above_zero and isinstance(schedule, Discrete):
             sigmas = torch.cat([sigmas[:-1], schedule.sigmas[:1]])
     return Levels(sigmas, start_scale(schedule, sigmas[0], spacing, wish), unit(sigmas[-1]))
+
+
+def without_penultimate(sigmas: Tensor) -> Tensor:
+    """Without the last level before the end."""
+    return torch.cat([sigmas[:-2], sigmas[-1:]])
 
 
 def start_scale(schedule: Schedule, sigma: Tensor, spacing: str, wish: LevelWish) -> float:

@@ -125,10 +125,14 @@ def mass(x: Tensor) -> Tensor:
 # By the noise level itself.
 
 
+def karras_levels(low: Tensor, high: Tensor, steps: int) -> Tensor:
+    """From high to low, evenly in the seventh root of sigma (Karras et al. 2022, eq. 5, rho = 7)."""
+    return (high ** (1 / 7) + even(0, 1, steps) * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+
+
 def karras(schedule: Schedule, steps: int) -> Tensor:
-    """Evenly in the seventh root of sigma (Karras et al. 2022, eq. 5, rho = 7): denser where there is little noise."""
-    low, high = schedule.range
-    return to_zero((high ** (1 / 7) + even(0, 1, steps) * (low ** (1 / 7) - high ** (1 / 7))) ** 7)
+    """The same over the range of the model: denser where there is little noise."""
+    return to_zero(karras_levels(*schedule.range, steps))
 
 
 def exponential(schedule: Schedule, steps: int) -> Tensor:

@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .levels import Levels, LevelWish, levels, unit
+from ..errors import UsageError
+from .levels import Levels, LevelWish, levels, unit, without_penultimate
 from .schedule import TRAINING_STEPS, Continuous, Discrete, Schedule
 from .spacings import visited
 
@@ -52,12 +53,15 @@ class Wanted:
     strength: float | None = None  # over a picture
 
 
+def walked(schedule: Schedule, wanted: Wanted, steps: int, discard: bool) -> Tensor:
+    sigmas = visited(wanted.spacing, schedule, steps + discard, wanted.xl)
+    return without_penultimate(sigmas) if discard else sigmas
+
+
 def comfyui(schedule: Schedule, wanted: Wanted) -> Levels:
     """All N steps are done: of more levels, so many that the last N + 1 begin at the strength (samplers.py, KSampler)."""
     strength = wanted.strength if wanted.strength is not None and wanted.strength <= 0.9999 else 1.0
-    discard = wanted.sampler in ("dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2")
-    sigmas = without_last(visited(wanted.spacing, schedule, int(wanted.steps / strength) + discard, wanted.xl), discard)
-    sigmas = sigmas[-(wanted.steps + 1) :]
+    sigmas = walked(schedule, wanted, int(wanted.steps / strength), wanted.wish.discard)[-(wanted.steps + 1) :]
     top = float(schedule.range[1])
     at_top = float(sigmas[0]) > top or abs(float(sigmas[0]) - top) <= 1e-5 * top
     return Levels(sigmas, unit(sigmas[0]) if at_top else float(sigmas[0]), 1.0)
@@ -66,12 +70,14 @@ def comfyui(schedule: Schedule, wanted: Wanted) -> Levels:
 def a1111(schedule: Schedule, wanted: Wanted) -> Levels:
     """k-diffusion's rules; DDIM and PLMS end one step early, at timestep 1 (sd_samplers_timesteps.py)."""
     if wanted.sampler in BY_TIMESTEPS and isinstance(schedule, Discrete):
+        if wanted.steps < 2:
+            raise UsageError(f"steps: expected at least 2 for {wanted.sampler} like a1111, which leaves one out, found 1")
         timesteps = torch.arange(0, TRAINING_STEPS, TRAINING_STEPS // wanted.steps, dtype=torch.float64).flip(0) + 1
         sigmas = schedule.sigma(timesteps.clamp(max=TRAINING_STEPS - 1))
         found = Levels(sigmas, unit(sigmas[0]), unit(sigmas[-1]))
     else:
         discard = wanted.sampler in ("dpm_2", "dpm_2_ancestral", "dpmpp_3m_sde")
-        sigmas = without_last(visited(wanted.spacing, schedule, wanted.steps + discard, wanted.xl), discard)
+        sigmas = walked(schedule, wanted, wanted.steps, discard)
         found = Levels(sigmas, float(sigmas[0]), 1.0)
     if wanted.strength is None:
         return found
@@ -82,11 +88,6 @@ def diffusers(schedule: Schedule, wanted: Wanted) -> Levels:
     """minisd's own, which are those of diffusers' classes."""
     found = levels(schedule, wanted.spacing, wanted.steps, wanted.wish, wanted.xl)
     return found if wanted.strength is None else found.tail(int(found.steps * wanted.strength))
-
-
-def without_last(sigmas: Tensor, discard: bool) -> Tensor:
-    """Without the last level before the end."""
-    return torch.cat([sigmas[:-2], sigmas[-1:]]) if discard else sigmas
 
 
 RULES = {"comfyui": comfyui, "a1111": a1111, "diffusers": diffusers, None: diffusers}

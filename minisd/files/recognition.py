@@ -102,7 +102,8 @@ def recognise(checkpoint: Checkpoint, vae_given: bool = False) -> Recognition:
     if foreign or missing(family, shapes) or channels not in TASKS:
         what, hint = looks_like(shapes)
         reason = f"this looks like {what}, not like a checkpoint" if what != UNKNOWN else f"this is {what}"
-        raise CheckpointError(checkpoint.path, reason, f"{hint}; its keys{listing(shapes)}")
+        key = None if foreign or missing(family, shapes) else CONV_IN
+        raise CheckpointError(checkpoint.path, reason, f"{hint}; its keys{listing(shapes)}", key)
     reasons = [f"{family.title}: weights below {', '.join(family.clues)}"]
     absent = ", ".join(missing(runner_up, shapes)) or f"nothing, but {family.title} explains more of the file"
     reasons.append(f"not {runner_up.title}: missing {absent}")

@@ -13,7 +13,7 @@ from .graphs import of_graph
 from .infotext import of_infotext
 from .records import of_record
 
-MAX_TEXT = 1_000_000  # characters
+MAX_TEXT, MAX_JSON = 100_000, 1_000_000  # characters
 EXIF, USER_COMMENT, DESCRIPTIONS = 0x8769, 0x9286, (0x010E, 0x010F, 0x0110)  # tags of EXIF
 CHUNKS = {"workflow": "ComfyUI", "prompt": "ComfyUI", "invokeai_metadata": "InvokeAI", "sd-metadata": "InvokeAI"}
 
@@ -60,7 +60,7 @@ def found_in(image: Image.Image) -> Found | None:
 def loaded(text: object) -> object:
     """JSON, or None where it is none."""
     try:
-        return json.loads(text) if isinstance(text, str) and len(text) <= MAX_TEXT else None
+        return json.loads(text) if isinstance(text, str) and len(text) <= MAX_JSON else None
     except (ValueError, RecursionError):
         return None
 

@@ -294,13 +294,14 @@ def repeat(
     places = list(folders) if folders is not None else [checkpoint.path.parent, Path()]
     try:
         facts = json.loads(text)
-        options = {name: facts[name] for name in ("method", "by_part", "density", "seed")}
+        options = {name: facts[name] for name in ("method", "density", "seed")}
+        options["by_part"] = None if facts["by_part"] is None else dict(facts["by_part"])
         options |= {name: facts.get(name) for name in ("prediction", "zero_snr")}
         ratios, blocks, dtype = tuple(facts["ratios"]), dict(facts["by_block"]), TORCH[facts["dtype"]] if facts["dtype"] else None
         sources = [found_again(source, places, checkpoint.path) for source in facts["sources"]]
         base = sources.pop() if facts["with_base"] else None
         return merge(sources, target, ratios, base, blocks=blocks, dtype=dtype, progress=progress, **options)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
         reason = f"carries a {RECIPE} that minisd did not write: {type(error).__name__} {error}"
         raise CheckpointError(checkpoint.path, reason, "name the models to merge") from error
 

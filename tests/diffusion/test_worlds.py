@@ -11,6 +11,7 @@ from minisd.diffusion.levels import LevelWish
 from minisd.diffusion.schedule import scaled_linear, zero_terminal
 from minisd.diffusion.spacings import visited
 from minisd.diffusion.worlds import RULES, Wanted, schedule_of
+from minisd.errors import UsageError
 
 SCHEDULE = scaled_linear()
 PROMPT, SMALL = "a red circle on a blue background", {"width": 64, "height": 64, "seed": 3, "guidance_scale": 5.0, "steps": 6}
@@ -73,6 +74,8 @@ def test_a1111s_ddim_ends_at_timestep_1():
     found = RULES["a1111"](SCHEDULE, wanted("ddim", "leading", 20))
     assert SCHEDULE.timestep(found.sigmas).round().tolist() == [951 - 50 * i for i in range(20)]
     assert len(RULES["a1111"](SCHEDULE, wanted("ddim", "leading", 30)).sigmas) == 31
+    with pytest.raises(UsageError, match="steps: expected at least 2 for ddim like a1111"):
+        RULES["a1111"](SCHEDULE, wanted("ddim", "leading", 1))
 
 
 def test_timesteps_are_whole_for_comfyui():

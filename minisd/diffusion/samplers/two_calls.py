@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoise, Noise, Steps
+from ..spacings import karras_levels
 from .parts import slope, split, step_in, weighted
 
 
@@ -160,14 +161,9 @@ def restarts(sigmas: Tensor) -> list[tuple[Tensor, Tensor]]:
     times, length = (2, steps // 4) if steps >= 36 else (1, 9) if steps >= 20 else (0, 0)
     if not times:
         return list(pairwise(sigmas))
-    way = torch.cat([karras(sigmas[-2], sigmas[0], steps - times * length), sigmas[-1:]])
+    way = torch.cat([karras_levels(sigmas[-2], sigmas[0], steps - times * length), sigmas[-1:]])
     low, high = (way[(way - level).abs().argmin()] for level in (0.1, 2.0))
-    again = karras(low, high, length + 1)[:-1] if high > low else way[:0]
+    again = karras_levels(low, high, length + 1)[:-1] if high > low else way[:0]
     down = list(pairwise(way))
     turn = next(i for i, (_, following) in enumerate(down) if following == low) + 1
     return [*down[:turn], *([(low, high), *pairwise([*again, low])] * times if len(again) else []), *down[turn:]]
-
-
-def karras(low: Tensor, high: Tensor, steps: int) -> Tensor:
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    return (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7

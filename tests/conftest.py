@@ -94,7 +94,6 @@ SELDOM = {
     "test_save_then_load_is_the_same_model_for_every_family": 4,
     "test_shapes_of_a_checkpoint_are_those_that_the_kernels_know": 0,
     "test_shapes_of_a_checkpoint_say_where_and_how_often": 0,
-    "test_signals": 0,
     "test_single_precision": 0,
     "test_six_sizes_in_turns_and_a_weight_that_changes": 2,
     "test_streams_of_all": 3,

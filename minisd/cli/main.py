@@ -154,21 +154,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = run(arguments)
             sys.stdout.flush()
             return CLOSED if closed and status == 0 else status
-        except MinisdError as error:
-            if debug:
-                raise
-            print(f"minisd: error: {one_line(error)}", file=sys.stderr)
-            return error.exit_code
         except KeyboardInterrupt:
-            print("minisd: interrupted", file=sys.stderr)
-            return 128 + came[0] if came else 130
+            return interrupted(came)
         except BrokenPipeError:
             leave_stdout()
             return CLOSED
-        except (MemoryError, ImportError, RuntimeError, OSError) as error:
+        except Exception as error:
             if debug:
                 raise
-            return refused(error)
+            if came:  # a library that was interrupted while it was imported has errors of its own
+                return interrupted(came)
+            if isinstance(error, MinisdError):
+                print(f"minisd: error: {one_line(error)}", file=sys.stderr)
+                return error.exit_code
+            if isinstance(error, MemoryError | ImportError | RuntimeError | OSError):
+                return refused(error)
+            raise
+
+
+def interrupted(came: Sequence[int]) -> int:
+    print("minisd: interrupted", file=sys.stderr)
+    return 128 + came[0] if came else 130
 
 
 def refused(error: Exception) -> int:

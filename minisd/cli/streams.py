@@ -56,7 +56,7 @@ def occupy() -> None:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[list[int]]:
-    """Has SIGTERM and SIGHUP end a command as Ctrl-C does, so that nothing is left behind.  Gives those that came."""
+    """Has SIGTERM and SIGHUP end a command as Ctrl-C does, so that nothing is left behind.  Gives what came, Ctrl-C, too."""
     came: list[int] = []
 
     def stop(number: int, _: object) -> None:
@@ -64,14 +64,15 @@ def ended_by_signals() -> Iterator[list[int]]:
         raise KeyboardInterrupt
 
     main_thread = threading.current_thread() is threading.main_thread()
-    ours = [each for each in ENDING if main_thread and signal.getsignal(each) == signal.SIG_DFL]  # nohup ignores SIGHUP
+    usual = dict.fromkeys(ENDING, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
+    ours = {each: how for each, how in usual.items() if main_thread and signal.getsignal(each) == how}  # nohup ignores SIGHUP
     for each in ours:
         signal.signal(each, stop)
     try:
         yield came
     finally:
-        for each in ours:
-            signal.signal(each, signal.SIG_DFL)
+        for each, how in ours.items():
+            signal.signal(each, how)
 
 
 @contextlib.contextmanager

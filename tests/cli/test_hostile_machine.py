@@ -20,7 +20,7 @@ from hostile import TEXTS, with_recipe
 from minisd.library.places import tiny_checkpoint
 from minisd.workbench.doctor import VARIABLES
 
-CODE = "import sys; from minisd.cli import main; sys.exit(main(sys.argv[1:]))"
+CODE = "import sys; from minisd.__main__ import run; sys.exit(run())"  # what the installed command is
 NOBODY = "import pwd\ndef fails(_): raise KeyError('no entry')\npwd.getpwuid = fails\n"
 RECIPE = {"prompt": "a star", "steps": 1, "width": 8, "height": 8, "seed": 1, "device": "cpu"}
 LIGHT = ("inspect", "models", "completion")  # these start in a moment: they are tried by default

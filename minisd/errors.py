@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from typing import Any
+
+LACK_OF_MEMORY = (
+    "out of memory",  # CUDA
+    "alloc_failed",  # cuBLAS, cuDNN
+    "allocate memory",  # torch on a CPU, the system's dynamic loader
+    "bad_alloc",  # C++, as torch hands it on
+    "failed to map",
+    "cannot map",
+)
 
 
 class MinisdError(Exception):
@@ -48,12 +58,21 @@ def taken_apart(path: object) -> Iterator[None]:
     thought of; --debug shows where it comes from.  Only a lack of memory is no fault of the file."""
     try:
         yield
-    except (MinisdError, MemoryError):
+    except MinisdError:
         raise
     except Exception as error:
+        if is_lack_of_memory(error):
+            raise
         found = shown(str(error) or "no reason given", 200)
         reason = f"is not put together as such a file is: {type(error).__name__}: {found}"
         raise CheckpointError(path, reason, "copy or download it again") from error
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether this is one of the ways in which it is said: by Python, by the system, while a library is loaded, by torch."""
+    if isinstance(error, ImportError | RuntimeError):  # torch's own error for a GPU is a RuntimeError, too
+        return any(words in str(error).lower() for words in LACK_OF_MEMORY)
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 
 
 class OutOfMemoryError(MinisdError):

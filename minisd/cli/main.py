@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import os
 import sys
 import warnings
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from .. import __version__
-from ..errors import MinisdError, OutOfMemoryError, OutputError, UsageError
+from ..errors import MinisdError, OutOfMemoryError, OutputError, UsageError, is_lack_of_memory
 from . import about, again, bench, completion, draw, files, models, tokens
 from .options import Parser, one_line, with_flags
 from .streams import careful_streams, ended_by_signals
@@ -194,14 +193,6 @@ def refused(error: Exception) -> int:
         return MinisdError.exit_code
     leave_stdout()
     return OutputError.exit_code
-
-
-def is_lack_of_memory(error: BaseException) -> bool:
-    """Whether this is one of the ways in which it is said: by Python, by the system, while a library is loaded, by torch."""
-    if isinstance(error, ImportError | RuntimeError):
-        ways = ("failed to map", "cannot map", "cannot allocate", "can't allocate memory")
-        return any(words in str(error).lower() for words in ways)
-    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 
 
 def tell(message: Warning | str) -> None:

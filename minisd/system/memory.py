@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import OutOfMemoryError
+from ..errors import OutOfMemoryError, is_lack_of_memory
 
 
 @contextmanager
@@ -18,8 +18,7 @@ def memory_errors() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch's own is a RuntimeError, and so are a broken GPU's
-        says_so = any(words in str(error).lower() for words in ("can't allocate memory", "out of memory"))
-        if not says_so and not isinstance(error, MemoryError | torch.OutOfMemoryError):
+        if not is_lack_of_memory(error):
             raise
         raise OutOfMemoryError(
             f"out of memory: {first_line(error) or 'main memory is full'}; draw fewer or smaller pictures, or use dtype bfloat16"

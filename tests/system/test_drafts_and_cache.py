@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from minisd.errors import OutOfMemoryError, OutputError
+from minisd.cli.main import refused
+from minisd.errors import OutOfMemoryError, OutputError, is_lack_of_memory, taken_apart
 from minisd.files.checkpoint import file_sha256, known_sha256, state_of
 from minisd.system import atomic
 from minisd.system.atomic import drafting, replacing, running, strays
@@ -146,3 +148,28 @@ def test_threads_get_a_draft_each(tmp_path):
 def test_no_memory_has_a_reason():
     with pytest.raises(OutOfMemoryError, match="out of memory: main memory is full; draw"), memory_errors():
         raise MemoryError
+
+
+LACKING = [
+    MemoryError(),
+    RuntimeError("std::bad_alloc"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", LACKING, ids=lambda error: type(error).__name__)
+def test_every_way_of_saying_that_memory_lacks(error, capfd):
+    """Never a fault of the file that was read when it happened, and one line with exit code 4 at the end."""
+    with pytest.raises(type(error)), taken_apart("a.ckpt"):
+        raise error
+    assert refused(error) == 4
+    assert capfd.readouterr().err == "minisd: error: there is not enough memory for this\n"
+
+
+def test_other_errors_are_no_lack_of_memory():
+    for error in (RuntimeError("shape mismatch"), OSError(errno.ENOENT, "No such file"), ImportError("No module named x")):
+        assert not is_lack_of_memory(error)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -94,6 +95,12 @@ def plain_numbers(value: Any) -> dict[str, float] | None:
     return {name: each if isinstance(each, int) else float(each) for name, each in dict(value).items()} if fits else None
 
 
+def lora(text: str) -> tuple[Any, ...]:
+    """NAME[:strength[:text_strength]]; a name may hold colons, too."""
+    name, *strengths = re.fullmatch(r"(.+?)(?::([-+.\de]+))?(?::([-+.\de]+))?", text).groups()  # type: ignore[union-attr]
+    return (name, *(float(each) for each in strengths if each is not None))
+
+
 TEXT = Kind("a text", str, lambda value: value if isinstance(value, str) else None)
 FLAG = Kind("true or false", bool, lambda value: bool(value) if isinstance(value, bool) else None)
 PAIR = Kind("two whole numbers from 0 to 65,536", pair, two_numbers)
@@ -102,6 +109,9 @@ NUMBERS = Kind("numbers", str, lambda value: [number(0, 1e30).check("", each) fo
 NUMBERS_BY_NAME = Kind("numbers by name, such as s_churn=10", numbers_by_name, plain_numbers)
 LEVELS = Kind("numbers, falling", levels, lambda value: value)
 FUNCTION = Kind("a function", str, lambda value: value if callable(value) else None)
+LORAS = Kind(
+    "a list of LoRAs", lora, lambda value: value if isinstance(value, list | tuple) and not isinstance(value, str) else None
+)
 # Names, functions, pictures and tensors, which are looked at where they are used.
 ANYTHING = Kind("a name, a function or a picture", str, lambda value: value)
 # How prompts are read (text/grammar.py): A1111's four ways to weigh (sd_emphasis.py), and ComfyUI's dialect.
@@ -130,6 +140,7 @@ class Option:
 
 
 FILES, START = "model files", "starting from a picture"
+ADDONS = "add-ons"
 FINER, SDXL, NOISE = "finer control", "what SDXL is told", "where noise comes from"
 OPTIONS = {
     option.name: option
@@ -252,6 +263,22 @@ OPTIONS = {
             "--emphasis", "NAME", FINER, infotext="Emphasis",
         ),
         Option("plain_prompt", FLAG, None, "prompts are words: no brackets, AND or BREAK", "--plain-prompt", None, FINER),
+        Option(
+            "loras", LORAS, None, "a LoRA or one of its relatives, with its strength and another for the text; may be repeated",
+            "--lora", "NAME[:S[:T]]", ADDONS,
+        ),
+        Option(
+            "lora_blocks", TEXT, None, "what multiplies it in blocks of the UNet: input.0-3=0,middle=0.5 (see merge --blocks)",
+            "--lora-blocks", "SPEC", ADDONS,
+        ),
+        Option(
+            "lora_rule", one_of("paper", "comfyui"), None,
+            "comfyui: its rule for DoRA, OFT and BOFT, for pictures of it (default: the paper's)", "--lora-rule", "NAME", ADDONS,
+        ),
+        Option(
+            "lora_partial", FLAG, False, "take of a LoRA what fits the checkpoint, where else it is refused",
+            "--lora-partial", None, ADDONS,
+        ),
     )
 }  # fmt: skip
 RECORDED = [option.name for option in OPTIONS.values() if option.recorded]

@@ -12,13 +12,13 @@ import os
 from collections.abc import Generator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from . import __version__
+from .addons.stack import Stack
+from .addons.wanted import Wanted, as_loras, wanted
 from .codec import Autoencoder, Codec
 from .diffusion.denoiser import Conditioning, Network
 from .diffusion.schedule import Continuous, Schedule, scaled_linear, zero_terminal
@@ -40,7 +40,7 @@ from .pictures.image import to_pil
 from .pictures.preview import LinearDecoder, fit_decoder
 from .plan import Capabilities, Plan, check_text, pasted, planned, reading_of
 from .recipe import recipe_of
-from .request import Request, taking_options
+from .request import LoraLike, Request, taking_options
 from .result import Drawn, Result, Step, finish, keeping_finished, with_bar
 from .system.device import name_of, on_device, to_device, to_dtype
 from .system.memory import memory_errors
@@ -117,6 +117,7 @@ class Pipeline:
         )
         self.codec = Codec(model.vae, recognition, device, dtype, self.engine)
         self.as_loaded = AsLoaded((model.unet, *model.text_encoders, model.vae))
+        self.stack = Stack(model, self.family, lambda: self.as_loaded.layering())
         self.vae_files: list[Checkpoint] = []  # of another VAE than the checkpoint's own
 
     def __repr__(self) -> str:
@@ -165,10 +166,16 @@ class Pipeline:
 
         Takes the same arguments as the call, and checks them at once.
         """
+        request, addons = wanted(request, self.stack.kept)
+        self.stack.check(addons)
         plan = planned(request, self.capabilities())
         if request.refiner is not None:
             check_refiner(self, request.refiner)
-        return self.draw(plan)
+        return self.with_addons(addons, plan)
+
+    def with_addons(self, addons: Wanted, plan: Plan) -> Generator[Step, None, Result]:
+        with self.stack.holding(addons):
+            return (yield from self.draw(plan))
 
     @torch.no_grad()
     def draw(self, plan: Plan) -> Generator[Step, None, Result]:
@@ -186,7 +193,7 @@ class Pipeline:
                         x = moment.latents
                 latents = x / legs[-1].levels.end_scale
                 pictures = [pasted(to_pil(pixels), plan.init) for pixels in self.codec.decode(latents)]
-                drawn.add(latents, pictures, [self.recipe(plan, i, progress.way) for i in range(part.start, part.stop)])
+                drawn.add(latents, pictures, [recipe_of(plan, i, self, progress.way) for i in range(part.start, part.stop)])
         return drawn.whole()
 
     @torch.no_grad()
@@ -199,6 +206,15 @@ class Pipeline:
         """A tiny autoencoder if that is the VAE, else a linear map that is fitted to the VAE."""
         tiny = isinstance(self.vae, TinyAutoencoder)
         return self.codec if tiny else fit_decoder(self.codec.encode, self.vae.downscale)
+
+    def set_loras(self, loras: Sequence[LoraLike], rule: str = "paper", partial: bool = False) -> None:
+        """Layers these, and no others, on the weights from now on: paths or names, (path, strength), (path, strength, text
+        strength) or `addons.wanted.Lora`.  [] gives the file's own weights back, to the bit; a new strength reads no file again.
+
+        rule, partial: as `lora_rule` and `lora_partial` of a request.  Raises CheckpointError, which says what does not fit, and
+        UsageError; the weights are untouched then.
+        """
+        self.stack.keep(Wanted(as_loras(loras), rule, partial))
 
     def replace_vae(self, *paths: str | os.PathLike[str]) -> None:
         """Encodes and decodes with the VAE of another file from now on (TAESD may be in two).  Raises CheckpointError."""
@@ -231,30 +247,6 @@ class Pipeline:
         """What a request for this model is checked against."""
         layers = min(encoder.depth for encoder in self.text_encoders)
         return Capabilities(self.recognition, self.vae.latent_channels, self.vae.downscale, layers, self.unet.context_channels)
-
-    def recipe(self, plan: Plan, i: int, way: str) -> dict[str, Any]:
-        """What `minisd again` and other programs need to know about picture i."""
-        files: dict[str, Any] = dict(file_facts("model", self.checkpoint))
-        if self.vae_files:
-            files |= file_facts("vae", self.vae_files[0])
-            if len(self.vae_files) > 1:
-                files |= {"vae_paths": [str(file.path) for file in self.vae_files]}
-        if plan.request.refiner is not None:
-            files |= file_facts("refiner", plan.request.refiner.checkpoint)
-        how: dict[str, Any] = {"ema": self.checkpoint.ema, "way": way, "task": self.recognition.task}
-        if changed := self.as_loaded.changed():
-            how["changed"] = changed
-        if self.training.prediction in ("epsilon", "v"):
-            how |= {"prediction": self.training.prediction, "zero_snr": self.training.zero_terminal}
-        here = {"device": self.device.type, "dtype": name_of(self.dtype), "torch": torch.__version__, "version": __version__}
-        return recipe_of(plan, i) | files | how | here
-
-
-def file_facts(name: str, checkpoint: Checkpoint) -> dict[str, str | None]:
-    path = None if checkpoint.path == tiny_checkpoint() else str(checkpoint.path)
-    tensors = checkpoint.metadata.get("modelspec.hash_sha256")  # stays the same when a merge is made again, on another day
-    hashes = {f"{name}_sha256": checkpoint.sha256(), f"{name}_tensors_sha256": tensors}
-    return {name: checkpoint.path.stem, f"{name}_path": path} | hashes
 
 
 def schedule_of(training: Training) -> Schedule:

@@ -428,7 +428,7 @@ def path_of(picture: Picture | None) -> str | None:
     return os.path.abspath(file) if isinstance(file, str | os.PathLike) and str(file) else None
 
 
-LORA = re.compile(r"<(lora|lyco|hypernet):[^<>]*>")  # what other programs understand in a prompt
+TAG = re.compile(r"<(lora|lyco|hypernet):[^<>]*>")  # addons/wanted.py has taken those out that mean something here
 
 
 def check_text(name: str, text: object, reading: str) -> None:
@@ -445,8 +445,8 @@ def check_text(name: str, text: object, reading: str) -> None:
         raise UsageError(f"{name}: expected text in UTF-8, found bytes that are not") from None
     if "\0" in text:
         raise UsageError(f"{name}: expected a text, found a NUL character in it")
-    if found := LORA.search(text):
-        warnings.warn(f"{name}: {found[0]!r} is read as plain words: LoRAs in a prompt are not known yet", stacklevel=2)
+    if found := TAG.search(text):
+        warnings.warn(f"{name}: {found[0]!r} is read as plain words: only the prompt itself names LoRAs", stacklevel=2)
     check_grammar(name, text, reading)
 
 

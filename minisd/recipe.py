@@ -5,24 +5,57 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import __version__
 from .diffusion.denoiser import Conditioning, Timeline
 from .errors import UsageError, shown
-from .files.checkpoint import data_sha256, file_sha256
+from .files.checkpoint import Checkpoint, data_sha256, file_sha256
+from .library.places import tiny_checkpoint
 from .options import MAX_IMAGES, RECORDED, whole
 from .pictures.init import fingerprint, open_picture
 from .plan import Plan
 from .request import Request
+from .system.device import name_of
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
 
 
-def recipe_of(plan: Plan, i: int) -> dict[str, Any]:
-    """What was asked for and settled about picture i, ready for JSON."""
+def recipe_of(plan: Plan, i: int, pipe: Pipeline, way: str) -> dict[str, Any]:
+    """What `minisd again` and other programs need to know about picture i, ready for JSON."""
+    files: dict[str, Any] = dict(file_facts("model", pipe.checkpoint))
+    if pipe.vae_files:
+        files |= file_facts("vae", pipe.vae_files[0])
+        if len(pipe.vae_files) > 1:
+            files |= {"vae_paths": [str(file.path) for file in pipe.vae_files]}
+    if plan.request.refiner is not None:
+        files |= file_facts("refiner", plan.request.refiner.checkpoint)
+    if pipe.stack.active:
+        files |= {"loras": pipe.stack.facts(), "lora_rule": pipe.stack.rule}
+    how: dict[str, Any] = {"ema": pipe.checkpoint.ema, "way": way, "task": pipe.recognition.task}
+    if changed := pipe.as_loaded.changed():
+        how["changed"] = changed
+    if pipe.training.prediction in ("epsilon", "v"):
+        how |= {"prediction": pipe.training.prediction, "zero_snr": pipe.training.zero_terminal}
+    here = {"device": pipe.device.type, "dtype": name_of(pipe.dtype), "torch": torch.__version__, "version": __version__}
+    return settled(plan, i) | files | how | here
+
+
+def file_facts(name: str, checkpoint: Checkpoint) -> dict[str, str | None]:
+    path = None if checkpoint.path == tiny_checkpoint() else str(checkpoint.path)
+    tensors = checkpoint.metadata.get("modelspec.hash_sha256")  # stays the same when a merge is made again, on another day
+    hashes = {f"{name}_sha256": checkpoint.sha256(), f"{name}_tensors_sha256": tensors}
+    return {name: checkpoint.path.stem, f"{name}_path": path} | hashes
+
+
+def settled(plan: Plan, i: int) -> dict[str, Any]:
+    """What was asked for and settled about picture i."""
     request, origin, handed = plan.request, plan.origins[i], Conditioning | Timeline
-    asked = {name: getattr(request, name) for name in RECORDED if name not in ("sigmas", "guide")}
-    settled = {
+    asked = {name: getattr(request, name) for name in RECORDED if name not in ("sigmas", "guide", "loras")}
+    found = {
         "prompt": None if isinstance(request.prompt, handed) else plan.prompts[i],
         "negative_prompt": None if isinstance(request.negative_prompt, handed) else plan.negatives[i],
         **{name: texts[i] for name, texts in plan.seconds.items()},
@@ -49,7 +82,7 @@ def recipe_of(plan: Plan, i: int) -> dict[str, Any]:
         given["own"] = own
     if request.guide is not None:
         given["guide"] = getattr(request.guide, "__name__", type(request.guide).__name__)
-    recipe = asked | settled | given
+    recipe = asked | found | given
     return {name: list(value) if isinstance(value, tuple) else value for name, value in recipe.items()}
 
 

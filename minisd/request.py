@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .text.conditioner import Conditioner
 
 
+LoraLike = Any  # a path, (path, strength), (path, strength, text strength) or an addons.wanted.Lora
 Text = str | Conditioning | Timeline
 
 
@@ -88,6 +89,12 @@ class Request:
     emphasis: how weights and brackets in prompts are read, one of options.EMPHASES: A1111's grammar and its ways to weigh
         ("original", "no-norm", "ignore", "none"), or "comfy" for ComfyUI's.
     plain_prompt: prompts are words, whatever they contain.
+    loras: add-ons of the LoRA family for this call, in the place of those of `Pipeline.set_loras`: a list of paths or names in
+        the library, (path, strength), (path, strength, text strength) or `addons.wanted.Lora`; <lora:name:0.8> in a prompt adds
+        one.
+    lora_blocks: what multiplies their strength in blocks of the UNet, see models.blocks.block_ratios.
+    lora_rule: "paper", or "comfyui" where kinds of it (DoRA, OFT) are computed otherwise there (addons.lora_formulas.delta).
+    lora_partial: take of a LoRA what fits the checkpoint, where else it is refused.
     progress: show a bar.  transform: what the latents become after each step, Step -> (B, C, h, w).
     observe: is shown every call of the network: (call, x, estimates of x_0 by role).
     """
@@ -136,6 +143,10 @@ class Request:
     negative_prompt_2: str | Sequence[str] | None = None
     emphasis: str | None = None
     plain_prompt: bool | None = None
+    loras: Sequence[LoraLike] | None = None
+    lora_blocks: str | None = None
+    lora_rule: Literal["paper", "comfyui"] | None = None
+    lora_partial: bool = False
 
 
 def request_of(given: tuple[Any, ...], options: Mapping[str, Any]) -> Request:

@@ -35,6 +35,7 @@ LEVELS = [
     ["files"],
     ["fast", "library"],
     ["codec", "request", "result"],
+    ["addons"],
     ["plan"],
     ["recipe", "walks"],
     ["pipeline"],

@@ -85,9 +85,11 @@ def glora(parts: Parts, weight: Tensor, rule: str) -> Tensor:
     return scaled(change, parts, rank)
 
 
-def rotations(blocks: Tensor, parts: Parts, rows: int, rule: str) -> Tensor:
-    """R = (I + Q)(I - Q)^-1 of the skew part Q of each block (..., z, z), with its norm over all blocks bounded by alpha times
-    the rows (kohya and LyCORIS) or by alpha (ComfyUI)."""
+def turns(blocks: Tensor, parts: Parts, rows: int, rule: str) -> Tensor:
+    """R - I for R = (I + Q)(I - Q)^-1 and the skew part Q of each block (..., z, z).
+
+    The norm of all Q together is bounded by alpha times the rows (kohya, LyCORIS), or by alpha (ComfyUI).
+    """
     if blocks.shape[-3] * blocks.shape[-1] != rows:
         raise RuntimeError(f"blocks of {tuple(blocks.shape)} for {rows} rows")
     q = blocks - blocks.mT
@@ -95,17 +97,15 @@ def rotations(blocks: Tensor, parts: Parts, rows: int, rule: str) -> Tensor:
         bound = parts["alpha"].reshape(()) * (rows if rule == "paper" else 1)
         norm = q.norm() + 1e-8
         q = torch.where((bound > 0) & (norm > bound), q * (bound / norm), q)
-    eye = torch.eye(q.shape[-1], device=q.device)
-    return (eye + q) @ torch.linalg.inv(eye - q)
+    return 2 * q @ torch.linalg.inv(torch.eye(q.shape[-1], device=q.device) - q)
 
 
 def oft(parts: Parts, weight: Tensor, rule: str) -> Tensor:
     """Blocks of z rows, each turned (Qiu et al. 2023, arXiv 2306.07280): sum_n R[k, n, m] W[k, n]."""
     blocks = parts["oft_blocks"]
-    turn = rotations(blocks, parts, weight.shape[0], rule)
     rows = weight.reshape(len(blocks), blocks.shape[-1], -1)
-    turned = (turn.mT @ rows).reshape(weight.shape)
-    return rescaled(turned, parts if rule == "paper" else {}) - weight
+    change = (turns(blocks, parts, weight.shape[0], rule).mT @ rows).reshape(weight.shape)
+    return rescaled(change, parts if rule == "paper" else {}, weight)
 
 
 def boft(parts: Parts, weight: Tensor, rule: str, share: float = 1.0) -> Tensor:
@@ -115,18 +115,17 @@ def boft(parts: Parts, weight: Tensor, rule: str, share: float = 1.0) -> Tensor:
     """
     blocks = parts["oft_blocks"]
     size = blocks.shape[-1]
-    turns = rotations(blocks, parts, weight.shape[0], rule)
-    turns = share * turns + (1 - share) * torch.eye(size, device=turns.device)
     turned = weight.flatten(1)
-    for i, turn in enumerate(turns):
+    for i, turn in enumerate(share * turns(blocks, parts, weight.shape[0], rule)):
         apart = 2**i * size // 2
         mixed = turned.unflatten(0, (-1, 2, apart)).transpose(1, 2).reshape(len(turn), size, -1)
-        turned = (turn @ mixed).reshape(-1, apart, 2, turned.shape[1]).transpose(1, 2).flatten(0, 2)
-    return rescaled(turned.reshape(weight.shape), parts) - weight
+        turned = (mixed + turn @ mixed).reshape(-1, apart, 2, turned.shape[1]).transpose(1, 2).flatten(0, 2)
+    return rescaled(turned.reshape(weight.shape) - weight, parts, weight)
 
 
-def rescaled(weight: Tensor, parts: Parts) -> Tensor:
-    return weight * per_axis(parts["rescale"], weight, 0) if "rescale" in parts else weight
+def rescaled(change: Tensor, parts: Parts, weight: Tensor) -> Tensor:
+    """With a factor for each row of the turned weight, if there is one."""
+    return change if "rescale" not in parts else per_axis(parts["rescale"], weight, 0) * (weight + change) - weight
 
 
 def per_axis(vector: Tensor, weight: Tensor, axis: int) -> Tensor:
@@ -185,5 +184,5 @@ def decomposed(change: Tensor, parts: Parts, weight: Tensor, rule: str) -> Tenso
     whole = weight + change
     measured = weight if rule == "comfyui" and axis == 0 else whole
     others = [i for i in range(weight.dim()) if i != axis]
-    norm = measured.norm(dim=others, keepdim=True) + EPS
+    norm = torch.linalg.vector_norm(measured, dim=others, keepdim=True) + EPS
     return whole * (per_axis(magnitude, weight, axis) / norm) - weight

@@ -10,7 +10,7 @@ Reference: kohya-ss/sd-scripts networks/lora.py and oft.py; LyCORIS; ComfyUI com
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ..models.family import REFINER, SD1, SD2, SDXL, UNET, Family
@@ -66,6 +66,19 @@ def targets(shapes: Shapes, family: Family) -> dict[str, Target]:
     return found
 
 
+def written_names(known: Mapping[str, Target], family: Family, style: str) -> dict[Target, str]:
+    """What each weight is called in files that kohya's scripts ("kohya"; raw block names for SDXL) or peft ("peft") write."""
+    found: dict[Target, str] = {}
+    for name, target in known.items():
+        if style == "peft" and name.startswith(("unet.", "text_encoder.", "text_encoder_2.")):
+            found.setdefault(target, name)
+        elif style == "kohya" and name.startswith("lora_unet_") and family.vector:
+            found[target] = name  # the later of the two
+        elif style == "kohya" and name.startswith(("lora_unet_", "lora_te")):
+            found.setdefault(target, name)
+    return found
+
+
 def unet_spellings(raw: str, theirs: str | None) -> Iterator[str]:
     """raw: "input_blocks.1.1.transformer_blocks.0.attn1.to_q"; theirs: what diffusers calls it."""
     yield from (f"{UNET}.{raw}", f"diffusion_model.{raw}")
@@ -75,7 +88,7 @@ def unet_spellings(raw: str, theirs: str | None) -> Iterator[str]:
     if theirs is None:
         return
     processor = re.sub(r"\.(attn[12])\.to_", r".\1.processor.to_", theirs)
-    for name in {theirs, processor, theirs.removesuffix(".0") if ".to_out." in theirs else theirs}:
+    for name in dict.fromkeys([theirs, processor, theirs.removesuffix(".0") if ".to_out." in theirs else theirs]):
         yield from (name, f"unet.{name}", f"base_model.model.{name}", f"unet.base_model.model.{name}")
     yield from (name.removesuffix(".0") for name in (processor, f"unet.{processor}") if ".to_out." in name)
 

@@ -7,55 +7,21 @@ memory from the first time that they are changed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, UsageError
+from ..errors import UsageError
 from ..models.blocks import block_of, block_ratios
 from ..models.family import UNET, Family
 from ..models.shapes import Shapes
 from .lora_file import Addon, Change, check_fits, open_addon, part_of
 from .lora_formulas import RULES
-
-MOST = 100.0  # a strength: beyond it is a slip of the hand
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A LoRA or one of its relatives, and how strong it is.
-
-    source: a file, or as a text a name in the library; strength: times the change that was trained, negative turns it round;
-    text_strength: for the text encoders, by default the same; blocks: other strengths for blocks of the UNet, as a text in the
-    words of models.blocks.block_ratios ("input.0-3=0, middle=0.5", a preset or a number for each block) or by block: they
-    multiply `strength`.
-    """
-
-    source: str | os.PathLike[str]
-    strength: float = 1.0
-    text_strength: float | None = None
-    blocks: str | Mapping[str, float] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("strength", "text_strength"):
-            value = getattr(self, name)
-            if value is None and name == "text_strength":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not -MOST <= value <= MOST:
-                raise UsageError(f"lora {name}: expected a number from {-MOST:g} to {MOST:g}, found {value!r}")
-
-
-def as_lora(given: object) -> Lora:
-    """Of a Lora, a path, or (path, strength) and (path, strength, text strength)."""
-    if isinstance(given, Lora):
-        return given
-    if isinstance(given, str | os.PathLike):
-        return Lora(given)
-    if isinstance(given, tuple | list) and 1 <= len(given) <= 3 and isinstance(given[0], str | os.PathLike):
-        return Lora(*given)
-    raise UsageError(f"loras: expected a path, (path, strength) or (path, strength, text_strength), found {repr(given)[:80]}")
+from .wanted import Lora, Wanted, facts
 
 
 @dataclass(frozen=True)
@@ -76,12 +42,17 @@ class Active:
 class Stack:
     """The add-ons of one model.  Files that were once open stay so: to change a strength reads nothing again."""
 
-    def __init__(self, model: nn.Module, family: Family) -> None:
-        self.model, self.family = model, family
+    def __init__(
+        self, model: nn.Module, family: Family, layering: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        """layering: within it weights are written to."""
+        self.model, self.family, self.layering = model, family, layering
         self.base: dict[str, Tensor] = {}  # of the weights that were ever changed, in main memory
         self.opened: dict[tuple[str, int, int], Addon] = {}
         self.active: tuple[Active, ...] = ()
         self.rule = RULES[0]
+        self.kept = self.on = Wanted()  # what is on where a request says nothing, and now
+        self.holders = 0  # pictures in the making, which want it to stay
         self.scratch: Tensor | None = None
 
     def open(self, path: str | os.PathLike[str]) -> Addon:
@@ -99,41 +70,69 @@ class Stack:
         shapes = {key: tuple(value.shape) for key, value in self.model.state_dict().items()}
         return open_addon(path, Shapes(shapes), self.family)
 
+    def keep(self, wanted: Wanted) -> None:
+        """On from now on, where a request says nothing.  Raises CheckpointError and UsageError, before any weight is touched."""
+        self.put_on(wanted)
+        self.kept = wanted
+
+    @contextmanager
+    def holding(self, wanted: Wanted) -> Iterator[None]:
+        """On while a picture is drawn.  Raises as `keep`."""
+        self.put_on(wanted)
+        self.holders += 1
+        try:
+            yield
+        finally:
+            self.holders -= 1
+
+    def put_on(self, wanted: Wanted) -> None:
+        if wanted == self.on:
+            return
+        if self.holders:
+            raise UsageError("loras: a picture is being drawn with others; finish or close that stream first, or load twice")
+        self.set(wanted.loras, wanted.rule, wanted.partial)
+        self.on = wanted
+
+    def check(self, wanted: Wanted) -> None:
+        """Raises what putting it on would raise, and touches nothing."""
+        if wanted.rule not in RULES:
+            raise UsageError(f"lora_rule: expected {' or '.join(RULES)}, found {wanted.rule!r}")
+        for lora in wanted.loras:
+            self.ready(lora, wanted.partial)
+
     @torch.no_grad()
     def set(self, loras: Sequence[Lora], rule: str = "paper", partial: bool = False) -> None:
-        """These and no others are on from now on.
+        """These and no others.
 
         rule: "paper", or "comfyui" to meet a picture of it: see lora_formulas.delta; there each add-on also changes what those
         before it left.  partial: take what fits of a file, where else it is refused.
-        Raises CheckpointError and UsageError, before any weight is touched.
         """
-        if rule not in RULES:
-            raise UsageError(f"lora_rule: expected {' or '.join(RULES)}, found {rule!r}")
+        self.check(Wanted(tuple(loras), rule, partial))
         active = [self.ready(lora, partial) for lora in loras]
         weights = dict(self.model.state_dict())
-        by_key: dict[str, list[tuple[Active, Change]]] = {key: [] for key in self.touched()}
+        before = {change.target.key for each in self.active for change in each.addon.changes}
+        by_key: dict[str, list[tuple[Active, Change]]] = {key: [] for key in before}
         for each in active:
             for change in each.addon.changes:
                 by_key.setdefault(change.target.key, []).append((each, change))
         self.active, self.rule = tuple(active), rule
-        for key, changes in by_key.items():
-            if key not in self.base:
-                self.base[key] = weights[key].to("cpu", copy=True)
-            self.write(weights[key], self.base[key], [pair for pair in changes if pair[0].strength(pair[1])])
+        with self.layering():
+            for key, changes in by_key.items():
+                if key not in self.base:
+                    self.base[key] = torch.empty_like(weights[key], device="cpu")
+                if key not in before:  # somebody may have trained it since it was last changed
+                    self.base[key].copy_(weights[key])
+                self.write(weights[key], self.base[key], [pair for pair in changes if pair[0].strength(pair[1])])
 
-    def touched(self) -> Iterable[str]:
-        """The weights that are not the file's now."""
-        return {change.target.key for each in self.active for change in each.addon.changes}
+    def facts(self) -> list[dict[str, Any]]:
+        """What a recipe says of what is on."""
+        return [facts(each.lora, each.addon.file.sha256(), len(each.addon.misfits)) for each in self.active]
 
     def ready(self, lora: Lora, partial: bool) -> Active:
         """An add-on whose numbers are read and sound."""
         addon = self.open(lora.source)
-        if not addon.changes:
-            partial = False
-        if not partial:
+        if not (partial and addon.changes):
             check_fits(addon, self.family)
-        if not addon.changes:
-            raise CheckpointError(addon.file.path, "changes nothing", "get another copy")
         addon.factors  # noqa: B018  reads them, once
         return Active(addon, lora, ratios(lora.blocks, self.model.state_dict()))
 
@@ -141,14 +140,7 @@ class Stack:
         """The file's weight with the changes of all add-ons, in place; in float32 until the end."""
         result = weight if weight.dtype == torch.float32 or not changes else self.wide(weight)
         result.copy_(base)
-        for active, change in changes:
-            strength, part = active.strength(change), part_of(result, change.target)
-            if change.is_product and part.is_contiguous():
-                up, down = (active.addon.factors[change.parts[name]].to(weight.device).flatten(1) for name in ("up", "down"))
-                part.view(len(part), -1).addmm_(up, down, alpha=strength * active.addon.scale(change))
-            else:
-                before = part_of(base.to(weight.device), change.target).float() if self.rule == "paper" else part.clone()
-                part.add_(active.addon.change_of(change, before, strength, self.rule))
+        layer(result, base, changes, self.rule)
         if result is not weight:
             weight.copy_(result)
 
@@ -157,6 +149,18 @@ class Stack:
         if self.scratch is None or self.scratch.numel() < weight.numel() or self.scratch.device != weight.device:
             self.scratch = torch.empty(weight.numel(), device=weight.device)
         return self.scratch[: weight.numel()].view(weight.shape)
+
+
+def layer(result: Tensor, base: Tensor, changes: Sequence[tuple[Active, Change]], rule: str) -> None:
+    """Adds changes to a weight, float32, in place; base: what the file has."""
+    for active, change in changes:
+        strength, part = active.strength(change), part_of(result, change.target)
+        if change.is_product and part.is_contiguous():
+            up, down = (active.addon.factors[change.parts[name]].to(part.device).flatten(1) for name in ("up", "down"))
+            part.view(len(part), -1).addmm_(up, down, alpha=strength * active.addon.scale(change))
+        elif strength:
+            before = part_of(base.to(part.device), change.target).float() if rule == "paper" else part.clone()
+            part.add_(active.addon.change_of(change, before, strength, rule))
 
 
 def ratios(blocks: str | Mapping[str, float] | None, keys: Iterable[str]) -> Mapping[str, float]:

@@ -1,11 +1,12 @@
-"""What there is: `minisd doctor`, what a report of a fault should carry; `minisd samplers`, which there are to choose from."""
+"""What there is: `minisd doctor`, what a report of a fault should carry; `minisd samplers`, which there are to choose from;
+`minisd tokens "PROMPT"`, how a prompt is read."""
 
 from __future__ import annotations
 
 import argparse
 import json
 
-from .options import Parser, add_output_options
+from .options import Parser, add_options, add_output_options
 
 
 def doctor_parser() -> Parser:
@@ -43,4 +44,38 @@ def samplers(args: argparse.Namespace) -> int:
 
     rows = all_facts()
     print(json.dumps({"samplers": rows}) if args.json else as_table(rows))
+    return 0
+
+
+def tokens_parser() -> Parser:
+    made = Parser(
+        prog="minisd tokens",
+        description="How a prompt is read: the parts that AND joins, what changes at which step, chunks, tokens and weights.",
+        epilog="Call k of the network, from 0, takes the first entry whose step is at least k, as A1111 has it.",
+    )
+    made.add_argument("prompt", metavar="PROMPT")
+    made.add_argument("-m", "--model", metavar="FILE", help="whose text encoders, by its header (default: tiny, of SD 1.x)")
+    made.add_argument("--as-negative", action="store_true", help="as a negative prompt: AND and a weight at its end are words")
+    add_options(made, ("steps", "emphasis", "plain_prompt"))
+    add_output_options(made)
+    return made
+
+
+def tokens(args: argparse.Namespace) -> int:
+    from ..files.checkpoint import open_checkpoint
+    from ..files.recognition import recognise
+    from ..library.names import resolve
+    from ..library.places import tiny_checkpoint
+    from ..options import checked
+    from ..plan import check_text, reading_of
+    from ..text.grammar import parse
+    from ..text.listing import as_text, listed
+
+    reading = reading_of(args.emphasis, args.plain_prompt)
+    check_text("negative_prompt" if args.as_negative else "prompt", args.prompt, reading)
+    steps = checked("steps", args.steps)
+    file = open_checkpoint(resolve(args.model) if args.model else tiny_checkpoint())
+    towers = recognise(file, vae_given=True).family.towers
+    facts = listed(parse(args.prompt, steps, reading, joins=not args.as_negative), towers, reading)
+    print(json.dumps(facts) if args.json else as_text(facts))
     return 0

@@ -6,10 +6,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
+from ..options import OPTIONS
 from .options import Parser, add_output_options, add_training, byte_bar, size
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ DTYPE = "float32, bfloat16, float16, float8_e4m3fn or float8_e5m2"
 
 
 def inspect_parser() -> Parser:
-    parser = Parser(prog="minisd inspect", description="What a checkpoint is, from its header alone.")
+    parser = Parser(prog="minisd inspect", description="What a checkpoint is, from its header alone; what a LoRA is.")
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--check", action="store_true", help="also look for NaN and infinity (reads the whole file)")
     parser.add_argument(
@@ -27,6 +29,7 @@ def inspect_parser() -> Parser:
     )
     parser.add_argument("--tree", action="store_true", help="also block by block; with --check also how large the numbers are")
     parser.add_argument("--size", type=size, metavar="WxH", help="of the picture whose arithmetic --tree counts")
+    parser.add_argument("-m", "--model", metavar="CHECKPOINT", help="of a LoRA: also what it does to this checkpoint")
     add_output_options(parser)
     return parser
 
@@ -36,7 +39,15 @@ def inspect(args: argparse.Namespace) -> int:
     from ..workbench.inspecting import as_text, inspect
 
     facts = inspect(resolve(args.file), args.hash, args.check, args.tree, args.size)
-    print(json.dumps(facts) if args.json else as_text(facts))
+    text = as_text(facts)
+    if facts["looks_like"].startswith("a LoRA"):
+        from ..workbench.loras import doctor
+
+        facts["lora"] = doctor.examined(facts["path"], resolve(args.model) if args.model else None)
+        text += "\n" + doctor.as_text(facts["lora"])
+    elif args.model:
+        raise UsageError(f"model: expected with a LoRA, found {facts['looks_like']}")
+    print(json.dumps(facts) if args.json else text)
     return 0
 
 
@@ -166,6 +177,14 @@ def merge_parser() -> Parser:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="dare: of the choice (default: 0)")
     parser.add_argument("--dtype", metavar="NAME", help=f"{DTYPE} (default: the first model's)")
     add_training(parser, "the models differ, or a file")
+    lora = OPTIONS["loras"]
+    parser.add_argument(
+        "--lora", dest="loras", type=lora.kind.parse, action="append", metavar=lora.metavar,
+        help="with one model: put this into its weights, with its strength and another for the text; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--lora-blocks", metavar="SPEC", help="what multiplies it in blocks of the UNet, as --blocks names them")
+    parser.add_argument("--lora-rule", default="paper", metavar="NAME", help="paper (default) or comfyui")
+    parser.add_argument("--lora-partial", action="store_true", help="take of a LoRA what fits, where else it is refused")
     parser.add_argument("--from", dest="recipe", metavar="FILE", help="repeat the merge that made this file, from its sources")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -179,6 +198,8 @@ def merge(args: argparse.Namespace) -> int:
     by_part = {part: value for part in PARTS if (value := getattr(args, f"{part}_ratio")) is not None}
     models, base = [resolve(model) for model in args.models], resolve(args.base) if args.base else None
     tell_replaced(args.output, [*models, *([base] if base else [])])
+    if args.loras:
+        return merge_loras(args, models)
     options = (args.ratio, base, args.method, by_part, args.blocks, args.density, args.seed, stored_dtype(args.dtype))
     with byte_bar("merging") as tell:
         if args.recipe is None:
@@ -191,6 +212,20 @@ def merge(args: argparse.Namespace) -> int:
             tell_replaced(args.output, [merged])
             folders = [merged.parent, Path(), *{file.path.parent: None for file in model_files()}]
             print(repeat(merged, args.output, folders, tell))
+    return 0
+
+
+def merge_loras(args: argparse.Namespace, models: Sequence[Path]) -> int:
+    """LoRAs into the weights of one checkpoint."""
+    from ..addons.wanted import as_loras
+    from ..workbench.loras.baking import bake
+
+    others = (args.ratio, args.base, args.blocks, args.recipe, args.density, args.prediction, args.zero_snr)
+    if len(models) != 1 or any(other not in (None, []) for other in others):
+        raise UsageError(f"--lora: expected one model and no other recipe, found {len(models)} models; mix them first")
+    loras = [replace(lora, blocks=args.lora_blocks) for lora in as_loras(args.loras)]
+    with byte_bar("merging") as tell:
+        print(bake(models[0], loras, args.output, stored_dtype(args.dtype), args.lora_rule, args.lora_partial, tell))
     return 0
 
 

@@ -18,7 +18,7 @@ from difflib import get_close_matches
 
 from .. import __version__
 from ..errors import MinisdError, OutOfMemoryError, OutputError, UsageError, is_lack_of_memory
-from . import about, again, bench, completion, draw, files, models, tokens
+from . import about, again, bench, completion, draw, files, lora, models
 from .options import Parser, one_line, with_flags
 from .streams import careful_streams, ended_by_signals
 
@@ -56,11 +56,14 @@ COMMANDS = {
         files.convert,
     ),
     "save": Command("-m FILE", "put a checkpoint together from parts, under the next free number", files.save_parser, files.save),
+    "lora": Command(
+        "extract A B -o OUT", "LoRAs: out of two checkpoints, smaller, several as one, with other names", lora.parser, lora.lora
+    ),
     "compare": Command(
         '"PROMPT" …', "checkpoints against seeds, or over other settings: one picture", models.compare_parser, models.compare
     ),
     "tokens": Command(
-        '"PROMPT"', "how a prompt is read: its parts, steps, chunks, tokens and weights", tokens.parser, tokens.tokens
+        '"PROMPT"', "how a prompt is read: its parts, steps, chunks, tokens and weights", about.tokens_parser, about.tokens
     ),
     "models": Command(
         "[add FILE]", "what models there are on this machine; import one", models.models_parser, models.models, models.parse

@@ -83,6 +83,11 @@ def add_option(group: Any, option: Option, also: str) -> None:
         said = also or "pixels, multiples of 8"
         group.add_argument("--size", type=size, default=(None, None), metavar="WxH", help=f"{said} (default: the checkpoint's)")
         return
+    if option.name == "loras":
+        group.add_argument(
+            *flags, dest=option.name, type=option.kind.parse, action="append", metavar=option.metavar, help=option.help
+        )
+        return
     shown = f" (default: {option.default})" if option.default not in (None, "", (0, 0)) else ""
     if option.kind is FLAG:
         group.add_argument(

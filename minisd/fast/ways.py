@@ -10,7 +10,8 @@ weights, and a network is fused only if every module is of the class that it was
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -154,7 +155,18 @@ class AsLoaded:
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
         self.built = [(network, structure(network)) for network in networks]
-        self.weights = [(weight, version_of(weight)) for network, _ in self.built for weight in network.parameters()]
+        self.weights = self.now()
+
+    def now(self) -> list[tuple[Tensor, int]]:
+        return [(weight, version_of(weight)) for network, _ in self.built for weight in network.parameters()]
+
+    @contextmanager
+    def layering(self) -> Iterator[None]:
+        """What is written to within is no change by a stranger: the recipe tells of it by itself."""
+        clean = self.changed() is None
+        yield
+        if clean:
+            self.weights = self.now()
 
     def changed(self) -> str | None:
         for network, built in self.built:

@@ -30,6 +30,13 @@ NOT_A_UNET = "minisd draws with models of the Stable Diffusion UNet family"
 ON_TOP = "it goes on top of a checkpoint, which is what -m names"
 
 
+FLAT = r"(lora_(unet|te\d?)|lycoris|oft_unet)"  # how kohya's names begin
+FLAT = r"(lora_(unet|te\d?)|lycoris|oft_unet)"  # how kohya's names begin
+
+
+LYCORIS = r"hada_w1_a|lokr_w[12](_a)?|oft_blocks|dora_scale|diff|diff_b|w_norm|set_weight|on_input"  # relatives of LoRAs
+
+
 SCALED = "minisd does not know its scales yet; take the model in float16, bfloat16 or plain float8"
 
 
@@ -42,7 +49,7 @@ RAW = "minisd opens the single file that the model was published as"
 OTHERS = [
     (r".*\.(scale_weight|weight_scale|scale_input|input_scale)|scaled_fp8|.*\.comfy_quant", "a model in scaled float8", SCALED),
     (r".*\.weight\.(absmax|quant_map|nested_absmax|quant_state\..*)", "a model quantised by bitsandbytes", QUANTISED),
-    (r"lora_(unet|te\d?)_.*|.*\.lora_([AB]|up|down)\b.*|.*\.(hada_w1_a|lokr_w1)", "a LoRA", ON_TOP),
+    (rf"{FLAT}_.*|.*[._]lora_([AB]|up|down)\b.*|.*_lora\.(up|down)\.weight|.*\.({LYCORIS})$", "a LoRA", ON_TOP),
     (r"(control_model|controlnet_cond_embedding|input_hint_block)\..*", "a ControlNet", ON_TOP),
     (r"(model\.diffusion_model\.)?(double|single)_blocks\..*", "a Flux model", NOT_A_UNET),
     (r"(model\.diffusion_model\.)?joint_blocks\..*", "a Stable Diffusion 3 model", NOT_A_UNET),

@@ -41,6 +41,7 @@ NAMES = {dtype: name for name, dtype in STORED.items()}
 AHEAD = 16  # pieces that may wait for their hash
 FLUSH = 32 << 20  # bytes that are brought to the disk together: when the last is written, little is left to wait for
 HASH = "modelspec.hash_sha256"  # the hash over all tensors is written there, when it is known, whatever stood there
+HASHES = {HASH: "0x", "sshs_model_hash": ""}  # and, of a LoRA, there (kohya-ss/sd-scripts train_util.py); what stands before it
 ARCHITECTURES = {  # ModelSpec's identifiers, by family and task
     ("sd1", "draw"): "stable-diffusion-v1",
     ("sd1", "inpaint"): "stable-diffusion-v1-inpainting",
@@ -123,7 +124,7 @@ def write_checkpoint(
 ) -> Path:
     """Writes a .safetensors file; returns its path.
 
-    metadata: a field HASH gets the hash of the content.  meant: what the result is, where it is a checkpoint.
+    metadata: the fields of HASHES get the hash of the content.  meant: what the result is, where it is a checkpoint.
     progress: is told (bytes done, bytes in all).  by_number: puts the next free number behind the name: nothing is replaced.
     later: what takes the place of these texts in the metadata once it is known: 64 hexadecimal digits each.
     Raises UsageError (the name), OutputError, and what `read` raises; the target is then what it was.
@@ -133,7 +134,7 @@ def write_checkpoint(
         raise UsageError(f"output {path}: expected a name that ends in .safetensors")
     check_place(path)
     unknown = secrets.token_hex(32)  # stands where the hash will be; no stranger's metadata can hold it
-    head = header(planned, {key: f"0x{unknown}" if key == HASH else value for key, value in metadata.items()})
+    head = header(planned, {key: f"{HASHES[key]}{unknown}" if key in HASHES else value for key, value in metadata.items()})
     total = sum(Entry(*facts, 0).nbytes for facts in planned.values())
     check_room(path, len(head) + total)
     with one_thread(), drafting(path) if by_number else replacing(path) as draft:

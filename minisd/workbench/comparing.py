@@ -24,9 +24,9 @@ from ..library.places import tiny_checkpoint
 from ..options import AXES, MAX_IMAGES, TEXT, checked
 from ..pictures.grids import labelled_grid
 from ..pictures.image import save_png
-from ..pipeline import Pipeline, file_facts, load
+from ..pipeline import Pipeline, load
 from ..plan import RANDOM_SEEDS, planned
-from ..recipe import repeat
+from ..recipe import file_facts, repeat
 from ..request import Request, request_of
 from ..result import Result, Step, finish
 

@@ -138,6 +138,7 @@ def reset(folder: Path, whole: dict[str, bytes]) -> None:
 
 def strays_go(folder: Path, arguments: list[str]) -> list[str]:
     """What is still there of killed commands when the same one has ended well."""
+    shutil.rmtree(folder / "folder", ignore_errors=True)
     os.waitpid(start(arguments), 0)
     return [f"{path.name} is still there" for path in folder.iterdir() if path.name.startswith(".")]
 
@@ -155,6 +156,7 @@ def trials(folder: Path, count: int, rng: random.Random) -> Iterator[dict[str, o
             for _ in range(count):
                 if number != signal.SIGKILL:  # strays of a killed one are for the next to clean up
                     reset(folder, whole)
+                shutil.rmtree(folder / "folder", ignore_errors=True)  # whole, if it is there: a command would refuse to replace it
                 status, wrong = trial(folder, arguments, number, rng.uniform(0, took * 1.1))
                 ends.append(status)
                 faults += wrong

@@ -229,7 +229,7 @@ def test_shapes_that_hold_as_many_numbers_are_no_fit():
 
 
 def test_kinds_of_peft():
-    """Their modules, trained away from zero, merged by peft itself; of LoKr with whole factors it alone heeds alpha, which files have as r."""
+    """Their modules, trained away from zero, merged by peft itself (which alone heeds alpha in a LoKr of whole factors)."""
     import peft
 
     torch.manual_seed(0)

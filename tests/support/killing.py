@@ -156,7 +156,7 @@ def trials(folder: Path, count: int, rng: random.Random) -> Iterator[dict[str, o
             for _ in range(count):
                 if number != signal.SIGKILL:  # strays of a killed one are for the next to clean up
                     reset(folder, whole)
-                shutil.rmtree(folder / "folder", ignore_errors=True)  # whole, if it is there: a command would refuse to replace it
+                shutil.rmtree(folder / "folder", ignore_errors=True)  # a whole one would be in the way
                 status, wrong = trial(folder, arguments, number, rng.uniform(0, took * 1.1))
                 ends.append(status)
                 faults += wrong

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import __version__
+from .addons.wanted import Lora, as_lora
 from .diffusion.denoiser import Conditioning, Timeline
 from .errors import UsageError, shown
 from .files.checkpoint import Checkpoint, data_sha256, file_sha256
+from .library.names import resolve
 from .library.places import tiny_checkpoint
 from .options import MAX_IMAGES, RECORDED, whole
 from .pictures.init import fingerprint, open_picture
@@ -117,11 +121,23 @@ def repeat(recipe: Mapping[str, Any], checkpoint: Path, elsewhere: Mapping[str, 
     if not is_same(recipe, checkpoint):
         warnings.warn(f"{checkpoint} is not the checkpoint that drew this picture ({recipe.get('model')})", stacklevel=2)
     check_sources(recipe)
+    if recipe.get("loras"):
+        recipe["loras"] = [found_again(each) for each in recipe["loras"]]
     if "prompt" not in recipe:
         raise UsageError("the picture's minisd chunk says nothing of its prompt")
     recipe = {"plain_prompt": "emphasis" not in recipe} | recipe  # from before prompts had a grammar
     count = whole(1, MAX_IMAGES).check("grid", recipe.get("grid", 1))  # pictures; a grid carries the recipe of its first
     return Request(**{name: recipe[name] for name in ("prompt", *RECORDED) if name in recipe}, num_images=count)
+
+
+def found_again(said: Any) -> Lora:
+    """A LoRA of a recipe, by its path, else by its name; warns where it is another.  Raises UsageError, CheckpointError."""
+    lora = as_lora(said)
+    name = Path(lora.source).stem
+    lora = replace(lora, source=lora.source if os.path.exists(lora.source) else resolve(name, "lora"))
+    if said.get("sha256") not in (None, file_sha256(Path(lora.source))):
+        warnings.warn(f"{lora.source} is not the LoRA that this picture was made with ({name})", stacklevel=2)
+    return lora
 
 
 def check_sources(recipe: Mapping[str, Any]) -> None:

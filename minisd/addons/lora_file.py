@@ -254,8 +254,7 @@ def check_fits(addon: Addon, family: Family) -> None:
     fit, first = len({change.module for change in addon.changes}), addon.misfits[0]
     other = base_family(addon.file.shapes)
     made = f", it is made for {other}" if other not in (None, family.name) else ""
-    reason = (
-        f"{fit} of its {addon.modules} modules fit {family.title}{made}; the first of {len(addon.misfits)} keys: {first.reason}"
-    )
+    count = f"{fit} of its {addon.modules} modules fit {family.title}{made}, {len(addon.misfits)} keys do not"
+    reason = f"{first.reason}; {count}"
     hint = "minisd inspect LORA -m CHECKPOINT shows all; lora_partial (--lora-partial) takes what fits"
     raise CheckpointError(addon.file.path, reason, hint, first.key)

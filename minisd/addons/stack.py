@@ -48,7 +48,7 @@ class Stack:
         """layering: within it weights are written to."""
         self.model, self.family, self.layering = model, family, layering
         self.base: dict[str, Tensor] = {}  # of the weights that were ever changed, in main memory
-        self.opened: dict[tuple[str, int, int], Addon] = {}
+        self.opened: dict[str, Addon] = {}
         self.active: tuple[Active, ...] = ()
         self.rule = RULES[0]
         self.kept = self.on = Wanted()  # what is on where a request says nothing, and now
@@ -57,18 +57,12 @@ class Stack:
 
     def open(self, path: str | os.PathLike[str]) -> Addon:
         """A file by its path, size and time of change.  Raises CheckpointError."""
-        try:
-            stat = os.stat(path)
-            state = os.path.realpath(path), stat.st_size, stat.st_mtime_ns
-        except OSError:  # opening it says why
-            return self.fresh(path)
-        if state not in self.opened:
-            self.opened[state] = self.fresh(path)
-        return self.opened[state]
-
-    def fresh(self, path: str | os.PathLike[str]) -> Addon:
+        known = self.opened.get(os.path.realpath(path))
+        if known is not None and known.file.is_still_there():
+            return known
         shapes = {key: tuple(value.shape) for key, value in self.model.state_dict().items()}
-        return open_addon(path, Shapes(shapes), self.family)
+        addon = self.opened[os.path.realpath(path)] = open_addon(path, Shapes(shapes), self.family)
+        return addon
 
     def keep(self, wanted: Wanted) -> None:
         """On from now on, where a request says nothing.  Raises CheckpointError and UsageError, before any weight is touched."""
@@ -86,7 +80,7 @@ class Stack:
             self.holders -= 1
 
     def put_on(self, wanted: Wanted) -> None:
-        if wanted == self.on:
+        if wanted == self.on and all(self.open(each.lora.source) is each.addon for each in self.active):
             return
         if self.holders:
             raise UsageError("loras: a picture is being drawn with others; finish or close that stream first, or load twice")
@@ -126,7 +120,7 @@ class Stack:
 
     def facts(self) -> list[dict[str, Any]]:
         """What a recipe says of what is on."""
-        return [facts(each.lora, each.addon.file.sha256(), len(each.addon.misfits)) for each in self.active]
+        return [facts(each.lora, each.addon.file, len(each.addon.misfits)) for each in self.active]
 
     def ready(self, lora: Lora, partial: bool) -> Active:
         """An add-on whose numbers are read and sound."""

@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError, shown
+from ..files.checkpoint import data_sha256
 from ..library.names import resolve
 
 if TYPE_CHECKING:
+    from ..files.checkpoint import Checkpoint
     from ..request import Request
 
 MOST = 100.0  # a strength: beyond it is a slip of the hand
@@ -117,8 +119,9 @@ def of_tag(name: str, rest: str) -> Lora:
     return Lora(name.strip(), numbers.get("unet", text), text if "te" in numbers else None)
 
 
-def facts(lora: Lora, sha256: str | None, idle: int) -> dict[str, Any]:
-    """What a recipe says of a LoRA that was on."""
+def facts(lora: Lora, file: Checkpoint, idle: int) -> dict[str, Any]:
+    """What a recipe says of a LoRA that was on; idle: how many of its keys were left out."""
     blocks = dict(lora.blocks) if isinstance(lora.blocks, Mapping) else lora.blocks
     said = {"source": os.path.abspath(lora.source), "strength": lora.strength, "text_strength": lora.text_strength}
-    return said | {"blocks": blocks, "sha256": sha256} | ({"left_out": idle} if idle else {})
+    said |= {"blocks": blocks, "sha256": file.sha256(), "autov3": (data_sha256(file.path) or "")[:12] or None}
+    return said | ({"left_out": idle} if idle else {})

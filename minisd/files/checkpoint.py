@@ -70,11 +70,17 @@ class Checkpoint:
     def sha256(self) -> str | None:
         """The hash of the file; None if it is gone or no longer the one that was opened, which is no reason to lose a picture."""
         try:
-            stat = self.path.stat()
-            same = (stat.st_size, stat.st_mtime_ns) == (self.size, self.modified)
-            return file_sha256(self.path) if same else None
+            return file_sha256(self.path) if self.is_still_there() else None
         except OSError:
             return None
+
+    def is_still_there(self) -> bool:
+        """Whether the file is the one that was opened."""
+        try:
+            stat = self.path.stat()
+        except OSError:
+            return False
+        return (stat.st_size, stat.st_mtime_ns) == (self.size, self.modified)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

@@ -43,6 +43,7 @@ def quote(value: object) -> str:
 def parameters_text(recipe: Mapping[str, Any]) -> str:
     """The `parameters` text that A1111 writes and that other programs read (A1111 processing.py, create_infotext)."""
     said = {word_for(option, recipe): said_of(option, recipe) for option in OPTIONS.values() if option.infotext}
+    loras = recipe.get("loras") or []
     fields = {
         **{name: said.pop(name) for name in HEAD},
         "Size": f"{recipe['width']}x{recipe['height']}",
@@ -55,12 +56,23 @@ def parameters_text(recipe: Mapping[str, Any]) -> str:
         "RNG": "NV" if recipe.get("rng") == "nv" else "CPU",
         "Refiner": recipe.get("refiner"),
         "Refiner switch at": recipe["high_noise_frac"] if recipe.get("refiner") else None,
+        "Lora hashes": ", ".join(f"{name_of(each)}: {each['autov3']}" for each in loras if each.get("autov3")) or None,
         **compared_text(recipe),
         "Version": f"minisd {recipe['version']}",
     }
     last = ", ".join(f"{name}: {quote(value)}" for name, value in fields.items() if value is not None)
     negative = f"\nNegative prompt: {recipe['negative_prompt']}" if recipe["negative_prompt"] else ""
-    return f"{recipe['prompt']}{negative}\n{last}"
+    return f"{' '.join([recipe['prompt'], *map(tag_of, loras)])}{negative}\n{last}"
+
+
+def name_of(lora: Mapping[str, Any]) -> str:
+    return os.path.splitext(os.path.basename(lora["source"]))[0]
+
+
+def tag_of(lora: Mapping[str, Any]) -> str:
+    """As A1111 writes it in a prompt: the strength for the text encoder first."""
+    unet, text = lora["strength"], lora["text_strength"]
+    return f"<lora:{name_of(lora)}:{unet:g}>" if text in (None, unet) else f"<lora:{name_of(lora)}:{text:g}:{unet:g}>"
 
 
 def word_for(option: Option, recipe: Mapping[str, Any]) -> str:

@@ -70,7 +70,7 @@ def bake(
         return [result]
 
     planned, reading = with_markers(planned, read, found.training, checkpoint)
-    said = [facts(each.lora, each.addon.file.sha256(), len(each.addon.misfits)) for each in actives]
+    said = [facts(each.lora, each.addon.file, len(each.addon.misfits)) for each in actives]
     metadata = described(checkpoint, found) | {
         "modelspec.title": Path(target).stem,
         LORAS: json.dumps({"loras": said, "rule": rule}),

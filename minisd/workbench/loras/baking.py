@@ -14,11 +14,12 @@ from ...addons.lora_file import Change, check_fits, open_addon
 from ...addons.stack import Active, layer, ratios
 from ...addons.wanted import Lora, facts
 from ...errors import UsageError
-from ...files.checkpoint import open_checkpoint
+from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.model import build
 from ...files.recognition import recognise
-from ...files.saving import Progress, described, with_markers, write_checkpoint
+from ...files.saving import Planned, Progress, Read, described, with_markers, write_checkpoint
 from ...files.tensors import TORCH, finite, read_stored, stored_pieces
+from ...models.family import Family
 from ..converting import check_dtype, narrowed, stored_name
 
 LORAS = "minisd.loras"  # in the metadata: what was put into the weights
@@ -42,18 +43,37 @@ def bake(
     check_dtype(dtype)
     found = recognise(checkpoint, vae_given=True)
     build(checkpoint, found.family)  # raises before anything is written
-    by_key: dict[str, list[tuple[Active, Change]]] = {}
-    actives = []
-    for lora in loras:
-        addon = open_addon(lora.source, checkpoint.shapes, found.family)
-        if not (partial and addon.changes):
-            check_fits(addon, found.family)
-        addon.factors  # noqa: B018  reads them, and says what is broken, before anything is written
-        actives.append(Active(addon, lora, ratios(lora.blocks, checkpoint.entries)))
-        for change in addon.changes:
-            by_key.setdefault(change.target.key, []).append((actives[-1], change))
+    actives = opened(checkpoint, found.family, loras, partial)
     kept = {key: entry for key, entry in checkpoint.entries.items() if not key.startswith("model_ema.")}
     planned = {key: (stored_name(key, entry.dtype, entry.shape, dtype), entry.shape) for key, entry in kept.items()}
+
+    planned, reading = with_markers(planned, reader(checkpoint, actives, planned, rule), found.training, checkpoint)
+    said = [facts(each.lora, each.addon.file, len(each.addon.misfits)) for each in actives]
+    metadata = described(checkpoint, found) | {
+        "modelspec.title": Path(target).stem,
+        LORAS: json.dumps({"loras": said, "rule": rule}),
+    }
+    return write_checkpoint(target, planned, reading, metadata, found, progress)
+
+
+def opened(checkpoint: Checkpoint, family: Family, loras: Sequence[Lora], partial: bool) -> list[Active]:
+    """The add-ons, their numbers read and sound: nothing is written before that."""
+    actives = []
+    for lora in loras:
+        addon = open_addon(lora.source, checkpoint.shapes, family)
+        if not (partial and addon.changes):
+            check_fits(addon, family)
+        addon.factors  # noqa: B018  reads them
+        actives.append(Active(addon, lora, ratios(lora.blocks, checkpoint.entries)))
+    return actives
+
+
+def reader(checkpoint: Checkpoint, actives: Sequence[Active], planned: Planned, rule: str) -> Read:
+    """What gives the numbers of a tensor of the result."""
+    by_key: dict[str, list[tuple[Active, Change]]] = {}
+    for active in actives:
+        for change in active.addon.changes:
+            by_key.setdefault(change.target.key, []).append((active, change))
 
     def read(key: str) -> Iterable[Tensor]:
         if planned[key][0] not in TORCH:
@@ -69,10 +89,4 @@ def bake(
             raise UsageError(f"merge: {key} becomes too large for {planned[key][0]}; choose smaller strengths, or float32")
         return [result]
 
-    planned, reading = with_markers(planned, read, found.training, checkpoint)
-    said = [facts(each.lora, each.addon.file, len(each.addon.misfits)) for each in actives]
-    metadata = described(checkpoint, found) | {
-        "modelspec.title": Path(target).stem,
-        LORAS: json.dumps({"loras": said, "rule": rule}),
-    }
-    return write_checkpoint(target, planned, reading, metadata, found, progress)
+    return read

@@ -16,11 +16,11 @@ from minisd.diffusion.denoiser import Conditioning
 from minisd.files.checkpoint import CheckpointError, open_checkpoint
 from minisd.files.recognition import recognise
 from minisd.models.family import FAMILIES, SD1, UNET
+from minisd.models.naming import raw_levels, unet_names
 from minisd.models.shapes import Shapes
 from minisd.models.unet import UNet
 from minisd.text.conditioner import with_sizes
 from minisd.workbench import blueprint
-from minisd.workbench.folders.names import raw_levels, unet_names
 from minisd.workbench.inspecting import as_text, inspect
 
 MEASURED = f"{UNET}.output_blocks.11.1.transformer_blocks.0.norm1.bias"

@@ -17,11 +17,11 @@ from minisd.cli import main
 from minisd.files.recognition import ranking
 from minisd.files.writers import is_unneeded
 from minisd.models.family import SD2
+from minisd.models.naming import is_open, names_of, places
 from minisd.models.shapes import Shapes
 from minisd.workbench.converting import convert
 from minisd.workbench.folders import folder as diffusers_folder
 from minisd.workbench.folders.folder import REST, from_folder, to_folder
-from minisd.workbench.folders.names import is_open, names_of, places
 from minisd.workbench.inspecting import inspect
 
 POSITIONS = "text_model.embeddings.position_ids"
@@ -271,7 +271,7 @@ def test_sd2_without_its_last_text_layer_keeps_all_others(tmp_path, monkeypatch)
     weights = load_file(SMALL["sd2"].write(tmp_path / "a.safetensors"))
     save_file({key: value for key, value in weights.items() if ".resblocks.2." not in key}, tmp_path / "b.safetensors")
     monkeypatch.setattr(
-        "minisd.workbench.folders.names.text_skip", lambda tower, layers: 0 if layers == 2 else family.text_skip(tower, layers)
+        "minisd.models.naming.text_skip", lambda tower, layers: 0 if layers == 2 else family.text_skip(tower, layers)
     )
     folders = [to_folder(tmp_path / f"{name}.safetensors", tmp_path / name) for name in "ab"]
     first, second = (load_file(folder / "text_encoder" / "model.safetensors") for folder in folders)

@@ -13,10 +13,10 @@ from ...errors import CheckpointError
 from ...files.checkpoint import Checkpoint
 from ...files.writers import is_unneeded
 from ...models.family import REFINER, SDXL, UNET, VAE, Recognition
+from ...models.naming import Level, Place, count, is_open, places, raw_levels, unused_layers
 from ...models.shapes import Shapes, below
 from ...text.tokenizer import END, END_ID, LENGTH, START, START_ID, bpe, merges_text
 from .. import blueprint
-from .names import Level, Place, count, is_open, places, raw_levels, unused_layers
 
 VERSION = {"_diffusers_version": "0.35.0"}
 PIPELINES = {

@@ -30,11 +30,11 @@ from ...files.training import metadata_of, said_training, title_of
 from ...files.writers import is_unneeded
 from ...files.writers_table import CONV_IN
 from ...models.family import REFINER, SD1, SD2, SDXL, TASKS, VAE, Family, Recognition, Training
+from ...models.naming import Link, Place, count, is_matrix, names_of, places
 from ...system.atomic import check_place, check_room, draft_of, strays, sync
 from ...system.regular import open_regular
 from ..converting import FLOAT8, rounded, stored_name
 from .configs import small_files
-from .names import Link, Place, count, is_matrix, names_of, places
 
 MAX_JSON = 16 << 20  # bytes; the index of SDXL's shards has 200,000
 REST = "minisd.safetensors"

@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from ...models.family import SD2, UNET, VAE, Family, Tower, text_skip
+from .family import SD2, UNET, VAE, Family, Tower, text_skip
 
 
 @dataclass(frozen=True)

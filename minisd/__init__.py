@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .errors import CheckpointError, MinisdError, NonFiniteError, OutOfMemoryError, OutputError, UsageError
 
 if TYPE_CHECKING:
+    from .addons.control_files import load_control as load_control
     from .diffusion.noise import noise as noise
     from .diffusion.samplers import sample as sample
     from .pipeline import Pipeline as Pipeline
@@ -35,6 +36,7 @@ __all__ = [
     "Step",
     "UsageError",
     "load",
+    "load_control",
     "noise",
     "sample",
 ]
@@ -46,6 +48,10 @@ def __getattr__(name: str) -> object:
         from . import pipeline
 
         return getattr(pipeline, name)
+    if name == "load_control":
+        from .addons.control_files import load_control
+
+        return load_control
     if name == "noise":
         from .diffusion.noise import noise
 

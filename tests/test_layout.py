@@ -33,7 +33,7 @@ LEVELS = [
     ["models", "diffusion"],
     ["text", "pictures"],
     ["files"],
-    ["fast", "library"],
+    ["fast", "library", "addons"],
     ["codec", "request", "result"],
     ["plan"],
     ["recipe", "walks"],

@@ -210,7 +210,7 @@ class Trunk(nn.Module):
 
 
 class UNet(Trunk):
-    """Predicts the noise (or v) in x at timestep t."""
+    """Predicts the noise (or v) in x at timestep t.  residuals: of a ControlNet, one for each output of `down`."""
 
     def __init__(self, shapes: Shapes) -> None:
         super().__init__(shapes)
@@ -221,8 +221,7 @@ class UNet(Trunk):
     def forward(
         self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None, residuals: Sequence[Tensor] = (), added: Maps = None
     ) -> Tensor:
-        """x (B, C, H, W), t (B,) in training timesteps (may be fractional), context (B, L, D), y (B, A) -> (B, C', H, W).
-        residuals: of a ControlNet, one for each output of `down`; added: see there."""
+        """x (B, C, H, W), t (B,) in training timesteps (may be fractional), context (B, L, D), y (B, A) -> (B, C', H, W)."""
         emb = self.embed(t, y, x.dtype)
         outputs = self.down(x, emb, context, added)
         *skips, x = [h + residual for h, residual in zip(outputs, residuals, strict=True)] if residuals else outputs

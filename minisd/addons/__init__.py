@@ -1,0 +1,1 @@
+"""What is layered on a checkpoint: LoRAs, embeddings, controls."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from controls import control_shapes, network, our_unet, their_control, their_unet, vector
+from controls import control_shapes, network, our_unet, raw_names, their_adapter, their_control, their_unet, vector
 from families import SMALL, Small
 from helpers import relative_error
 
@@ -75,30 +75,6 @@ def test_unet_with_residuals(name):
 
 
 ADAPTERS = [("full_adapter", 3), ("full_adapter", 1), ("light_adapter", 3), ("full_adapter_xl", 3), ("full_adapter_xl", 1)]
-
-
-def their_adapter(kind: str, channels: int, widths: tuple[int, ...]):
-    from diffusers import T2IAdapter as Theirs
-
-    torch.manual_seed(5)
-    blocks, patch = (4 if kind == "light_adapter" else 2), (16 if kind.endswith("xl") else 8)
-    return Theirs(channels, list(widths), num_res_blocks=blocks, downscale_factor=patch, adapter_type=kind).eval()
-
-
-def raw_names(weights: dict[str, torch.Tensor], light: bool) -> dict[str, torch.Tensor]:
-    """TencentARC's names for diffusers'."""
-
-    def raw(key: str) -> str:
-        parts = key.split(".")[1:]
-        if parts[0] != "body":
-            return ".".join(parts)
-        level = int(parts[1])
-        if parts[2] == "resnets":
-            inner = f"body.{level}.body.{parts[3]}" if light else f"body.{2 * level + int(parts[3])}"
-            return ".".join([inner, *parts[4:]])
-        return ".".join([f"body.{level if light else 2 * level}", *parts[2:]])
-
-    return {raw(key): value for key, value in weights.items()}
 
 
 @pytest.mark.parametrize(("kind", "channels"), ADAPTERS)

@@ -75,3 +75,27 @@ def vector(small: Small, batch: int) -> tuple[torch.Tensor | None, dict[str, tor
     pooled = torch.randn(batch, small.vector - 256 * small.numbers, generator=torch.Generator().manual_seed(9))
     y = torch.cat([pooled, timestep_embedding(numbers.flatten(), 256).view(batch, -1)], dim=1)
     return y, {"text_embeds": pooled, "time_ids": numbers}
+
+
+def their_adapter(kind: str, channels: int, widths: tuple[int, ...]):
+    from diffusers import T2IAdapter as Theirs
+
+    torch.manual_seed(5)
+    blocks, patch = (4 if kind == "light_adapter" else 2), (16 if kind.endswith("xl") else 8)
+    return Theirs(channels, list(widths), num_res_blocks=blocks, downscale_factor=patch, adapter_type=kind).eval()
+
+
+def raw_names(weights: dict[str, torch.Tensor], light: bool) -> dict[str, torch.Tensor]:
+    """TencentARC's names for diffusers'."""
+
+    def raw(key: str) -> str:
+        parts = key.split(".")[1:]
+        if parts[0] != "body":
+            return ".".join(parts)
+        level = int(parts[1])
+        if parts[2] == "resnets":
+            inner = f"body.{level}.body.{parts[3]}" if light else f"body.{2 * level + int(parts[3])}"
+            return ".".join([inner, *parts[4:]])
+        return ".".join([f"body.{level if light else 2 * level}", *parts[2:]])
+
+    return {raw(key): value for key, value in weights.items()}

@@ -15,6 +15,7 @@ from ..shapes import Shapes, below, numbered
 from ..unet import Trunk
 
 OWN = ("time_embed", "label_emb", "input_blocks", "middle_block")  # what it has in common with a UNet
+BESIDE = ("input_hint_block", "zero_convs", "middle_block_out")
 
 
 def hint_layers(shapes: Shapes) -> nn.Sequential:
@@ -74,7 +75,7 @@ def check_control(shapes: Shapes) -> None:
 
     Raises ShapeError, and KeyError for what is missing.
     """
-    check_dimensions(shapes)
+    check_dimensions(Shapes({key: shape for key, shape in shapes.items() if key.split(".")[0] in (*OWN, *BESIDE)}))
     context = next((shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight") and len(shape) > 1), 0)
     vector = shapes["label_emb.0.0.weight"][1] if "label_emb.0.0.weight" in shapes else 0
     _, (*skips, middle) = trunk(shapes, context, vector)

@@ -101,6 +101,7 @@ TEXTS = Kind("texts", str, lambda value: [TEXT.check("", each) for each in value
 NUMBERS = Kind("numbers", str, lambda value: [number(0, 1e30).check("", each) for each in value])
 NUMBERS_BY_NAME = Kind("numbers by name, such as s_churn=10", numbers_by_name, plain_numbers)
 LEVELS = Kind("numbers, falling", levels, lambda value: value)
+CONTROLS = Kind("a list of controls", str, lambda value: tuple(value) if isinstance(value, list | tuple) else None)
 FUNCTION = Kind("a function", str, lambda value: value if callable(value) else None)
 # Names, functions, pictures and tensors, which are looked at where they are used.
 ANYTHING = Kind("a name, a function or a picture", str, lambda value: value)
@@ -252,6 +253,7 @@ OPTIONS = {
             "--emphasis", "NAME", FINER, infotext="Emphasis",
         ),
         Option("plain_prompt", FLAG, None, "prompts are words: no brackets, AND or BREAK", "--plain-prompt", None, FINER),
+        Option("controls", CONTROLS, ()),
     )
 }  # fmt: skip
 RECORDED = [option.name for option in OPTIONS.values() if option.recorded]

@@ -19,6 +19,7 @@ from .pictures.init import Picture
 if TYPE_CHECKING:
     import torch
 
+    from .addons.control import Control
     from .codec import Codec
     from .diffusion.denoiser import Network
     from .fast.engine import Engine
@@ -88,6 +89,7 @@ class Request:
     emphasis: how weights and brackets in prompts are read, one of options.EMPHASES: A1111's grammar and its ways to weigh
         ("original", "no-norm", "ignore", "none"), or "comfy" for ComfyUI's.
     plain_prompt: prompts are words, whatever they contain.
+    controls: ControlNets and T2I-Adapters, each with the picture that it is to follow: a list of `minisd.Control`.
     progress: show a bar.  transform: what the latents become after each step, Step -> (B, C, h, w).
     observe: is shown every call of the network: (call, x, estimates of x_0 by role).
     """
@@ -136,6 +138,7 @@ class Request:
     negative_prompt_2: str | Sequence[str] | None = None
     emphasis: str | None = None
     plain_prompt: bool | None = None
+    controls: Sequence[Control] = ()
 
 
 def request_of(given: tuple[Any, ...], options: Mapping[str, Any]) -> Request:

@@ -102,6 +102,10 @@ NUMBERS = Kind("numbers", str, lambda value: [number(0, 1e30).check("", each) fo
 NUMBERS_BY_NAME = Kind("numbers by name, such as s_churn=10", numbers_by_name, plain_numbers)
 LEVELS = Kind("numbers, falling", levels, lambda value: value)
 CONTROLS = Kind("a list of controls", str, lambda value: tuple(value) if isinstance(value, list | tuple) else None)
+CONTROL_FACTS = Kind(
+    "what a recipe says of controls", str,
+    lambda value: value if isinstance(value, list) and all(isinstance(each, dict) for each in value) else None,
+)  # fmt: skip
 FUNCTION = Kind("a function", str, lambda value: value if callable(value) else None)
 # Names, functions, pictures and tensors, which are looked at where they are used.
 ANYTHING = Kind("a name, a function or a picture", str, lambda value: value)
@@ -253,7 +257,7 @@ OPTIONS = {
             "--emphasis", "NAME", FINER, infotext="Emphasis",
         ),
         Option("plain_prompt", FLAG, None, "prompts are words: no brackets, AND or BREAK", "--plain-prompt", None, FINER),
-        Option("controls", CONTROLS, ()),
+        Option("controls", CONTROLS, (), stands_as=CONTROL_FACTS),
     )
 }  # fmt: skip
 RECORDED = [option.name for option in OPTIONS.values() if option.recorded]

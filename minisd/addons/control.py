@@ -93,9 +93,9 @@ def opened(given: object) -> Control:
         told(open_checkpoint(control.source))
     elif not isinstance(control.source, ControlNet | T2IAdapter):
         raise UsageError(f"controls: source: expected a path or what load_control gives, found {type(control.source).__name__}")
-    image = open_picture("controls: image", control.image)
-    if isinstance(control.image, str | os.PathLike):
-        image.filename = os.fspath(control.image)  # type: ignore[attr-defined]  # as a picture has that PIL opened itself
+    image, given_image = open_picture("controls: image", control.image), control.image
+    file = given_image if isinstance(given_image, str | os.PathLike) else getattr(given_image, "filename", None)
+    image.filename = file and os.fspath(file)  # type: ignore[attr-defined]  # as a picture has that PIL has opened
     return replace(control, image=image)
 
 

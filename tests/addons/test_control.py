@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +15,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import minisd
-from minisd.errors import CheckpointError, UsageError
+from minisd.errors import CheckpointError, MinisdError, UsageError
+from minisd.fast.cuda import Cuda
 from minisd.models.family import SD1
+from minisd.pictures.metadata import check_kinds
+from minisd.plan import planned
 from minisd.recipe import repeat
+from minisd.request import Request
+from minisd.walks import Progress, course, start, walk
 from minisd.workbench import blueprint
 
 PROMPT = "a photograph of an astronaut riding a horse"
@@ -67,7 +73,7 @@ def test_a_picture_of_one_and_of_two(name, opened, tmp_path):
     common = {"latents": latents(), **CALL}
     plain = pipe(PROMPT, steps=4, **common).latents
     hints, strengths, starts, ends = [picture(1, 50, 70), picture(2)], [0.7, 1.3], [0.0, 0.25], [0.75, 1.0]
-    for count in (1, 2):
+    for count in (1, 2) if name == "sd1" else (1,):
         controls = [minisd.Control(*each) for each in zip(files, hints, strengths, starts, ends, strict=True)][:count]
         found = pipe(PROMPT, steps=4, controls=controls, **common)
         one = count == 1
@@ -155,6 +161,47 @@ def test_a_recipe_makes_it_again(opened, tmp_path):
     own = pipe(PROMPT, steps=1, seed=7, controls=[minisd.Control(minisd.load_control(files[0]), picture())], **CALL)
     with pytest.raises(UsageError, match="controls: source: the picture was made with one that had no file"):
         pipe(repeat(own.metadata[0], pipe.checkpoint.path))
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        "canny",
+        [1],
+        [{}],
+        [{"source": 1, "image": "x.png"}],
+        [{"source": "x", "image": []}],
+        [{"source": "x", "image": "x", "strength": {}}],
+    ],
+)
+def test_a_recipe_may_say_anything_of_controls(opened, facts):
+    pipe, *_ = opened("sd1")
+    recipe = pipe(PROMPT, steps=1, seed=7, **CALL).metadata[0] | {"controls": facts}
+
+    def again() -> None:
+        check_kinds("a.png", recipe)
+        pipe(repeat(recipe, pipe.checkpoint.path))
+
+    with pytest.raises(MinisdError, match="controls"):
+        again()
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_what_is_fast_leaves_it_to_the_modules(opened, sampler):
+    """A walk with controls is not taken for one without by what computes the network in another form."""
+    pipe, _, files, _ = opened("sd1")
+    request = Request(PROMPT, steps=2, latents=latents(), sampler=sampler, controls=[minisd.Control(files[0], picture())], **CALL)
+    plan = planned(request, pipe.capabilities())
+    legs = course(plan, pipe)
+    x, draws = start(plan, slice(0, 1), legs[0], None)
+    one = walk(plan, slice(0, 1), legs[0], None, Progress(plan, legs, 1))
+    engine = Cuda(pipe.unet, graphs=False)
+    assert engine.way(one, x) == ("plain", "a ControlNet or T2I-Adapter adds to the network")
+    assert engine.way(replace(one, control=None), x)[0] == "recorded"
+    with pytest.warns(UserWarning, match="drawing slower than this device can: a ControlNet"):
+        *_, last = engine.walk(one, x, draws)
+    wanted = pipe(request)
+    assert torch.equal(last.latents / legs[-1].levels.end_scale, wanted.latents)
 
 
 def test_what_does_not_fit_is_refused(opened, tmp_path):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from .errors import CheckpointError, MinisdError, NonFiniteError, OutOfMemoryError, OutputError, UsageError
 
 if TYPE_CHECKING:
+    from .addons.control import Control as Control
+    from .addons.control_files import load_control as load_control
     from .diffusion.noise import noise as noise
     from .diffusion.samplers import sample as sample
     from .pipeline import Pipeline as Pipeline
@@ -25,6 +27,7 @@ if os.path.isfile(os.path.join(_beside, "kernels", "attention.py")):
 
 __all__ = [
     "CheckpointError",
+    "Control",
     "MinisdError",
     "NonFiniteError",
     "OutOfMemoryError",
@@ -35,6 +38,7 @@ __all__ = [
     "Step",
     "UsageError",
     "load",
+    "load_control",
     "noise",
     "sample",
 ]
@@ -46,6 +50,10 @@ def __getattr__(name: str) -> object:
         from . import pipeline
 
         return getattr(pipeline, name)
+    if name in ("load_control", "Control"):
+        from .addons import control
+
+        return getattr(control, name)
     if name == "noise":
         from .diffusion.noise import noise
 

@@ -105,6 +105,11 @@ TEXT = Kind("a text", str, lambda value: value if isinstance(value, str) else No
 FLAG = Kind("true or false", bool, lambda value: bool(value) if isinstance(value, bool) else None)
 PAIR = Kind("two whole numbers from 0 to 65,536", pair, two_numbers)
 TEXTS = Kind("texts", str, lambda value: [TEXT.check("", each) for each in value] if isinstance(value, list) else None)
+CONTROLS = Kind("a list of controls", str, lambda value: tuple(value) if isinstance(value, list | tuple) else None)
+CONTROL_FACTS = Kind(
+    "what a recipe says of controls", str,
+    lambda value: value if isinstance(value, list) and all(isinstance(each, dict) for each in value) else None,
+)  # fmt: skip
 NUMBERS = Kind("numbers", str, lambda value: [number(0, 1e30).check("", each) for each in value])
 NUMBERS_BY_NAME = Kind("numbers by name, such as s_churn=10", numbers_by_name, plain_numbers)
 LEVELS = Kind("numbers, falling", levels, lambda value: value)
@@ -236,6 +241,7 @@ OPTIONS = {
             "--sde-noise", "NAME", NOISE,
         ),
         Option("batch_place", PAIR, None),
+        Option("controls", CONTROLS, (), stands_as=CONTROL_FACTS),
         Option("original_size", PAIR, None, "size before cropping (default: the picture's)", "--original-size", "WxH", SDXL),
         Option("crop", PAIR, (0, 0), "left and top of the crop (default: 0x0)", "--crop", "LxT", SDXL),
         Option("target_size", PAIR, None, "size after cropping (default: the picture's)", "--target-size", "WxH", SDXL),

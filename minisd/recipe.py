@@ -58,7 +58,7 @@ def file_facts(name: str, checkpoint: Checkpoint) -> dict[str, str | None]:
 def settled(plan: Plan, i: int) -> dict[str, Any]:
     """What was asked for and settled about picture i."""
     request, origin, handed = plan.request, plan.origins[i], Conditioning | Timeline
-    asked = {name: getattr(request, name) for name in RECORDED if name not in ("sigmas", "guide", "loras")}
+    asked = {name: getattr(request, name) for name in RECORDED if name not in ("sigmas", "guide", "loras", "controls")}
     found = {
         "prompt": None if isinstance(request.prompt, handed) else plan.prompts[i],
         "negative_prompt": None if isinstance(request.negative_prompt, handed) else plan.negatives[i],
@@ -82,6 +82,8 @@ def settled(plan: Plan, i: int) -> dict[str, Any]:
         given["sigmas"] = torch.as_tensor(request.sigmas).tolist()
         given["steps"] = len(given["sigmas"]) - 1
     own = [name for name in ("sampler", "guide", "transform") if not isinstance(getattr(request, name), str | None)]
+    if request.controls:
+        given["controls"] = [control.facts() for control in request.controls]
     if own:
         given["own"] = own
     if request.guide is not None:
@@ -141,7 +143,11 @@ def found_again(said: Any) -> Lora:
 
 
 def check_sources(recipe: Mapping[str, Any]) -> None:
-    """Warns where an init image or a mask is no longer the one that it was."""
+    """Warns where an init image, a mask or a control's picture is no longer the one that it was."""
+    for control in recipe.get("controls", ()):
+        known, file = (control.get(name) for name in ("image_sha256", "image"))
+        if known and file and fingerprint(open_picture("controls: image", file)) != known:
+            warnings.warn(f"controls: image {file} is not the picture that this one was made from", stacklevel=2)
     for name, known in (("init_image", recipe.get("init_sha256")), ("mask", recipe.get("mask_sha256"))):
         if known is None:
             continue

@@ -19,6 +19,7 @@ from .pictures.init import Picture
 if TYPE_CHECKING:
     import torch
 
+    from .addons.control import Control
     from .codec import Codec
     from .diffusion.denoiser import Network
     from .fast.engine import Engine
@@ -95,6 +96,7 @@ class Request:
     lora_blocks: what multiplies their strength in blocks of the UNet, see models.blocks.block_ratios.
     lora_rule: "paper", or "comfyui" where kinds of it (DoRA, OFT) are computed otherwise there (addons.lora_formulas.delta).
     lora_partial: take of a LoRA what fits the checkpoint, where else it is refused.
+    controls: ControlNets and T2I-Adapters, each with the picture that it is to follow: a list of `minisd.Control`.
     progress: show a bar.  transform: what the latents become after each step, Step -> (B, C, h, w).
     observe: is shown every call of the network: (call, x, estimates of x_0 by role).
     """
@@ -147,6 +149,7 @@ class Request:
     lora_blocks: str | None = None
     lora_rule: Literal["paper", "comfyui"] | None = None
     lora_partial: bool = False
+    controls: Sequence[Control] = ()
 
 
 def request_of(given: tuple[Any, ...], options: Mapping[str, Any]) -> Request:

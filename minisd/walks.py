@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from .addons.control import Active, activated, controlled
 from .codec import check_finite
 from .diffusion.brownian import brownian
 from .diffusion.denoiser import ClassifierFree, Conditioning, Guide, Known, Noise, Timeline
@@ -40,6 +41,7 @@ class Leg:
     program: Program | None  # of the sampler over these levels, where it has one
     before: int  # calls of the network on the way here
     calls: int  # of the whole way, as A1111 counts them for what changes in a prompt
+    controls: tuple[Active, ...] = ()
 
     @property
     def steps(self) -> int | None:
@@ -67,7 +69,8 @@ def course(plan: Plan, base: Stations) -> list[Leg]:
     steps = plan.request.steps if plan.request.sigmas is None else len(plan.request.sigmas) - 1
     # The steps asked for, twice for samplers that ask twice a step, be it 2 N - 1 times (A1111 sd_samplers_kdiffusion.py).
     calls = steps * max(1, int(sum(asked) / max(1, sum(part.steps for _, part, _ in ways)) + 0.5))
-    return [Leg(*each, before=sum(asked[:i]), calls=calls) for i, each in enumerate(ways)]
+    controls = activated(plan.request.controls, base, plan.width, plan.height)  # which a refiner knows nothing of
+    return [Leg(*each, sum(asked[:i]), calls, controls if each[0] is base else ()) for i, each in enumerate(ways)]
 
 
 def plan_levels(plan: Plan, base: Stations) -> Levels:
@@ -123,7 +126,8 @@ def walk(plan: Plan, part: slice, leg: Leg, known: Tensor | None, progress: Prog
     transform = progress.begin(part, leg)
     how = (leg.levels, conditioning, guide, leg.program, plan.options, region, transform, plan.request.observe)
     network = replace(leg.pipe.network, schedule=schedule_of(plan.request.like, leg.pipe.network.schedule))
-    return Walk(network, plan.sampler, *how)
+    control = partial(controlled, leg.controls, leg.levels.steps) if leg.controls else None
+    return Walk(network, plan.sampler, *how, control)
 
 
 class Progress:

@@ -53,12 +53,16 @@ class Walk:
     known: Known | None = None
     transform: Callable[[Moment], Tensor] | None = None  # what the latents become after each step
     observe: Observer | None = None  # is shown every call
+    control: Callable[[Unet, Sequence[Call]], Unet] | None = None  # (the UNet, the calls so far) -> with what controls add to it
 
     def denoiser(self, unet: Unet | None = None) -> Denoiser:
         """For this walk; unet: what computes the network in its place."""
         network = replace(self.network, unet=unet or self.network.unet)
         total = len(self.program.sigmas) if self.program else None
-        return Denoiser(network, self.conditioning, self.guide, self.known, self.observe, total)
+        made = Denoiser(network, self.conditioning, self.guide, self.known, self.observe, total)
+        if self.control:
+            made.network = replace(network, unet=self.control(network.unet, made.calls))
+        return made
 
 
 def way(walk: Walk, x: Tensor, built: Built) -> tuple[Way, str]:
@@ -66,6 +70,8 @@ def way(walk: Walk, x: Tensor, built: Built) -> tuple[Way, str]:
     assert isinstance(walk.network.unet, nn.Module)
     if why := touched(walk.network.unet, built):
         return "plain", why
+    if walk.control:
+        return "plain", "a ControlNet or T2I-Adapter adds to the network"
     if torch.is_autocast_enabled(x.device.type):
         return "plain", "autocast is on"
     if walk.transform or walk.observe:

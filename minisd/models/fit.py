@@ -22,7 +22,8 @@ SIZE_CHANNELS = 256  # of each number that SDXL's UNet is told beside the text
 VECTORS = re.compile(r".*(\.bias|in_proj_bias|\.(\w*norm\w*|ln_\w+|(in_layers|out_layers|out)\.0)\.weight)")
 EITHER = re.compile(r".*\.(proj_in|proj_out|attn_1\.[qkv])\.weight")  # a matrix, or a convolution of one pixel
 STEPS = r"op|in_layers\.2|out_layers\.3|skip_connection|nin_shortcut|out\.2|input_blocks\.0\.0"
-KERNELS = re.compile(rf".*\.((\w*_)?conv\w*|{STEPS})\.weight")
+CONTROL = r"input_hint_block\.\d+|zero_convs\.\d+\.0|middle_block_out\.0"  # of a ControlNet
+KERNELS = re.compile(rf"(.*\.)?((\w*_)?conv\w*|{STEPS}|{CONTROL})\.weight")
 # The norms that work on groups of channels, 32 everywhere in Stable Diffusion; those of a transformer's blocks do not.
 GROUPED = re.compile(r"(?!.*\.transformer_blocks\.).*\.((in_layers|out_layers|out)\.0|norm(_out|[12])?)\.weight")
 
@@ -119,14 +120,7 @@ def embeddings(shapes: Shapes, tokens: str, positions: str) -> int:
 
 def unet(shapes: Shapes, context: int, vector: int) -> int:
     """From the channels of the text, and those of what SDXL is told beside it (or 0), to those of the latents."""
-    first, channels = shapes["input_blocks.0.0.weight"][:2]
-    emb = through(shapes, first, "time_embed.0", "time_embed.2")
-    if vector:
-        same(shapes, "label_emb.0.2.weight", through(shapes, vector, "label_emb.0.0", "label_emb.0.2"), emb)
-    skips = []
-    for part in numbered(below(shapes, "input_blocks")):
-        skips.append(channels := block(part, channels, emb, context))
-    channels = block(below(shapes, "middle_block"), channels, emb, context)
+    emb, (*skips, channels) = trunk(shapes, context, vector)
     outputs = numbered(below(shapes, "output_blocks"))
     if len(outputs) != len(skips):
         raise ShapeError(
@@ -138,6 +132,18 @@ def unet(shapes: Shapes, context: int, vector: int) -> int:
     if taken not in (latents, 2 * latents, 2 * latents + 1):  # to draw, to edit, to inpaint
         same(shapes, "out.2.weight", latents, taken)
     return latents
+
+
+def trunk(shapes: Shapes, context: int, vector: int) -> tuple[int, list[int]]:
+    """Channels of the time embedding; and of what leaves every input block, with the middle block last."""
+    first, channels = shapes["input_blocks.0.0.weight"][:2]
+    emb = through(shapes, first, "time_embed.0", "time_embed.2")
+    if vector:
+        same(shapes, "label_emb.0.2.weight", through(shapes, vector, "label_emb.0.0", "label_emb.0.2"), emb)
+    found = []
+    for part in (*numbered(below(shapes, "input_blocks")), below(shapes, "middle_block")):
+        found.append(channels := block(part, channels, emb, context))
+    return emb, found
 
 
 def block(shapes: Shapes, channels: int, emb: int, context: int) -> int:

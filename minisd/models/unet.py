@@ -7,6 +7,7 @@ Attribute names are the checkpoint's, so `UNet(shapes).state_dict()` has exactly
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from .shapes import Shapes, below, numbered
 RESNET_EPS = 1e-5  # torch's default, which GroupNorm32 keeps
 TRANSFORMER_EPS = 1e-6  # attention.py, Normalize
 MAX_PERIOD = 10_000  # util.py, timestep_embedding
+Maps = Mapping[int, Tensor] | None  # feature maps by the number of an input block; the middle block counts as the last
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -34,15 +36,13 @@ class ResBlock(nn.Module):
 
     def __init__(self, shapes: Shapes) -> None:
         super().__init__()
-        channels_in, channels_out = shapes["in_layers.0.weight"][0], shapes["out_layers.0.weight"][0]
-        norm_in = GroupNorm(channels_in, RESNET_EPS, silu=True)
-        norm_out = GroupNorm(channels_out, RESNET_EPS, silu=True)
+        channels = (shapes[f"{name}.0.weight"][0] for name in ("in_layers", "out_layers"))
+        norm_in, norm_out = (GroupNorm(count, RESNET_EPS, silu=True) for count in channels)
         # The empty slots are those of the SiLU, which the norm applies, and of a dropout that inference has no use for.
         self.in_layers = nn.Sequential(norm_in, nn.Identity(), conv(shapes, "in_layers.2"))
         self.emb_layers = nn.Sequential(nn.SiLU(), linear(shapes, "emb_layers.1"))
         self.out_layers = nn.Sequential(norm_out, nn.Identity(), nn.Identity(), conv(shapes, "out_layers.3"))
-        has_skip = "skip_connection.weight" in shapes
-        self.skip_connection = conv(shapes, "skip_connection") if has_skip else nn.Identity()
+        self.skip_connection = conv(shapes, "skip_connection") if "skip_connection.weight" in shapes else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # (B, C_in, H, W), (B, E) -> (B, C_out, H, W)
         h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
@@ -163,9 +163,7 @@ class Block(nn.Sequential):
     def __init__(self, shapes: Shapes) -> None:
         super().__init__(*(layer(part) for part in numbered(shapes)))
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None) -> Tensor:  # type: ignore[override]
         for part in self:
             if isinstance(part, ResBlock):
                 x = part(x, emb)
@@ -201,17 +199,18 @@ class Trunk(nn.Module):
         emb = self.time_embed(timestep_embedding(t, self.channels).to(dtype))
         return emb if self.label_emb is None else emb + self.label_emb(y)
 
-    def down(self, x: Tensor, emb: Tensor, context: Tensor) -> list[Tensor]:
-        """What every input block makes of x, (B, C_i, H_i, W_i), and the middle block last."""
+    def down(self, x: Tensor, emb: Tensor, context: Tensor, added: Maps = None) -> list[Tensor]:
+        """What every input block makes of x, (B, C_i, H_i, W_i), and the middle block last; added: to these, by their number."""
         outputs = []
-        for block in (*self.input_blocks, self.middle_block):
+        for i, block in enumerate((*self.input_blocks, self.middle_block)):
             x = block(x, emb, context)
+            x = x + added[i] if added and i in added else x
             outputs.append(x)
         return outputs
 
 
 class UNet(Trunk):
-    """Predicts the noise (or v) in x at timestep t."""
+    """Predicts the noise (or v) in x at timestep t.  residuals: of a ControlNet, one for each output of `down`."""
 
     def __init__(self, shapes: Shapes) -> None:
         super().__init__(shapes)
@@ -219,10 +218,13 @@ class UNet(Trunk):
         norm_out = GroupNorm(shapes["out.0.weight"][0], RESNET_EPS, silu=True)
         self.out = nn.Sequential(norm_out, nn.Identity(), conv(shapes, "out.2"))
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None, residuals: Sequence[Tensor] = (), added: Maps = None
+    ) -> Tensor:
         """x (B, C, H, W), t (B,) in training timesteps (may be fractional), context (B, L, D), y (B, A) -> (B, C', H, W)."""
         emb = self.embed(t, y, x.dtype)
-        *skips, x = self.down(x, emb, context)
+        outputs = self.down(x, emb, context, added)
+        *skips, x = [h + residual for h, residual in zip(outputs, residuals, strict=True)] if residuals else outputs
         for block in self.output_blocks:
             x = torch.cat([x, skips.pop()], dim=1)
             # An upsampling goes to the size of the next skip, which is not always twice that of this one.

@@ -39,8 +39,12 @@ class Small:
     def vector(self) -> int:
         return TEXT + 256 * self.numbers if self.numbers else 0
 
-    def shapes(self) -> Shapes:
-        unet = blueprint.unet(
+    @property
+    def crossed(self) -> list[str]:
+        return ["CrossAttn" if depth else "" for depth in self.depths]
+
+    def unet(self) -> Shapes:
+        return blueprint.unet(
             64,
             self.multipliers,
             2,
@@ -51,11 +55,13 @@ class Small:
             vector=self.vector,
             extra_channels=self.extra_channels,
         )
+
+    def shapes(self) -> Shapes:
         texts = [
             blueprint.open_text(TEXT, LAYERS, TEXT) if "model" in tower.name.split(".") else blueprint.clip_text(TEXT, LAYERS)
             for tower in self.family.towers
         ]
-        return blueprint.assemble(self.family, unet, blueprint.vae(VAE_CHANNELS, VAE_CHANNELS, (2, 3)), *texts)
+        return blueprint.assemble(self.family, self.unet(), blueprint.vae(VAE_CHANNELS, VAE_CHANNELS, (2, 3)), *texts)
 
     def write(self, path: Path) -> Path:
         weights = blueprint.random_weights(self.shapes(), 2)
@@ -92,6 +98,24 @@ SMALL = {
 }
 
 
+def options_of(small: Small) -> dict[str, Any]:
+    """What diffusers must be told of a UNet, or of a ControlNet for it, since it does not read shapes."""
+    depths = tuple(max(depth, 1) for depth in small.depths)
+    vector: dict[str, Any] = {}
+    if small.vector:
+        vector = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+        vector["projection_class_embeddings_input_dim"] = small.vector
+    return {
+        "block_out_channels": [64 * multiplier for multiplier in small.multipliers],
+        "down_block_types": [f"{cross}DownBlock2D" for cross in small.crossed],
+        "transformer_layers_per_block": depths if small.depths[-1] == small.middle else small.middle,
+        "cross_attention_dim": small.context,
+        "attention_head_dim": [8 if small.family is SD1 else multiplier for multiplier in small.multipliers],
+        "use_linear_projection": small.family is not SD1,
+        **vector,
+    }
+
+
 class Parts:
     """The networks of a small checkpoint in diffusers and transformers, in float32."""
 
@@ -100,26 +124,12 @@ class Parts:
         from diffusers.loaders import single_file_utils as convert
 
         weights = load_file(path)
-        levels = len(small.multipliers)
-        heads = [8 if small.family is SD1 else multiplier for multiplier in small.multipliers]
-        vector: dict[str, Any] = {}
-        if small.vector:
-            vector = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
-            vector["projection_class_embeddings_input_dim"] = small.vector
-        crossed = ["CrossAttn" if depth else "" for depth in small.depths]
-        depths = tuple(max(depth, 1) for depth in small.depths)
         with torch.device("meta"):
             unet = UNet2DConditionModel(
                 sample_size=8,
                 in_channels=4 + small.extra_channels,
-                block_out_channels=[64 * multiplier for multiplier in small.multipliers],
-                down_block_types=[f"{cross}DownBlock2D" for cross in crossed],
-                up_block_types=[f"{cross}UpBlock2D" for cross in reversed(crossed)],
-                transformer_layers_per_block=depths if small.depths[-1] == small.middle else small.middle,
-                cross_attention_dim=small.context,
-                attention_head_dim=heads,
-                use_linear_projection=small.family is not SD1,
-                **vector,
+                up_block_types=[f"{cross}UpBlock2D" for cross in reversed(small.crossed)],
+                **options_of(small),
             )
             vae = AutoencoderKL(
                 down_block_types=("DownEncoderBlock2D",) * 4,
@@ -129,7 +139,7 @@ class Parts:
                 latent_channels=4,
                 scaling_factor=small.family.latent_scale,
             )
-        assert levels == len(unet.down_blocks)
+        assert len(small.multipliers) == len(unet.down_blocks)
         own = {key: value for key, value in weights.items() if key.startswith((UNET, VAE))}
         unet.load_state_dict(convert.convert_ldm_unet_checkpoint(dict(own), dict(unet.config)), assign=True)
         vae.load_state_dict(convert.convert_ldm_vae_checkpoint(dict(own), dict(vae.config)), assign=True)

@@ -37,8 +37,9 @@ def assert_close(found: torch.Tensor, wanted: torch.Tensor, limit: float) -> Non
 
 
 def manifest(name: str) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of a published checkpoint."""
-    text = lzma.decompress((TESTS / "checkpoints" / "manifests.json.xz").read_bytes())
+    """Keys and shapes of a published checkpoint, or of a ControlNet."""
+    file = "controls" if name.startswith("controlnet") else "manifests"
+    text = lzma.decompress((TESTS / "checkpoints" / f"{file}.json.xz").read_bytes())
     return {key: tuple(shape) for key, (_, shape) in json.loads(text)[name].items()}
 
 

@@ -1,0 +1,101 @@
+"""Small ControlNets and T2I-Adapters with random weights, and the same weights in diffusers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from families import Small, options_of
+
+from minisd.models.control.controlnet import OWN
+from minisd.models.shapes import Shapes
+from minisd.models.unet import UNet, timestep_embedding
+from minisd.workbench import blueprint
+
+HINT = (3, 16, 16, 32, 32, 96, 96, 256)
+
+
+def control_shapes(unet: Shapes) -> Shapes:
+    """A ControlNet for a UNet with these shapes."""
+    shapes = {key: shape for key, shape in unet.items() if key.split(".")[0] in OWN}
+    first = shapes["input_blocks.0.0.weight"][0]
+    for i, (channels, out) in enumerate(zip(HINT, (*HINT[1:], first), strict=True)):
+        shapes |= blueprint.layer(f"input_hint_block.{2 * i}", out, channels, 3, 3)
+    count = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("input_blocks."))
+    for i in range(count):
+        ends = ("0.out_layers.3.weight", "0.op.weight", "0.weight")
+        width = next(shapes[f"input_blocks.{i}.{end}"][0] for end in ends if f"input_blocks.{i}.{end}" in shapes)
+        shapes |= blueprint.layer(f"zero_convs.{i}.0", width, width, 1, 1)
+    width = shapes["middle_block.0.out_layers.3.weight"][0]
+    return Shapes(shapes | blueprint.layer("middle_block_out.0", width, width, 1, 1))
+
+
+def their_control(weights: dict[str, torch.Tensor], small: Small, **options: Any):
+    """diffusers' ControlNetModel, by its own conversion of names (single_file_utils.py), which leaves SDXL's label_emb out."""
+    from diffusers import ControlNetModel
+    from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+
+    with torch.device("meta"):
+        model = ControlNetModel(**options_of(small), **options)
+    named = convert_controlnet_checkpoint(dict(weights), dict(model.config))
+    for ours, theirs in (("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_embedding.linear_2")):
+        named |= {f"{theirs}.{end}": weights[f"{ours}.{end}"] for end in ("weight", "bias") if f"{ours}.{end}" in weights}
+    model.load_state_dict(named, assign=True)
+    return model.eval()
+
+
+def their_unet(weights: dict[str, torch.Tensor], small: Small):
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    with torch.device("meta"):
+        up = [f"{cross}UpBlock2D" for cross in reversed(small.crossed)]
+        model = UNet2DConditionModel(sample_size=8, up_block_types=up, **options_of(small))
+    named = {f"model.diffusion_model.{key}": value for key, value in weights.items()}
+    model.load_state_dict(convert_ldm_unet_checkpoint(named, dict(model.config)), assign=True)
+    return model.eval()
+
+
+def network(make, weights: dict[str, torch.Tensor], **options: Any):
+    """Our network with these weights."""
+    made = make(Shapes({key: tuple(value.shape) for key, value in weights.items()}), **options)
+    made.load_state_dict(weights, strict=True, assign=True)
+    return made.eval()
+
+
+def our_unet(weights: dict[str, torch.Tensor]) -> UNet:
+    return network(UNet, weights)
+
+
+def vector(small: Small, batch: int) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+    """What the network is told beside the text: as our UNet takes it, and as diffusers does."""
+    if not small.vector:
+        return None, {}
+    numbers = torch.tensor([[512.0, 384, 0, 8, 512, 384]]).repeat(batch, 1)[:, : small.numbers]
+    pooled = torch.randn(batch, small.vector - 256 * small.numbers, generator=torch.Generator().manual_seed(9))
+    y = torch.cat([pooled, timestep_embedding(numbers.flatten(), 256).view(batch, -1)], dim=1)
+    return y, {"text_embeds": pooled, "time_ids": numbers}
+
+
+def their_adapter(kind: str, channels: int, widths: tuple[int, ...]):
+    from diffusers import T2IAdapter as Theirs
+
+    torch.manual_seed(5)
+    blocks, patch = (4 if kind == "light_adapter" else 2), (16 if kind.endswith("xl") else 8)
+    return Theirs(channels, list(widths), num_res_blocks=blocks, downscale_factor=patch, adapter_type=kind).eval()
+
+
+def raw_names(weights: dict[str, torch.Tensor], light: bool) -> dict[str, torch.Tensor]:
+    """TencentARC's names for diffusers'."""
+
+    def raw(key: str) -> str:
+        parts = key.split(".")[1:]
+        if parts[0] != "body":
+            return ".".join(parts)
+        level = int(parts[1])
+        if parts[2] == "resnets":
+            inner = f"body.{level}.body.{parts[3]}" if light else f"body.{2 * level + int(parts[3])}"
+            return ".".join([inner, *parts[4:]])
+        return ".".join([f"body.{level if light else 2 * level}", *parts[2:]])
+
+    return {raw(key): value for key, value in weights.items()}

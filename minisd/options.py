@@ -95,17 +95,27 @@ def plain_numbers(value: Any) -> dict[str, float] | None:
     return {name: each if isinstance(each, int) else float(each) for name, each in dict(value).items()} if fits else None
 
 
+def with_numbers(text: str, most: int) -> tuple[Any, ...]:
+    """NAME and up to so many numbers, with colons between them; the name may hold colons, too."""
+    name, *values = re.fullmatch(r"(.+?)" + r"(?::([-+.\de]+))?" * most, text, re.DOTALL).groups()  # type: ignore[union-attr]
+    return (name, *(float(each) for each in values if each is not None))
+
+
 def lora(text: str) -> tuple[Any, ...]:
-    """NAME[:strength[:text_strength]]; a name may hold colons, too."""
-    name, *strengths = re.fullmatch(r"(.+?)(?::([-+.\de]+))?(?::([-+.\de]+))?", text).groups()  # type: ignore[union-attr]
-    return (name, *(float(each) for each in strengths if each is not None))
+    """NAME[:strength[:text_strength]]."""
+    return with_numbers(text, 2)
+
+
+def control(text: str) -> dict[str, Any]:
+    """NAME[:strength[:start:end]]."""
+    return dict(zip(("source", "strength", "start", "end"), with_numbers(text, 3), strict=False))
 
 
 TEXT = Kind("a text", str, lambda value: value if isinstance(value, str) else None)
 FLAG = Kind("true or false", bool, lambda value: bool(value) if isinstance(value, bool) else None)
 PAIR = Kind("two whole numbers from 0 to 65,536", pair, two_numbers)
 TEXTS = Kind("texts", str, lambda value: [TEXT.check("", each) for each in value] if isinstance(value, list) else None)
-CONTROLS = Kind("a list of controls", str, lambda value: tuple(value) if isinstance(value, list | tuple) else None)
+CONTROLS = Kind("a list of controls", control, lambda value: tuple(value) if isinstance(value, list | tuple) else None)
 CONTROL_FACTS = Kind(
     "what a recipe says of controls", str,
     lambda value: value if isinstance(value, list) and all(isinstance(each, dict) for each in value) else None,
@@ -241,7 +251,10 @@ OPTIONS = {
             "--sde-noise", "NAME", NOISE,
         ),
         Option("batch_place", PAIR, None),
-        Option("controls", CONTROLS, (), stands_as=CONTROL_FACTS),
+        Option(
+            "controls", CONTROLS, (), "a ControlNet or T2I-Adapter, with its strength, and the shares of the steps where it acts",
+            "--control", "NAME[:S[:A:B]]", ADDONS, stands_as=CONTROL_FACTS,
+        ),
         Option("original_size", PAIR, None, "size before cropping (default: the picture's)", "--original-size", "WxH", SDXL),
         Option("crop", PAIR, (0, 0), "left and top of the crop (default: 0x0)", "--crop", "LxT", SDXL),
         Option("target_size", PAIR, None, "size after cropping (default: the picture's)", "--target-size", "WxH", SDXL),

@@ -26,6 +26,7 @@ from ..request import Stations
 from ..system.memory import memory_errors
 from .control_files import load_control
 from .control_names import told
+from .preprocess import check, preprocessed
 
 MOST = 100.0  # a strength: beyond it is a slip of the hand
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL", 1280: "the SDXL refiner"}
@@ -41,6 +42,7 @@ class Control:
         transparent parts on black.
     strength: times what the network adds.  start, end: shares of the steps, 0 … 1: step i of N, from 0, is left alone if i / N is
         less than start or (i + 1) / N more than end.
+    preprocess: what makes the hint of the image, one of preprocess.PREPROCESS.
     """
 
     source: str | os.PathLike[str] | ControlNet | T2IAdapter
@@ -48,12 +50,14 @@ class Control:
     strength: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    preprocess: str = "none"
 
     def __post_init__(self) -> None:
         for name, low, high in (("strength", -MOST, MOST), ("start", 0, 1), ("end", 0, 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
                 raise UsageError(f"controls: {name}: expected a number from {low:g} to {high:g}, found {repr(value)[:80]}")
+        check(self.preprocess)
         if self.start >= self.end:
             raise UsageError(f"controls: start: expected less than end, {self.end}, found {self.start}")
 
@@ -70,7 +74,7 @@ class Control:
         assert isinstance(self.image, Image.Image)  # as_controls has opened it
         file = getattr(self.image, "filename", None)
         image = {"image": os.path.abspath(file) if file else None, "image_sha256": fingerprint(self.image)}
-        return {"source": self.path, **image, "strength": self.strength, "start": self.start, "end": self.end}
+        return {"source": self.path, **image, **{name: getattr(self, name) for name in KEPT[2:]}}
 
 
 def as_controls(given: object) -> tuple[Control, ...]:
@@ -99,11 +103,14 @@ def opened(given: object) -> Control:
     return replace(control, image=image)
 
 
+KEPT = ("source", "image", "strength", "start", "end", "preprocess")
+
+
 def from_recipe(facts: Mapping[str, Any]) -> Control:
     for name in ("source", "image"):
         if not isinstance(facts.get(name), str):
             raise UsageError(f"controls: {name}: the picture was made with one that had no file; it cannot be made again")
-    return Control(**{name: facts[name] for name in ("source", "image", "strength", "start", "end") if name in facts})
+    return Control(**{name: facts[name] for name in KEPT if name in facts})
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,15 +137,16 @@ def active(control: Control, pipe: Stations, width: int, height: int) -> Active:
     else:
         network = load_control(control.source, str(pipe.device), pipe.dtype, base=unet)
     check_same_family(network, unet)
-    picture = hint_of(control.image, width, height).to(pipe.device, pipe.dtype)
+    picture = hint_of(control, width, height).to(pipe.device, pipe.dtype)
     if isinstance(network, ControlNet):
         return Active(control, network, network.hint(picture), {})
     return Active(control, network, None, network.added(picture))
 
 
-def hint_of(image: Picture, width: int, height: int) -> Tensor:
-    """A picture as (1, 3, H, W) in [0, 1], scaled by Lanczos' filter if it has another size."""
-    image = resized(opaque(open_picture("controls: image", image), "black").convert("RGB"), width, height)
+def hint_of(control: Control, width: int, height: int) -> Tensor:
+    """Its picture as (1, 3, H, W) in [0, 1], scaled by Lanczos' filter if it has another size, then preprocessed."""
+    image = resized(opaque(open_picture("controls: image", control.image), "black").convert("RGB"), width, height)
+    image = preprocessed(image, control.preprocess)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MinisdError, UsageError
+from ..options import ADDONS
 from .options import (
     Parser,
     add_device,
@@ -50,6 +51,7 @@ def parser() -> Parser:
     made.add_argument("--preview", type=Path, metavar="PNG", help="show the picture in the making in this file, step by step")
     add_files(made)
     add_options(made)
+    add_controls(made)
     add_device(made)
     return made
 
@@ -64,6 +66,31 @@ def add_files(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--ema", action="store_true", help="draw with the moving average of the weights, where the file has it")
     files.add_argument("--strict", action="store_true", help="refuse a checkpoint with tensors that nothing asks for")
     add_training(files)
+
+
+def add_controls(parser: argparse.ArgumentParser) -> None:
+    group = next(group for group in parser._action_groups if group.title == ADDONS)
+    group.add_argument("--control-image", action="append", metavar="PICTURE", help="what it follows; one for each --control")
+    group.add_argument(
+        "--control-preprocess", action="append", metavar="NAME",
+        help="what makes the hint of that picture: canny, invert, blur, tile or none (default: none)",
+    )  # fmt: skip
+
+
+def controls_of(args: argparse.Namespace) -> list[Any]:
+    """The controls that the options name, each with its picture.  Raises UsageError, CheckpointError."""
+    from ..addons.control import Control
+    from ..library.names import resolve
+
+    named, images, ways = args.controls or [], args.control_image or [], args.control_preprocess or []
+    if len(images) != len(named) or len(ways) not in (0, 1, len(named)):
+        found = f"{len(named)} --control, {len(images)} --control-image and {len(ways)} --control-preprocess"
+        raise UsageError(f"controls: expected a picture for each, and one preprocessing or one for each; found {found}")
+    ways = ways if len(ways) == len(named) else [*ways, "none"][:1] * len(named)
+    return [
+        Control(**{**each, "source": resolve(each["source"], "controlnet")}, image=image, preprocess=way)
+        for each, image, way in zip(named, images, ways, strict=True)
+    ]
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -85,6 +112,7 @@ def draw(args: argparse.Namespace) -> int:
     from ..pipeline import load
     from ..result import Interrupted, with_bar
 
+    args.controls = controls_of(args)
     common: dict[str, Any] = {"device": args.device, "dtype": args.dtype, "offload": args.offload, "strict": args.strict}
     pipe = load(args.model, vae=args.vae, prediction=args.prediction, zero_snr=args.zero_snr, ema=args.ema, **common)
     args.refiner = load(args.refiner, **common) if args.refiner else None
@@ -132,7 +160,7 @@ def settled_output(args: argparse.Namespace) -> Path:
     named = [*own, *(path for path in (args.grid, args.preview) if path)]
     for path in named:
         check_output(path, path)
-    check_distinct(named, [args.init_image, args.mask])
+    check_distinct(named, [args.init_image, args.mask, *(args.control_image or [])])
     if args.grid and not args.output and re.fullmatch(r"out(-\d+)?\.png", args.grid.name):
         raise UsageError(f"--grid {args.grid}: is a name that pictures take when nobody names them; choose another, or give -o")
     return output

@@ -83,7 +83,7 @@ def add_option(group: Any, option: Option, also: str) -> None:
         said = also or "pixels, multiples of 8"
         group.add_argument("--size", type=size, default=(None, None), metavar="WxH", help=f"{said} (default: the checkpoint's)")
         return
-    if option.name == "loras":
+    if option.name in ("loras", "controls"):
         group.add_argument(
             *flags, dest=option.name, type=option.kind.parse, action="append", metavar=option.metavar, help=option.help
         )
@@ -144,7 +144,7 @@ def check_distinct(outputs: Iterable[Path], inputs: Iterable[str | None]) -> Non
 # What Python calls an argument, and what the command line does.
 FLAGS = {option.name: option.flag for option in OPTIONS.values() if option.flag}
 FLAGS |= {name: f"--{name}" for name in ("device", "dtype", "prediction", "method", "base", "blocks", "density", "ratio", "name")}
-FLAGS |= {"zero_snr": "--zero-snr", "axis": "--x, --y"}
+FLAGS |= {"zero_snr": "--zero-snr", "control_preprocess": "--control-preprocess", "axis": "--x, --y"}
 
 
 def one_line(error: Any) -> str:

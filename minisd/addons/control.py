@@ -20,6 +20,8 @@ from ..diffusion.denoiser import Call, Unet
 from ..errors import UsageError
 from ..files.checkpoint import open_checkpoint
 from ..models.control import ControlNet, T2IAdapter
+from ..models.fit import trunk
+from ..models.shapes import Shapes
 from ..models.unet import UNet
 from ..pictures.init import Picture, fingerprint, opaque, open_picture, resized
 from ..request import Stations
@@ -136,7 +138,7 @@ def active(control: Control, pipe: Stations, width: int, height: int) -> Active:
         network = control.source.to(pipe.device, pipe.dtype)
     else:
         network = load_control(control.source, str(pipe.device), pipe.dtype, base=unet)
-    check_same_family(network, unet)
+    check_fits(network, unet)
     picture = hint_of(control, width, height).to(pipe.device, pipe.dtype)
     if isinstance(network, ControlNet):
         return Active(control, network, network.hint(picture), {})
@@ -150,18 +152,28 @@ def hint_of(control: Control, width: int, height: int) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
 
 
-def check_same_family(network: ControlNet | T2IAdapter, unet: UNet) -> None:
+def check_fits(network: ControlNet | T2IAdapter, unet: UNet) -> None:
     """Raises UsageError unless the network was made for such a UNet."""
-    model = FAMILIES.get(unet.context_channels, f"a model with {unet.context_channels} channels of text")
+    shapes = Shapes({key: tuple(value.shape) for key, value in unet.state_dict().items()})
+    _, widths = trunk(shapes, unet.context_channels, unet.vector_channels)  # of what is added to
     if isinstance(network, T2IAdapter):
-        if (network.patch == 16) != bool(unet.vector_channels) or max(network.places) > len(unet.input_blocks):
-            made_for = "Stable Diffusion XL" if network.patch == 16 else "Stable Diffusion 1.x"
-            raise UsageError(f"controls: expected a T2I-Adapter for {model}, found one for {made_for}")
-        return
-    theirs, ours = ((each.context_channels, each.vector_channels, len(each.input_blocks)) for each in (network, unet))
-    if theirs[1:] != ours[1:] or theirs[0] not in (0, ours[0]):  # the smallest ones of SDXL take no text
-        found = FAMILIES.get(theirs[0], f"one with {theirs[0]} channels of text")
-        raise UsageError(f"controls: expected a ControlNet for {model}, found one for {found}")
+        kind, made_for = "T2I-Adapter", "Stable Diffusion XL" if network.patch == 16 else "Stable Diffusion 1.x"
+        fits = (network.patch == 16) == bool(unet.vector_channels) and network.places[-1] < len(widths)
+        theirs, ours = network.channels, [widths[i] for i in network.places if i < len(widths)]
+    else:
+        kind, made_for = "ControlNet", family(network.context_channels, network.vector_channels)
+        # The smallest ones of SDXL take no text.
+        fits = network.context_channels in (0, unet.context_channels) and network.vector_channels == unet.vector_channels
+        theirs, ours = [out[0].out_channels for out in (*network.zero_convs, network.middle_block_out)], widths
+    if not fits or theirs != ours:
+        model = family(unet.context_channels, unet.vector_channels)
+        raise UsageError(f"controls: expected a {kind} for {model}, found one for {made_for} (it adds to {theirs} channels)")
+
+
+def family(context: int, vector: int) -> str:
+    """By the width of the text that a network takes, and of the vector beside it."""
+    known = FAMILIES.get(2048 if (context, vector) == (0, 2816) else context)
+    return known or f"a model with {context} channels of text and {vector} beside it"
 
 
 def controlled(controls: Sequence[Active], steps: int, unet: Unet, calls: Sequence[Call]) -> Unet:

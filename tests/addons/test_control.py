@@ -126,6 +126,10 @@ def test_an_adapter_draws_as_in_diffusers(tmp_path):
     path = DEEP.write(tmp_path / "deep.safetensors")
     pipe, parts = minisd.load(path, device="cpu", dtype="float32"), Parts(path, DEEP)
     theirs = their_adapter("full_adapter", 3, (64, 64, 128, 128))
+    narrow = their_adapter("full_adapter", 3, (64, 64, 64, 64))
+    save_file(narrow.state_dict(), tmp_path / "narrow.safetensors")
+    with pytest.raises(UsageError, match=r"it adds to \[64, 64, 64, 64\] channels"):
+        pipe(PROMPT, steps=1, controls=[minisd.Control(tmp_path / "narrow.safetensors", picture())], **CALL)
     save_file(theirs.state_dict(), tmp_path / "adapter.safetensors")
     common = {"latents": torch.randn(1, 4, 8, 16, generator=torch.Generator().manual_seed(5)), **CALL, "width": 128}
     hint = picture(1, 128, 64)
@@ -207,8 +211,13 @@ def test_what_is_fast_leaves_it_to_the_modules(opened, sampler):
 def test_what_does_not_fit_is_refused(opened, tmp_path):
     pipe, _, files, _ = opened("sd1")
     wide, *_ = opened("sdxl")
-    with pytest.raises(UsageError, match=r"controls: expected a ControlNet for .* 128 channels of text, found one for .* 64"):
+    with pytest.raises(
+        UsageError, match=r"controls: expected a ControlNet for .* 128 channels of text and .*, found one for .* 64 channels"
+    ):
         wide(PROMPT, steps=1, controls=[minisd.Control(files[0], picture())], **CALL)
+    save_file(their_adapter("full_adapter", 3, (64, 64, 64, 128)).state_dict(), tmp_path / "adapter.safetensors")
+    with pytest.raises(UsageError, match=r"controls: expected a T2I-Adapter for .*, found one for Stable Diffusion 1.x"):
+        pipe(PROMPT, steps=1, controls=[minisd.Control(tmp_path / "adapter.safetensors", picture())], **CALL)
     with pytest.raises(UsageError, match=r"expected minisd.Control"):
         pipe(PROMPT, controls=[str(files[0])], **CALL)
     with pytest.raises(UsageError, match="controls: expected a list"):

@@ -57,6 +57,8 @@ class T2IAdapter(nn.Module):
         self.patch, self.grey = PATCHES[first_convolution(shapes)[1]]
         self.places = PLACES[self.patch]
         self.each = len(parts) // LEVELS  # blocks of a level
+        last = "out_conv.weight" if self.light else "block2.weight"
+        self.channels = [part[last][0] for part in parts[self.each - 1 :: self.each]]  # of the four feature maps
         self.conv_in = nn.Identity() if self.light else conv(shapes, "conv_in")
         self.body = nn.ModuleList(LightBlock(part) if self.light else ResBlock(part) for part in parts)
         for block, part in zip(self.body, parts, strict=True):
@@ -115,7 +117,9 @@ def check_adapter(shapes: Shapes) -> None:
         raise ShapeError("body", f"expected {LEVELS} levels of as many blocks each, found {len(parts)} blocks")
     if not light:
         channels = through(shapes, channels, "conv_in")
-    for part in parts:
+    for i, part in enumerate(parts):
+        if "down_opt.op.weight" in part and i * LEVELS / len(parts) not in HALVED[PATCHES[shapes[first][1]][0]]:
+            raise ShapeError(f"{part.name}down_opt.op.weight", "halves a level that no published adapter halves")
         for name in ("down_opt.op", "in_conv"):
             channels = through(part, channels, name) if f"{name}.weight" in part else channels
         for inner in numbered(below(part, "body")) if light else [part]:

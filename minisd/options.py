@@ -305,7 +305,7 @@ RECORDED = [option.name for option in OPTIONS.values() if option.recorded]
 RECIPE = {name: OPTIONS[name].stands_as or OPTIONS[name].kind for name in RECORDED}
 RECIPE |= dict.fromkeys(("prompt", "device", "dtype", "prediction", "task", "own_spacing"), TEXT)
 RECIPE |= dict.fromkeys(("model_path", "vae_path", "refiner_path"), TEXT)
-RECIPE |= {"ema": FLAG, "zero_snr": FLAG, "vae_paths": TEXTS, "own": TEXTS, "changed": TEXT}
+RECIPE |= {"embeddings": CONTROL_FACTS} | {"ema": FLAG, "zero_snr": FLAG, "vae_paths": TEXTS, "own": TEXTS, "changed": TEXT}
 AXES = {option.flag.removeprefix("--"): option for option in OPTIONS.values() if option.axis and option.flag}  # by their names
 
 # What the same things are called elsewhere, and what to do about it here.

@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .addons.embeddings import Embedding, taught
 from .addons.stack import Stack
-from .addons.wanted import Wanted, as_loras, wanted
+from .addons.wanted import NOTHING, Wanted, as_loras, wanted
 from .codec import Autoencoder, Codec
 from .diffusion.denoiser import Conditioning, Network
-from .diffusion.schedule import Continuous, Schedule, scaled_linear, zero_terminal
 from .diffusion.spacings import spacing_named, visited
 from .errors import CheckpointError, UsageError
 from .fast.choice import chosen
@@ -33,7 +33,7 @@ from .files.saving import save_model
 from .files.training import said
 from .library.names import resolve
 from .library.places import tiny_checkpoint
-from .models.family import Recognition, Training
+from .models.family import Recognition
 from .models.taesd import TinyAutoencoder
 from .options import FLAG, checked, whole
 from .pictures.image import to_pil
@@ -46,7 +46,7 @@ from .system.device import name_of, on_device, to_device, to_dtype
 from .system.memory import memory_errors
 from .text.conditioner import Conditioner
 from .text.prompts import encode
-from .walks import Progress, check_refiner, course, in_parts, known_latents, start, walk
+from .walks import Progress, check_refiner, course, in_parts, known_latents, start, trained_on, walk
 
 
 def load(
@@ -110,7 +110,7 @@ class Pipeline:
         self.model, self.recognition, self.checkpoint, self.device, self.dtype = model, recognition, checkpoint, device, dtype
         self.family, self.training = recognition.family, recognition.training
         self.unet, self.text_encoders = model.unet, model.text_encoders
-        self.network = Network(model.unet, schedule_of(self.training), self.training.prediction, self.training.sigma_data)
+        self.network = Network(model.unet, trained_on(self.training), self.training.prediction, self.training.sigma_data)
         self.engine = engine(model, fast)
         self.conditioner = Conditioner(
             self.family, self.text_encoders, device, self.engine.read, partial(on_device, device=device)
@@ -118,6 +118,7 @@ class Pipeline:
         self.codec = Codec(model.vae, recognition, device, dtype, self.engine)
         self.as_loaded = AsLoaded((model.unet, *model.text_encoders, model.vae))
         self.stack = Stack(model, self.family, lambda: self.as_loaded.layering())
+        self.embeddings: dict[str, Embedding] = {}  # by the name that prompts have for it
         self.vae_files: list[Checkpoint] = []  # of another VAE than the checkpoint's own
 
     def __repr__(self) -> str:
@@ -171,18 +172,14 @@ class Pipeline:
         plan = planned(request, self.capabilities())
         if request.refiner is not None:
             check_refiner(self, request.refiner)
-        return self.with_addons(addons, plan)
-
-    def with_addons(self, addons: Wanted, plan: Plan) -> Generator[Step, None, Result]:
-        with self.stack.holding(addons):
-            return (yield from self.draw(plan))
+        return self.draw(plan, addons)
 
     @torch.no_grad()
-    def draw(self, plan: Plan) -> Generator[Step, None, Result]:
+    def draw(self, plan: Plan, addons: Wanted = NOTHING) -> Generator[Step, None, Result]:
         """The way itself, picture by picture on a CPU, all at once on a GPU."""
         legs, parts = course(plan, self), in_parts(plan, self.device)
         progress, drawn = Progress(plan, legs, len(parts)), Drawn(plan.seeds)
-        with keeping_finished(drawn.result), memory_errors():
+        with keeping_finished(drawn.result), memory_errors(), self.stack.holding(addons):
             known = known_latents(plan, self)
             for part in parts:
                 x, noise = start(plan, part, legs[0], known)
@@ -216,6 +213,15 @@ class Pipeline:
         """
         self.stack.keep(Wanted(as_loras(loras), rule, partial))
 
+    def add_embedding(self, path: str | os.PathLike[str], name: str | None = None) -> list[str]:
+        """Teaches the text encoders the word of a textual inversion, or those inside a LoRA; returns their names.
+
+        name: what prompts call it, bare or as embedding:NAME; by default the file's name.  Raises CheckpointError, UsageError.
+        """
+        self.conditioner, found = taught(self.conditioner, self.engine.read, resolve(path, "embedding"), name)
+        self.embeddings |= found
+        return list(found)
+
     def replace_vae(self, *paths: str | os.PathLike[str]) -> None:
         """Encodes and decodes with the VAE of another file from now on (TAESD may be in two).  Raises CheckpointError."""
         files = [open_checkpoint(path) for path in paths]
@@ -247,10 +253,3 @@ class Pipeline:
         """What a request for this model is checked against."""
         layers = min(encoder.depth for encoder in self.text_encoders)
         return Capabilities(self.recognition, self.vae.latent_channels, self.vae.downscale, layers, self.unet.context_channels)
-
-
-def schedule_of(training: Training) -> Schedule:
-    """The noise levels that a network was trained on."""
-    if training.sigmas:
-        return Continuous(*training.sigmas)
-    return zero_terminal(scaled_linear()) if training.zero_terminal else scaled_linear()

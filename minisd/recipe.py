@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import __version__
+from .addons.embeddings import facts_of
 from .addons.wanted import Lora, as_lora
 from .diffusion.denoiser import Conditioning, Timeline
 from .errors import UsageError, shown
@@ -39,6 +40,8 @@ def recipe_of(plan: Plan, i: int, pipe: Pipeline, way: str) -> dict[str, Any]:
         files |= file_facts("refiner", plan.request.refiner.checkpoint)
     if pipe.stack.active:
         files |= {"loras": pipe.stack.facts(), "lora_rule": pipe.stack.rule}
+    if embeddings := facts_of(pipe.embeddings, [plan.prompts[i], plan.negatives[i]]):
+        files |= {"embeddings": embeddings}
     how: dict[str, Any] = {"ema": pipe.checkpoint.ema, "way": way, "task": pipe.recognition.task}
     if changed := pipe.as_loaded.changed():
         how["changed"] = changed

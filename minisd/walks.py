@@ -18,11 +18,11 @@ from .diffusion.guides import Composed, Own, Rescaled, TextAndImage, part_role
 from .diffusion.levels import Levels, own_levels
 from .diffusion.noise import sources
 from .diffusion.program import Program, program
-from .diffusion.schedule import TRAINING_STEPS
+from .diffusion.schedule import TRAINING_STEPS, Continuous, Schedule, scaled_linear, zero_terminal
 from .diffusion.worlds import RULES, Wanted, schedule_of
 from .errors import UsageError
 from .fast.ways import Moment, Walk
-from .models.family import REFINER
+from .models.family import REFINER, Training
 from .pictures.masks import at_latents, without_masked
 from .plan import Plan
 from .request import Stations
@@ -30,6 +30,13 @@ from .result import Step
 from .text.conditioner import with_sizes, zeroed
 from .text.grammar import parse
 from .text.prompts import Line, Reader, line
+
+
+def trained_on(training: Training) -> Schedule:
+    """The noise levels that a network was trained on."""
+    if training.sigmas:
+        return Continuous(*training.sigmas)
+    return zero_terminal(scaled_linear()) if training.zero_terminal else scaled_linear()
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,9 @@ class Wanted:
     partial: bool = False
 
 
+NOTHING = Wanted()
+
+
 def as_lora(given: object) -> Lora:
     """Of a Lora, a path, (path, strength), (path, strength, text strength), or what a recipe says.  Raises UsageError."""
     if isinstance(given, Lora):

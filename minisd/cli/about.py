@@ -5,8 +5,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from .options import Parser, add_options, add_output_options
+
+if TYPE_CHECKING:
+    from ..text.added import Added
 
 
 def doctor_parser() -> Parser:
@@ -62,10 +67,12 @@ def tokens_parser() -> Parser:
 
 
 def tokens(args: argparse.Namespace) -> int:
+    from ..addons.embeddings import named_in, read_embeddings, with_embedding
     from ..files.checkpoint import open_checkpoint
     from ..files.recognition import recognise
     from ..library.names import resolve
     from ..library.places import tiny_checkpoint
+    from ..models.shapes import below
     from ..options import checked
     from ..plan import check_text, reading_of
     from ..text.grammar import parse
@@ -76,6 +83,12 @@ def tokens(args: argparse.Namespace) -> int:
     steps = checked("steps", args.steps)
     file = open_checkpoint(resolve(args.model) if args.model else tiny_checkpoint())
     towers = recognise(file, vae_given=True).family.towers
-    facts = listed(parse(args.prompt, steps, reading, joins=not args.as_negative), towers, reading)
+    shapes = [below(file.shapes, tower.name) for tower in towers]
+    widths = [next(shape[1] for key, shape in each.items() if key.endswith("token_embedding.weight")) for each in shapes]
+    added: Sequence[Added] = ()
+    for name, path in named_in([args.prompt]) if reading != "plain" else ():
+        for embedding in read_embeddings(path, name):
+            added = with_embedding(added, embedding, widths)
+    facts = listed(parse(args.prompt, steps, reading, joins=not args.as_negative), towers, reading, added)
     print(json.dumps(facts) if args.json else as_text(facts))
     return 0

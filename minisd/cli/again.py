@@ -18,6 +18,7 @@ from .options import Parser, add_device, check_output
 
 if TYPE_CHECKING:
     from ..pictures.found import Found
+    from ..pipeline import Pipeline
 
 
 def parser() -> Parser:
@@ -70,6 +71,7 @@ def again(args: argparse.Namespace) -> int:
     pipe = load(
         args.model or recipe.get("model_path"), vae=args.vae or recipe.get("vae_paths") or recipe.get("vae_path"), **common, **how
     )
+    add_embeddings(pipe, recipe)
     refiner = args.refiner or recipe.get("refiner_path")
     request = repeat(recipe, pipe.checkpoint.path, {"init_image": args.init_image, "mask": args.mask})
     second = load(refiner, **common) if refiner else None
@@ -80,6 +82,13 @@ def again(args: argparse.Namespace) -> int:
         sheet = grid(result.images)
         result = replace(result, images=[sheet], seeds=result.seeds[:1], metadata=[as_grid(result)])
     return report(result, output, args)
+
+
+def add_embeddings(pipe: Pipeline, recipe: Mapping[str, Any]) -> None:
+    from ..addons.embeddings import found_again
+
+    for name, path in map(found_again, recipe.get("embeddings") or ()):
+        pipe.add_embedding(path, name)
 
 
 def again_like(found: Found, args: argparse.Namespace) -> int:

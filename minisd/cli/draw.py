@@ -107,6 +107,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def draw(args: argparse.Namespace) -> int:
     output = settled_output(args)
+    from ..addons.embeddings import named_in
     from ..pictures.grids import grid
     from ..pictures.image import save_png
     from ..pipeline import load
@@ -116,6 +117,9 @@ def draw(args: argparse.Namespace) -> int:
     common: dict[str, Any] = {"device": args.device, "dtype": args.dtype, "offload": args.offload, "strict": args.strict}
     pipe = load(args.model, vae=args.vae, prediction=args.prediction, zero_snr=args.zero_snr, ema=args.ema, **common)
     args.refiner = load(args.refiner, **common) if args.refiner else None
+    if not args.plain_prompt:
+        for name, path in named_in([args.prompt, args.negative_prompt or ""]):
+            pipe.add_embedding(path, name)
     look = Preview(pipe, args.preview) if args.preview else None
     steps = pipe.stream(request_of(args.prompt, args))
     tell_what_it_knows(args.prompt, pipe.checkpoint.path)

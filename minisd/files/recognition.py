@@ -78,6 +78,8 @@ def looks_like(shapes: Shapes) -> tuple[str, str]:
     for pattern, title, hint in OTHERS:
         if any(re.match(pattern, key) for key in shapes):
             return title, hint
+    if len(shapes) == 1 and all(len(shape) in (1, 2) and shape[-1] in (768, 1024, 1280) for shape in shapes.values()):
+        return "a textual inversion embedding", ON_TOP
     family = ranking(shapes)[0]
     if not missing(family, shapes):
         channels = input_channels(shapes)

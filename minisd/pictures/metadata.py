@@ -43,7 +43,7 @@ def quote(value: object) -> str:
 def parameters_text(recipe: Mapping[str, Any]) -> str:
     """The `parameters` text that A1111 writes and that other programs read (A1111 processing.py, create_infotext)."""
     said = {word_for(option, recipe): said_of(option, recipe) for option in OPTIONS.values() if option.infotext}
-    loras = recipe.get("loras") or []
+    loras, embeddings = recipe.get("loras") or [], recipe.get("embeddings") or []
     fields = {
         **{name: said.pop(name) for name in HEAD},
         "Size": f"{recipe['width']}x{recipe['height']}",
@@ -57,6 +57,7 @@ def parameters_text(recipe: Mapping[str, Any]) -> str:
         "Refiner": recipe.get("refiner"),
         "Refiner switch at": recipe["high_noise_frac"] if recipe.get("refiner") else None,
         "Lora hashes": ", ".join(f"{name_of(each)}: {each['autov3']}" for each in loras if each.get("autov3")) or None,
+        "TI hashes": ", ".join(f"{each['name']}: {each['sha256'][:10]}" for each in embeddings if each["sha256"]) or None,
         **compared_text(recipe),
         "Version": f"minisd {recipe['version']}",
     }

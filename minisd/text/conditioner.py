@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,10 @@ from ..diffusion.denoiser import Conditioning
 from ..models.clip import OpenTextTransformer, TextEncoder
 from ..models.family import Family, Tower, text_skip
 from ..models.unet import timestep_embedding
-from .tokenizer import LENGTH
+from .tokenizer import END_ID, LENGTH
+
+if TYPE_CHECKING:
+    from .added import Added
 
 AT_ONCE = 64  # texts: every layer's output of all of them is in memory
 SIZE_CHANNELS = 256  # of the sinusoids of one number in SDXL's vector (sd_xl_base.yaml, ConcatTimestepEmbedderND)
@@ -32,6 +36,7 @@ class Conditioner:
     device: torch.device
     run: Callable[[TextEncoder, Tensor], Sequence[Tensor]] = hidden_states  # ids (B, 77) -> every layer's output, (B, 77, D)
     visit: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext  # brings an encoder to the device while it works
+    added: Sequence[Added] = ()  # the words that each encoder has beside its vocabulary
 
     def read(self, ids: Sequence[Tensor], clip_skip: int | None = None) -> tuple[list[Tensor], Tensor | None]:
         """ids (B, 77*k) for each encoder -> the context (B, 77*k, D) of each, and the pooled vector (B, P) where there is one.
@@ -62,7 +67,8 @@ def read_states(
     if not (tower.pooled and isinstance(encoder, OpenTextTransformer)):
         return context, None
     count = ids.shape[1] // LENGTH
-    return context, encoder.pooled(ids.view(-1, LENGTH), states[-1])[::count]
+    known = ids.masked_fill(ids > END_ID, 0)  # without added words, or their ids would be the largest
+    return context, encoder.pooled(known.view(-1, LENGTH), states[-1])[::count]
 
 
 def with_sizes(conditioning: Conditioning, numbers: Sequence[float]) -> Conditioning:

@@ -7,24 +7,28 @@ from itertools import groupby
 from typing import Any
 
 from ..models.family import Tower
+from .added import FIRST_ID, NONE, Added
 from .attention import Piece
 from .chunks import Chunk, chunked
 from .grammar import Prompt
 from .tokenizer import END_ID, START_ID, bpe
 
 
-def listed(prompt: Prompt, towers: Sequence[Tower], emphasis: str) -> dict[str, Any]:
+def listed(prompt: Prompt, towers: Sequence[Tower], emphasis: str, added: Sequence[Added] = ()) -> dict[str, Any]:
     """Ready for JSON.
 
     parts: those that AND joins, each with its weight and its steps; call k of the network, from 0, takes the first of the steps
         whose `until` is at least k.  Each has `chunks`: for each text encoder a list of 77 ids and weights.
     chunks, steps: of the first part, the chunks at its first step.
     beyond: what programs that read one chunk alone would leave out.
+    added: the words of each encoder beside its vocabulary.
     cut: what an encoder does not see because <|endoftext|> is written before it.
     """
 
+    readers = list(zip(towers, added or [NONE] * len(towers), strict=True))
+
     def chunks(pieces: Sequence[Piece]) -> list[list[dict[str, Any]]]:
-        return [[as_facts(chunk, emphasis) for chunk in chunked(pieces, emphasis, tower.pad)] for tower in towers]
+        return [[as_facts(chunk, emphasis) for chunk in chunked(pieces, emphasis, tower.pad, words)] for tower, words in readers]
 
     parts: list[dict[str, Any]] = []
     for part in prompt.parts:
@@ -38,7 +42,7 @@ def listed(prompt: Prompt, towers: Sequence[Tower], emphasis: str) -> dict[str, 
         "steps": [{"until": step["until"], "text": step["text"]} for step in steps],
         "parts": parts,
         "beyond": " ".join(words(chunk["ids"]) for chunk in steps[0]["chunks"][0][1:]),
-        "cut": [hidden(first.pieces, emphasis, tower) for tower in towers],
+        "cut": [hidden(first.pieces, emphasis, tower, words) for tower, words in readers],
     }
 
 
@@ -47,15 +51,15 @@ def as_facts(chunk: Chunk, emphasis: str) -> dict[str, Any]:
     return {"ids": list(chunk.ids), "weights": [1.0] * len(chunk.weights) if emphasis == "ignore" else list(chunk.weights)}
 
 
-def hidden(pieces: Sequence[Piece], emphasis: str, tower: Tower) -> str:
-    whole, seen = (chunked(pieces, emphasis, pad) for pad in (END_ID, tower.pad))
+def hidden(pieces: Sequence[Piece], emphasis: str, tower: Tower, added: Added) -> str:
+    whole, seen = (chunked(pieces, emphasis, pad, added) for pad in (END_ID, tower.pad))
     pairs = (pair for both in zip(whole, seen, strict=True) for pair in zip(both[0].ids, both[1].ids, strict=True))
     return words([own for own, other in pairs if own != other])
 
 
 def words(ids: Sequence[int]) -> str:
     """What ids spell, without start and end."""
-    return str(bpe().decode([each for each in ids if each not in (START_ID, END_ID)])).replace("</w>", " ").strip()
+    return str(bpe().decode([each for each in ids if each < START_ID])).replace("</w>", " ").strip()
 
 
 def as_text(facts: dict[str, Any]) -> str:
@@ -91,6 +95,8 @@ def chunk_lines(chunks: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def shown(token: int) -> str:
-    """A token and its id; some are a part of a letter, which is none by itself."""
+    """A token and its id; some are a part of a letter, which is none by itself, and some are rows of an added word."""
+    if token >= FIRST_ID:
+        return f"[row] {token}"
     text = words([token])
     return f"{text} {token}" if text and "\ufffd" not in text else str(token)

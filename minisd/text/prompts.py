@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..diffusion.denoiser import Conditioning, Timeline
 from ..errors import UsageError
+from .added import NONE
 from .attention import Piece
 from .chunks import chunked, empty
 from .conditioner import Conditioner
@@ -45,7 +46,11 @@ class Reader:
         self.emphasis, towers = emphasis, conditioner.family.towers
         texts = list(dict.fromkeys(words for line in lines for _, words in line))
         self.place = {words: i for i, words in enumerate(texts)}
-        cut = [[chunked(pieces, emphasis, tower.pad) for pieces, tower in zip(words, towers, strict=True)] for words in texts]
+        known = conditioner.added or [NONE] * len(towers)
+        cut = [
+            [chunked(pieces, emphasis, tower.pad, added) for pieces, tower, added in zip(words, towers, known, strict=True)]
+            for words in texts
+        ]
         self.lengths = [max(map(len, of_encoders)) for of_encoders in cut]
         self.length = length = max(chunks, *self.lengths)
         weighs = any(set(chunk.weights) != {1.0} for of_encoders in cut for found in of_encoders for chunk in found)

@@ -244,7 +244,7 @@ def lengths(text: str) -> list[int]:
     pieces = weighted(text)
     return [
         len(tokens)
-        for tokens in at_commas([(piece, [(token, piece.weight) for token in encode(piece.text)]) for piece in pieces])
+        for tokens in at_commas([(piece, [[(token, piece.weight)] for token in encode(piece.text)]) for piece in pieces])
     ]
 
 
@@ -315,7 +315,7 @@ def test_a_literal_text_is_cut_as_it_was_before_there_was_a_grammar():
     ],
 )
 def test_where_comfyui_cuts(groups, wanted):
-    pairs = [(Piece(""), [(CAT, 1.0)] * count) for count in groups]
+    pairs = [(Piece(""), [[(CAT, 1.0)]] * count) for count in groups]
     assert [len(tokens) for tokens in by_segments(pairs)] == wanted
 
 

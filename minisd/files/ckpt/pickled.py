@@ -86,6 +86,9 @@ class Global:
     name: str
 
 
+PARAMETER_DICT = Global("torch.nn.modules.container", "ParameterDict")
+
+
 @dataclass(frozen=True)
 class Unused:
     """What became of an object that no weight needs; it swallows what is put into it."""
@@ -200,8 +203,11 @@ class Machine:
             case "STACK_GLOBAL":
                 self.name(self.stack.pop(-2), self.stack.pop())
             case "BUILD":
-                self.stack.pop()  # attributes of a dict, such as the _metadata of a module's state, or of something unused
-                self.accepts(self.stack[-1], dict)
+                # attributes of a dict, such as the _metadata of a module's state, or of something unused
+                attributes, target = self.stack.pop(), self.stack[-1]
+                self.accepts(target, dict)
+                if target == Unused(PARAMETER_DICT) and type(attributes) is dict:  # the first embeddings of textual inversion
+                    self.stack[-1] = attributes.get("_parameters", target)
             case _:
                 raise UnreadableError(f"its pickle uses the instruction {name}, which torch.save does not write", CONVERT)
 

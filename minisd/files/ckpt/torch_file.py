@@ -38,6 +38,8 @@ def read_torch_file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         with BoundedReader(io.FileIO(path)) as file:
             size = file.seek(0, io.SEEK_END)
             top, records = from_archive(file) if file.peek_at(0, 4) == b"PK\x03\x04" else from_legacy(file, size)
+            if isinstance(top, list) and all(isinstance(each, dict) for each in top):  # embeddings, one after the other
+                top = {str(i): each for i, each in enumerate(top)}
             if not isinstance(top, dict):
                 of = f", but an object of {shown_name(top.of)}" if isinstance(top, Unused) and top.of else ""
                 raise UnreadableError(f"holds no dict of tensors{of}", CONVERT)

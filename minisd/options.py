@@ -97,8 +97,10 @@ def plain_numbers(value: Any) -> dict[str, float] | None:
 
 def with_numbers(text: str, most: int) -> tuple[Any, ...]:
     """NAME and up to so many numbers, with colons between them; the name may hold colons, too."""
-    name, *values = re.fullmatch(r"(.+?)" + r"(?::([-+.\de]+))?" * most, text, re.DOTALL).groups()  # type: ignore[union-attr]
-    return (name, *(float(each) for each in values if each is not None))
+    found = re.fullmatch(r"(.+?)" + r"(?::([-+.\de]+))?" * most, text, re.DOTALL)
+    if found is None:
+        raise ValueError(f"expected a name, found {text!r}")
+    return (found[1], *(float(each) for each in found.groups()[1:] if each is not None))
 
 
 def lora(text: str) -> tuple[Any, ...]:

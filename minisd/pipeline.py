@@ -117,7 +117,7 @@ class Pipeline:
         )
         self.codec = Codec(model.vae, recognition, device, dtype, self.engine)
         self.as_loaded = AsLoaded((model.unet, *model.text_encoders, model.vae))
-        self.stack = Stack(model, self.family, lambda: self.as_loaded.layering())
+        self.stack = Stack(model, self.family, self.as_loaded.layering)
         self.embeddings: dict[str, Embedding] = {}  # by the name that prompts have for it
         self.vae_files: list[Checkpoint] = []  # of another VAE than the checkpoint's own
 
@@ -234,6 +234,7 @@ class Pipeline:
         self.model.first_stage_model, self.vae_files = vae, files
         self.codec = Codec(vae, self.recognition, self.device, self.dtype, self.engine)
         self.as_loaded = AsLoaded((self.unet, *self.text_encoders, vae))
+        self.stack.layering = self.as_loaded.layering
         self.__dict__.pop("previewer", None)
 
     def save(self, path: str | os.PathLike[str]) -> Path:

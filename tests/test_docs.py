@@ -92,7 +92,11 @@ def command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert status in (0, None), line
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+# The README's take half a minute.
+RUN = [pytest.param(page, marks=pytest.mark.slow) if page.name == "README.md" else page for page in PAGES]
+
+
+@pytest.mark.parametrize("page", RUN, ids=name)
 def test_blocks_run(page, files, tmp_path, monkeypatch):
     """From the first to the last, in one namespace and one folder, as somebody would who follows the page."""
     for path in files.iterdir():

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..diffusion.denoiser import Call, Unet
 from ..errors import UsageError
 from ..files.checkpoint import open_checkpoint
+from ..library.names import resolve
 from ..models.control import ControlNet, T2IAdapter
 from ..models.fit import trunk
 from ..models.shapes import Shapes
@@ -38,8 +39,8 @@ FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "St
 class Control:
     """A network that sees a picture, and how much of the drawing follows it.
 
-    source: a file (see `load_control`; it is read for every call), or what load_control made of one, which goes to the pipeline's
-        device and dtype.
+    source: a file, or as a text its name in the library (see `load_control`; it is read for every call), or what load_control
+        made of one, which goes to the pipeline's device and dtype.
     image: the hint as the network was trained with it (edges, depth, a pose, …); scaled to the picture's size by Lanczos' filter,
         transparent parts on black.
     strength: times what the network adds.  start, end: shares of the steps, 0 … 1: step i of N, from 0, is left alone if i / N is
@@ -96,7 +97,9 @@ def opened(given: object) -> Control:
     if not isinstance(control, Control):
         raise UsageError(f"controls: expected minisd.Control, found {repr(given)[:80]}")
     if isinstance(control.source, str | os.PathLike):
-        told(open_checkpoint(control.source))
+        path = resolve(control.source, "controlnet")
+        told(open_checkpoint(path))
+        control = replace(control, source=path)
     elif not isinstance(control.source, ControlNet | T2IAdapter):
         raise UsageError(f"controls: source: expected a path or what load_control gives, found {type(control.source).__name__}")
     image, given_image = open_picture("controls: image", control.image), control.image

@@ -16,12 +16,13 @@ MAX_STEPS = 100  # links followed from one node
 Said = list[tuple[str, tuple[str, ...]]]
 Graph = Mapping[str, Mapping[str, Any]]
 SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom")
+LORAS = ("LoraLoader", "LoraLoaderModelOnly")
 TEXTS = ("text", "string", "value", "text_g", "prompt")  # where a node keeps its text
 UNDERSTOOD = {
     *SAMPLERS, "CheckpointLoaderSimple", "CheckpointLoader", "CLIPTextEncode", "CLIPTextEncodeSDXL", "EmptyLatentImage",
     "VAEDecode", "VAEDecodeTiled", "SaveImage", "PreviewImage", "VAELoader", "CLIPSetLastLayer", "VAEEncode", "LoadImage",
     "KSamplerSelect", "BasicScheduler", "KarrasScheduler", "ExponentialScheduler", "PrimitiveNode", "PrimitiveString", "Note",
-    "Reroute",
+    "Reroute", *LORAS,
 }  # fmt: skip
 
 
@@ -44,6 +45,8 @@ def of_graph(graph: object) -> Found | None:
     layer = value_of(nodes, upward, ("CLIPSetLastLayer",), "stop_at_clip_layer")
     if isinstance(layer, int):
         said.append((f"CLIPSetLastLayer: {layer}", ("--clip-skip", str(-layer))))
+    loras, more = of_loras(nodes, upward)
+    said, lacking = said + loras, lacking + more
     texts = [text_of(nodes, sampler.get(role)) for role in ("positive", "negative")]
     return Found("ComfyUI", texts[0], texts[1], tuple(said), tuple(lacking), "comfyui", short(model) if model else None)
 
@@ -116,6 +119,23 @@ def of_sampler(nodes: Graph, inputs: Mapping[str, Any]) -> tuple[Said, list[str]
         said.append((f"denoise: {denoise}", ("--strength", str(denoise))))
     if given.get("start_at_step") or given.get("end_at_step", 10_000) < 1000:
         lacking.append("start_at_step, end_at_step")
+    return said, lacking
+
+
+def of_loras(nodes: Graph, names: set[str]) -> tuple[Said, list[str]]:
+    """LoRAs between the checkpoint and the sampler; some nodes leave the text encoders alone."""
+    said: Said = []
+    lacking: list[str] = []
+    for name in sorted(names):
+        kind, inputs = nodes[name]["class_type"], nodes[name]["inputs"]
+        unet = plain(nodes, inputs.get("strength_model"))
+        text = 0.0 if kind == "LoraLoaderModelOnly" else plain(nodes, inputs.get("strength_clip"))
+        numbers = all(isinstance(each, int | float) for each in (unet, text))
+        if kind in LORAS and not (isinstance(inputs.get("lora_name"), str) and numbers):
+            lacking.append(f"node {kind}")
+        elif kind in LORAS:
+            words = f"{short(inputs['lora_name'])}:{unet:g}:{text:g}"
+            said.append((f"{kind}: {inputs['lora_name']}", ("--lora", words)))
     return said, lacking
 
 

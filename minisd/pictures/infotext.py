@@ -17,7 +17,16 @@ OF_FIELDS = {option.infotext: option for option in OPTIONS.values() if option.in
 OF_FIELDS["Eta DDIM"] = OPTIONS["eta"]
 EMPHASES = {"Original": "original", "No norm": "no-norm", "Ignore": "ignore", "None": "none"}
 CHURN = {"Sigma churn": "s_churn", "Sigma tmin": "s_tmin", "Sigma tmax": "s_tmax", "Sigma noise": "s_noise"}
-ASIDE = {"Version", "VAE hash", "Hashes", "User", "Model", "Model hash"}  # nothing that a command would say, or said elsewhere
+ASIDE = {
+    "Version",
+    "VAE hash",
+    "Hashes",
+    "User",
+    "Model",
+    "Model hash",
+    "Lora hashes",
+    "TI hashes",
+}  # nothing that a command would say, or said elsewhere
 
 # Whose text it is, by the beginning of its field `Version`, and by whose rules it is drawn.
 WRITERS = {

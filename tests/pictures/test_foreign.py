@@ -23,7 +23,7 @@ FAST = ["--steps", "2", "--size", "32x32", "--dtype", "float32", "--device", "cp
 TEXT = (
     'a castle, \u65e5\u672c\nin winter\nNegative prompt: people, "cars"\n'
     "Steps: 30, Sampler: DDIM, Schedule type: Karras, CFG scale: 7.5, Seed: 42, Size: 512x768, Model hash: 6ce0161689, "
-    'Model: v1-5-pruned-emaonly, Clip skip: 2, Eta DDIM: 0.5, Lora hashes: "a: 12, b: 34", Version: v1.10.1'
+    'Model: v1-5-pruned-emaonly, Clip skip: 2, Eta DDIM: 0.5, Lora hashes: "a: 12, b: 34", Hypernet: ink, Version: v1.10.1'
 )
 COMMAND = (
     "minisd draw -m v1-5-pruned-emaonly --like a1111 --steps 30 --sampler ddim --spacing karras --cfg 7.5 --seed 42 "
@@ -58,14 +58,14 @@ def test_a_picture_of_a1111_gives_the_nearest_command(path, order, capsys):
     lines = said.err.splitlines()
     assert lines[0] == f"minisd: {path}: by AUTOMATIC1111's web UI"
     assert "minisd:   Schedule type: Karras -> --spacing karras" in lines
-    assert "minisd:   not understood: Lora hashes: a: 12, b: 34" in lines
+    assert "minisd:   not understood: Hypernet: ink" in lines
     args = draw.parse(shlex.split(COMMAND)[2:])
     assert (args.prompt, args.negative_prompt, args.size) == ("a castle, \u65e5\u672c in winter", 'people, "cars"', (512, 768))
     assert (args.steps, args.sampler, args.spacing, args.seed, args.eta) == (30, "ddim", "karras", 42, 0.5)
     assert main(["again", path]) == 2
     expected = "minisd: error: model: the picture's, v1-5-pruned-emaonly (hash 6ce0161689), is not on this machine; -m FILE"
     assert capsys.readouterr().err.splitlines()[-1].startswith(expected)
-    with pytest.raises(UsageError, match=r"nearest, without Lora hashes: .*: minisd draw -m v1"):
+    with pytest.raises(UsageError, match=r"nearest, without Hypernet: ink: minisd draw -m v1"):
         read_recipe(path)
 
 
@@ -194,7 +194,10 @@ GRAPH = {
     "7": {"class_type": "CLIPTextEncode", "inputs": {"text": ["13", 0], "clip": ["12", 0]}},
     "8": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["4", 2]}},
     "9": {"class_type": "SaveImage", "inputs": {"images": ["8", 0], "filename_prefix": "x"}},
-    "11": {"class_type": "LoraLoader", "inputs": {"lora_name": "x", "model": ["4", 0], "clip": ["4", 1]}},
+    "11": {"class_type": "LoraLoader", "inputs": {
+        "lora_name": "sub\\x.safetensors", "strength_model": 0.8, "strength_clip": 0.5, "model": ["14", 0], "clip": ["4", 1]}},
+    "14": {"class_type": "LoraLoaderModelOnly", "inputs": {"lora_name": "y", "strength_model": 1, "model": ["15", 0]}},
+    "15": {"class_type": "LoraLoader", "inputs": {"lora_name": "z", "model": ["4", 0], "clip": ["4", 1]}},
     "12": {"class_type": "CLIPSetLastLayer", "inputs": {"stop_at_clip_layer": -2, "clip": ["11", 1]}},
     "13": {"class_type": "PrimitiveString", "inputs": {"value": "blue"}},
 }  # fmt: skip
@@ -208,7 +211,7 @@ OTHERS = {
     "ComfyUI": (
         {"prompt": json.dumps(GRAPH), "workflow": "{}"},
         "minisd draw -m tiny.safetensors --like comfyui --seed 7 --steps 3 --cfg 2.5 --sampler dpmpp_2m --spacing karras "
-        "--size 64x32 --clip-skip 2 -n blue 'a (red:1.2) star'",
+        "--size 64x32 --clip-skip 2 --lora x.safetensors:0.8:0.5 --lora y:1:0 -n blue 'a (red:1.2) star'",
         ["node LoraLoader"],
     ),
     "InvokeAI": (

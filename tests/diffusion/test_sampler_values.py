@@ -79,9 +79,8 @@ def test_ends_where_its_program_does(name, options, expected):
     assert apart(drawn(name, sigmas, noises(), torch.float32, **options), expected) <= 1e-5
 
 
-def by_diffusers(scheduler, sigmas, variance_preserving):
-    """diffusers' scheduler over the levels, with the same start and denoiser, which is asked for the noise."""
-    x = start(sigmas[0])
+def by_diffusers(scheduler, x, estimate, variance_preserving):
+    """diffusers' scheduler over the levels from x, with the same denoiser, which is asked for the noise."""
     asked = []
     for t in scheduler.timesteps:
         sigma = scheduler.sigmas[scheduler.step_index or 0].double() if hasattr(scheduler, "sigmas") else SCHEDULE.sigmas[t]
@@ -90,8 +89,8 @@ def by_diffusers(scheduler, sigmas, variance_preserving):
             x = x / scale
         asked.append(float(sigma))
         eps = (x * scale - estimate(x * scale, sigma)) / sigma
-        x = scheduler.step(eps, t, x, return_dict=True).prev_sample.double()
-    return x, asked
+        x = scheduler.step(eps, t, x, return_dict=True).prev_sample.to(x.dtype)
+    return x
 
 
 @pytest.mark.parametrize(
@@ -110,8 +109,43 @@ def test_equals_diffusers(name, kind, options):
     sigmas = sigmas_of(10)
     assert torch.allclose(torch.unique(scheduler.sigmas.double()), torch.unique(sigmas), rtol=1e-5, atol=1e-7)
     preserving = name == "dpmpp_2m"
-    found, _ = by_diffusers(scheduler, sigmas, preserving)
+    found = by_diffusers(scheduler, start(sigmas[0]), estimate, preserving)
     assert apart(drawn(name, sigmas, noises()), found) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "options"),
+    [
+        ("euler", "EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+        ("heun", "HeunDiscreteScheduler", {"use_karras_sigmas": True}),
+        ("dpmpp_2m", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "final_sigmas_type": "zero"}),
+    ],
+)
+def test_equals_diffusers_on_the_tiny_checkpoint(name, kind, options):
+    """With the trained network in the box, in float32."""
+    import diffusers
+
+    pipe = minisd.load(device="cpu", dtype="float32")
+    context = pipe.encode_prompt("a red circle on a blue background").context
+    x = torch.randn(1, *pipe_shape(pipe), generator=torch.Generator().manual_seed(1))
+
+    @torch.no_grad()
+    def network(x, sigma):
+        scale = (sigma**2 + 1).sqrt()
+        eps = pipe.unet((x / scale).float(), SCHEDULE.timestep(torch.as_tensor(sigma).double()).float().view(1), context)
+        return (x - sigma * eps).to(x.dtype)
+
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+    scheduler = getattr(diffusers, kind)(**betas, **options)
+    scheduler.set_timesteps(10)
+    sigmas = torch.unique(scheduler.sigmas.double(), sorted=True).flip(0)
+    found = by_diffusers(scheduler, x * float(sigmas[0]), network, name == "dpmpp_2m")
+    *_, (latents, _) = minisd.sample(name, network, x * float(sigmas[0]), sigmas)
+    assert apart(latents, found) <= 1e-5
+
+
+def pipe_shape(pipe):
+    return 4, pipe.recognition.size[1] // pipe.vae.downscale, pipe.recognition.size[0] // pipe.vae.downscale
 
 
 def test_plms_equals_diffusers():

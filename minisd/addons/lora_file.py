@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, shown
+from ..errors import CheckpointError, shown, taken_apart
 from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.recognition import listing, looks_like
-from ..files.tensors import TORCH, finite, read_stored
+from ..files.tensors import STORED, TORCH, finite, read_stored
 from ..files.writers_table import CONV_IN
 from ..library.names import base_family
 from ..models.family import Family
@@ -139,6 +139,11 @@ def part_of(weight: Tensor, target: Target) -> Tensor:
 def open_addon(path: str | os.PathLike[str], shapes: Shapes, family: Family) -> Addon:
     """Holds a file against the weights of a checkpoint.  Raises CheckpointError where it is nothing of the LoRA family."""
     file = open_checkpoint(path)
+    with taken_apart(path):
+        return held_against(file, shapes, family)
+
+
+def held_against(file: Checkpoint, shapes: Shapes, family: Family) -> Addon:
     modules, strange = by_module(file)
     if not any(kind_of(set(parts)) for parts in modules.values()):
         what, hint = looks_like(file.shapes)
@@ -205,8 +210,8 @@ def fitted(
         raise ValueError("has no place in the checkpoint")
     if kind is None:
         raise ValueError(f"is not whole: {', '.join(sorted(parts))} make no change that minisd knows")
-    for key in parts.values():
-        if file.entries[key].dtype not in (*TORCH, "BOOL"):
+    for name, key in parts.items():
+        if file.entries[key].dtype not in (STORED if name in ("alpha", "on_input") else TORCH):
             raise ValueError(f"holds {file.entries[key].dtype}, no floating-point numbers")
     if kind == "OFT" and len(file.entries[parts["oft_blocks"]].shape) == 4:
         kind = "BOFT"

@@ -47,7 +47,7 @@ def lora(args: argparse.Namespace) -> int:
     from .files import stored_dtype, tell_replaced
 
     kind = "checkpoint" if args.way == "extract" else "lora"
-    given = [OPTIONS["loras"].kind.parse(file) if args.way == "merge" else (file,) for file in args.files]
+    given = [named(file) if args.way == "merge" else (file,) for file in args.files]
     if two := next((file for file, each in zip(args.files, given, strict=True) if len(each) > 2), None):
         raise UsageError(f"lora merge: expected NAME[:STRENGTH], found {two[:80]!r}")
     paths, strengths = [resolve(each[0], kind) for each in given], [(*each, 1.0)[1] for each in given]
@@ -57,6 +57,13 @@ def lora(args: argparse.Namespace) -> int:
     dtype, model = stored_dtype(args.dtype), resolve(args.model) if args.model else None
     report(made(args, paths, strengths, dtype, model), args.json)
     return 0
+
+
+def named(file: str) -> tuple[Any, ...]:
+    try:
+        return OPTIONS["loras"].kind.parse(file)  # type: ignore[no-any-return]
+    except ValueError as error:
+        raise UsageError(f"lora merge: expected NAME[:STRENGTH]: {error}") from None
 
 
 def made(args: argparse.Namespace, paths: Sequence[Path], strengths: Sequence[float], dtype: Any, model: Path | None) -> Made:

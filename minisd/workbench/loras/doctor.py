@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...addons.lora_file import Addon, Change, by_module, kind_of, open_addon, part_of
-from ...errors import shown
+from ...errors import shown, taken_apart
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.recognition import recognise
 from ...files.tensors import broken, read_stored
@@ -30,10 +30,6 @@ ABOUT = {  # what the metadata say, by whose field
 }
 
 
-def is_lora(file: Checkpoint) -> bool:
-    return any(kind_of(set(parts) - {"diff_b"}) for parts in by_module(file)[0].values())
-
-
 def examined(path: str | os.PathLike[str], model: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """Facts about a LoRA, ready for JSON.
 
@@ -44,12 +40,20 @@ def examined(path: str | os.PathLike[str], model: str | os.PathLike[str] | None 
     Raises CheckpointError.
     """
     file = open_checkpoint(path)
+    with taken_apart(path):
+        facts = contents(file)
+        return facts | (against(file, model) if model is not None and not facts["broken"] else {})
+
+
+def contents(file: Checkpoint) -> dict[str, Any]:
+    """What it is by itself."""
     modules, strange = by_module(file)
     kinds = Counter(kind_of(set(parts) - {"diff_b"}) or "not whole" for parts in modules.values())
     ranks = Counter(file.entries[parts["down"]].shape[0] for parts in modules.values() if "down" in parts)
-    alphas = Counter(float(read_stored(file, parts["alpha"])) for parts in modules.values() if "alpha" in parts)
-    fits = {each.name: fitting(open_addon(path, shapes_of(each), each)) for each in FAMILIES}
-    facts = {
+    single = [parts["alpha"] for parts in modules.values() if "alpha" in parts and file.entries[parts["alpha"]].numel == 1]
+    alphas = Counter(float(read_stored(file, key)) for key in single)
+    fits = {each.name: fitting(open_addon(file.path, shapes_of(each), each)) for each in FAMILIES}
+    return {
         "modules": len(modules),
         "kinds": dict(kinds),
         "ranks": dict(ranks.most_common()),
@@ -60,7 +64,6 @@ def examined(path: str | os.PathLike[str], model: str | os.PathLike[str] | None 
         "broken": broken(file),
         "about": about(file.metadata),
     }
-    return facts | (against(file, model) if model is not None and not facts["broken"] else {})
 
 
 def fitting(addon: Addon) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...addons.lora_file import by_module
 from ...addons.lora_names import Target, targets, written_names
-from ...errors import CheckpointError, UsageError
+from ...errors import CheckpointError, UsageError, taken_apart
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.recognition import recognise
 from ...files.tensors import read_stored
@@ -32,6 +32,14 @@ class Pair:
 
 def products(file: Checkpoint) -> tuple[dict[str, Pair], Tensors]:
     """The products of a LoRA by module, and its other tensors.  Raises CheckpointError where a half is missing."""
+    with taken_apart(file.path):
+        found, others = taken(file)
+    if not found:
+        raise CheckpointError(file.path, "expected a LoRA of products (lora_up and lora_down), found none in it")
+    return found, others
+
+
+def taken(file: Checkpoint) -> tuple[dict[str, Pair], Tensors]:
     modules, strange = by_module(file)
     found: dict[str, Pair] = {}
     others = {key: read_stored(file, key) for key in strange}
@@ -44,8 +52,6 @@ def products(file: Checkpoint) -> tuple[dict[str, Pair], Tensors]:
         scale = float(own["alpha"]) / len(down) if "alpha" in own else 1.0
         found[module] = Pair(up.flatten(1) * scale, down, up.dim() == 2)
         others |= {parts["diff_b"]: own["diff_b"]} if "diff_b" in own else {}
-    if not found:
-        raise CheckpointError(file.path, "expected a LoRA of products (lora_up and lora_down), found none in it")
     return found, others
 
 

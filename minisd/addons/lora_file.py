@@ -254,6 +254,8 @@ def alpha_of(module: str, parts: Mapping[str, str], file: Checkpoint, settings: 
 
 def check_fits(addon: Addon, family: Family) -> None:
     """Raises CheckpointError, which counts what fits and names the first key that does not, unless all does."""
+    if not addon.misfits and not addon.changes:
+        raise CheckpointError(addon.file.path, f"changes nothing in {family.title}", "minisd inspect LORA says what it holds")
     if not addon.misfits:
         return
     fit, first = len({change.module for change in addon.changes}), addon.misfits[0]

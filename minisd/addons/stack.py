@@ -56,9 +56,9 @@ class Stack:
         self.scratch: Tensor | None = None
 
     def open(self, path: str | os.PathLike[str]) -> Addon:
-        """A file by its path, size and time of change.  Raises CheckpointError."""
+        """A file by its path, size and time of change; one that is gone meanwhile as it was.  Raises CheckpointError."""
         known = self.opened.get(os.path.realpath(path))
-        if known is not None and known.file.is_still_there():
+        if known is not None and (known.file.is_still_there() or not os.path.exists(path)):
             return known
         shapes = {key: tuple(value.shape) for key, value in self.model.state_dict().items()}
         addon = self.opened[os.path.realpath(path)] = open_addon(path, Shapes(shapes), self.family)

@@ -126,5 +126,6 @@ def facts(lora: Lora, file: Checkpoint, idle: int) -> dict[str, Any]:
     """What a recipe says of a LoRA that was on; idle: how many of its keys were left out."""
     blocks = dict(lora.blocks) if isinstance(lora.blocks, Mapping) else lora.blocks
     said = {"source": os.path.abspath(lora.source), "strength": lora.strength, "text_strength": lora.text_strength}
-    said |= {"blocks": blocks, "sha256": file.sha256(), "autov3": (data_sha256(file.path) or "")[:12] or None}
+    autov3 = data_sha256(file.path) if file.is_still_there() else None
+    said |= {"blocks": blocks, "sha256": file.sha256(), "autov3": autov3 and autov3[:12]}
     return said | ({"left_out": idle} if idle else {})

@@ -243,6 +243,10 @@ WRONG = {
     "an unknown key": (changed(**{"something.else": torch.zeros(3)}), "is no part of a LoRA that minisd knows"),
     "nothing": (lambda good: {}, "expected a LoRA, found"),
     "a part of a checkpoint": (lambda good: {f"{ATTENTION}.to_q.weight": torch.zeros(32, 32)}, "expected a LoRA, found"),
+    "nothing that counts": (
+        lambda good: product("lora_te_text_projection", f"{ATTENTION}.to_q.weight"),
+        "changes nothing in Stable Diffusion 1.x",
+    ),
     "half of the pairs": (lambda good: {key: value for key, value in good.items() if "up" not in key}, "expected a LoRA, found"),
 }
 

@@ -159,7 +159,10 @@ def test_command_line_and_again(reduced_file, lora, capsys):
     assert main(["again", "a.png", "-o", "b.png"]) == 0
     with open("a.png", "rb") as first, open("b.png", "rb") as second:
         assert first.read() == second.read()
+    pipe = minisd.load(reduced_file, device="cpu", dtype="float32")
+    pipe.set_loras([lora])
     lora.rename(lora.with_name("gone.safetensors"))
+    assert pipe("a star", **FEW).metadata[0]["loras"][0]["sha256"] is None  # it stays on, and can no longer be named
     assert main(["again", "a.png", "-o", "b.png"]) == 3
     assert "clay style: does not exist, and no model has this name" in capsys.readouterr().err
     save_file(whole(seed=5), lora)

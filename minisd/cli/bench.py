@@ -21,6 +21,7 @@ what:
   vae              one picture decoded, the same
   image            prompt to pixels, and a cold process to the file on disk
   load             a checkpoint from the page cache to the device
+  lora             a LoRA into the weights, another strength, off again, beside diffusers with peft
   samplers         what every sampler converges to, how fast, and how far it is at 10, 20 and 40 calls of the network
   roofline         where a step spends its time, and what is left to win
   all              every figure, the most wanted first, in at most --minutes, then those that matter most; needs --json
@@ -43,13 +44,14 @@ PARTS = {
     "image": ("processes", "bench_image"),
     "load": ("processes", "bench_load"),
     "roofline": ("roofline", "bench"),
+    "lora": ("lab.loras", "bench"),
     "samplers": ("lab.samplers", "bench"),
     "all": ("everything", "bench"),
 }
 PEERS = ("eager", "graph", "compiled")
 
 # Which parts take an option; those that are not named here all of them do.
-MEASURED = tuple(part for part in PARTS if part not in ("compile", "samplers"))
+MEASURED = tuple(part for part in PARTS if part not in ("compile", "samplers", "lora"))
 TAKEN_BY = {
     "name": ("kernels", "compile"),
     "against": ("kernels",),
@@ -58,13 +60,13 @@ TAKEN_BY = {
     "gpu": ("compile",),
     "model": ("unet", "image", "load", "roofline"),
     "checkpoint": ("image", "load", "samplers"),
-    "peers": ("unet", "vae", "image", "load"),
+    "peers": ("unet", "vae", "image", "load", "lora"),
     "ablate": ("unet", "vae"),
     "minutes": ("all",),
     "full": MEASURED,
-    "repeats": MEASURED,
-    "device": (*MEASURED, "samplers"),
-    "plot": (*MEASURED, "samplers"),
+    "repeats": (*MEASURED, "lora"),
+    "device": (*MEASURED, "samplers", "lora"),
+    "plot": (*MEASURED, "samplers", "lora"),
 }
 DEFAULTS: dict[str, Any] = {
     "name": None, "against": None, "shapes_of": None, "tiles": False, "gpu": "h100", "model": "sd15", "checkpoint": None,

@@ -88,6 +88,7 @@ SELDOM = {
     "test_inspect_names_the_writer_and_lists_what_is_unneeded": 8,
     "test_kernels": 0,
     "test_labelled_grid_keeps_pictures_and_fits_texts": 0,
+    "test_loras_beside_diffusers": 0,
     "test_measured_order_is_the_claimed_one_or_the_table_says_why": 8,
     "test_names_that_are_not_in_the_streams_letters": 3,
     "test_over_many_steps_the_ways_part_no_further_than_rounding_takes_them": 3,

@@ -59,6 +59,18 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         main(["bench", "samplers", "--full"])
 
 
+@pytest.mark.slow
+def test_loras_beside_diffusers(tmp_path):
+    """In the whole of SD 1.5, which takes 12 GB: both make the same weight."""
+    assert (
+        main(["bench", "lora", "--repeats", "1", "--dtype", "float32", "--device", "cpu", "--json", str(tmp_path / "x.json")])
+        == 0
+    )
+    (table,) = json.loads((tmp_path / "x.json").read_text())["tables"]
+    assert [row["label"].split(",")[0] for row in table["rows"]] == ["minisd"] * 3 + ["diffusers"] * 3
+    assert table["rows"][3]["difference"] < 1e-5
+
+
 def test_the_plot(tmp_path):
     pytest.importorskip("matplotlib")
     lab.plot({"euler": [(10, 0.1), (20, 0.05)], "heun": [(9, 0.05), (19, 0.01)]}, tmp_path / "x.png")

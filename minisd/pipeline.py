@@ -46,7 +46,7 @@ from .system.device import name_of, on_device, to_device, to_dtype
 from .system.memory import memory_errors
 from .text.conditioner import Conditioner
 from .text.prompts import encode
-from .walks import Progress, check_refiner, course, in_parts, known_latents, start, trained_on, walk
+from .walks import Progress, check_refiner, check_words, course, in_parts, known_latents, start, trained_on, walk
 
 
 def load(
@@ -172,6 +172,7 @@ class Pipeline:
         plan = planned(request, self.capabilities())
         if request.refiner is not None:
             check_refiner(self, request.refiner)
+        check_words(plan, self)
         return self.draw(plan, addons)
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from .addons.control import as_controls
+from .addons.embeddings import all_pieces
 from .diffusion.denoiser import Conditioning, Timeline
 from .diffusion.noise import Origin, dialect_named
 from .diffusion.samplers import SAMPLERS, Sampler, named
@@ -28,6 +29,7 @@ from .pictures.init import Picture, as_tensor, fingerprint, open_picture, to_mas
 from .pictures.masks import paste
 from .request import Request
 from .text import grammar
+from .text.added import Added, called
 
 MAX_PROMPT = 10_000  # characters; the text encoder reads about 300 of them
 
@@ -449,6 +451,15 @@ def check_text(name: str, text: object, reading: str) -> None:
     if found := TAG.search(text):
         warnings.warn(f"{name}: {found[0]!r} is read as plain words: only the prompt itself names LoRAs", stacklevel=2)
     check_grammar(name, text, reading)
+
+
+def words_of(plan: Plan, i: int, added: Added) -> list[str]:
+    """The added words in the texts of picture i, each once.  Raises UsageError for embedding:NAME that is none of them."""
+    texts = [plan.prompts[i], plan.negatives[i], *(texts[i] for texts in plan.seconds.values())]
+    found: list[str] = []
+    for k, text in enumerate(texts):
+        found += called(all_pieces(text or "", k == 0, plan.request.steps, plan.reading), added, plan.reading)
+    return list(dict.fromkeys(found))
 
 
 def check_grammar(name: str, text: str, reading: str) -> None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import __version__
-from .addons.embeddings import facts_of
 from .addons.wanted import Lora, as_lora
 from .diffusion.denoiser import Conditioning, Timeline
 from .errors import UsageError, shown
@@ -21,7 +20,7 @@ from .library.names import resolve
 from .library.places import tiny_checkpoint
 from .options import MAX_IMAGES, RECORDED, whole
 from .pictures.init import fingerprint, open_picture
-from .plan import Plan
+from .plan import Plan, words_of
 from .request import Request
 from .system.device import name_of
 
@@ -40,8 +39,8 @@ def recipe_of(plan: Plan, i: int, pipe: Pipeline, way: str) -> dict[str, Any]:
         files |= file_facts("refiner", plan.request.refiner.checkpoint)
     if pipe.stack.active:
         files |= {"loras": pipe.stack.facts(), "lora_rule": pipe.stack.rule}
-    if embeddings := facts_of(pipe.embeddings, [plan.prompts[i], plan.negatives[i]]):
-        files |= {"embeddings": embeddings}
+    if pipe.conditioner.added and (names := words_of(plan, i, pipe.conditioner.added[0])):
+        files |= {"embeddings": [pipe.embeddings[name].facts() for name in names]}
     how: dict[str, Any] = {"ema": pipe.checkpoint.ema, "way": way, "task": pipe.recognition.task}
     if changed := pipe.as_loaded.changed():
         how["changed"] = changed

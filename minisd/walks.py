@@ -24,9 +24,10 @@ from .errors import UsageError
 from .fast.ways import Moment, Walk
 from .models.family import REFINER, Training
 from .pictures.masks import at_latents, without_masked
-from .plan import Plan
+from .plan import Plan, words_of
 from .request import Stations
 from .result import Step
+from .text.added import NONE
 from .text.conditioner import with_sizes, zeroed
 from .text.grammar import parse
 from .text.prompts import Line, Reader, line
@@ -302,6 +303,18 @@ def sizes(plan: Plan, pipe: Stations) -> tuple[list[float], list[float]]:
         return [*numbers, request.aesthetic_score], [*numbers, request.negative_aesthetic_score]
     good = [*numbers, *reversed(request.target_size or size)]
     return good, good
+
+
+def check_words(plan: Plan, base: Stations) -> None:
+    """Raises UsageError where a prompt has an embedding that the base does not know, or its refiner."""
+    refiner = plan.request.refiner
+    texts = zip(plan.prompts, plan.negatives, *plan.seconds.values(), strict=True)
+    for i in {text: i for i, text in enumerate(texts)}.values():
+        names = words_of(plan, i, (base.conditioner.added or [NONE])[0])
+        if refiner is not None:
+            theirs = (refiner.conditioner.added or [NONE])[0]
+            if missing := [name for name in names if name not in theirs.words]:
+                raise UsageError(f"refiner: does not know the embedding {missing[0]!r}; refiner.add_embedding(FILE) teaches it")
 
 
 def check_refiner(base: Stations, refiner: Stations) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .options import Parser, add_options, add_output_options
@@ -67,7 +68,7 @@ def tokens_parser() -> Parser:
 
 
 def tokens(args: argparse.Namespace) -> int:
-    from ..addons.embeddings import named_in, read_embeddings, with_embedding
+    from ..addons.embeddings import all_pieces, named_in, read_embeddings, with_embedding
     from ..files.checkpoint import open_checkpoint
     from ..files.recognition import recognise
     from ..library.names import resolve
@@ -86,9 +87,14 @@ def tokens(args: argparse.Namespace) -> int:
     shapes = [below(file.shapes, tower.name) for tower in towers]
     widths = [next(shape[1] for key, shape in each.items() if key.endswith("token_embedding.weight")) for each in shapes]
     added: Sequence[Added] = ()
-    for name, path in named_in([args.prompt]) if reading != "plain" else ():
+
+    def add(path: Path, name: str) -> None:
+        nonlocal added
         for embedding in read_embeddings(path, name):
             added = with_embedding(added, embedding, widths)
+
+    for found in named_in(all_pieces(args.prompt, not args.as_negative, steps, reading), reading):
+        found.teach(add)
     facts = listed(parse(args.prompt, steps, reading, joins=not args.as_negative), towers, reading, added)
     print(json.dumps(facts) if args.json else as_text(facts))
     return 0

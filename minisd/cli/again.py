@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,10 +71,10 @@ def again(args: argparse.Namespace) -> int:
     pipe = load(
         args.model or recipe.get("model_path"), vae=args.vae or recipe.get("vae_paths") or recipe.get("vae_path"), **common, **how
     )
-    add_embeddings(pipe, recipe)
     refiner = args.refiner or recipe.get("refiner_path")
     request = repeat(recipe, pipe.checkpoint.path, {"init_image": args.init_image, "mask": args.mask})
     second = load(refiner, **common) if refiner else None
+    add_embeddings([each for each in (pipe, second) if each], recipe)
     with told_of(args.picture):
         steps = pipe.stream(request, refiner=second)
     result = with_bar(steps, hidden=None)
@@ -84,11 +84,12 @@ def again(args: argparse.Namespace) -> int:
     return report(result, output, args)
 
 
-def add_embeddings(pipe: Pipeline, recipe: Mapping[str, Any]) -> None:
+def add_embeddings(pipes: Sequence[Pipeline], recipe: Mapping[str, Any]) -> None:
     from ..addons.embeddings import found_again
 
     for name, path in map(found_again, recipe.get("embeddings") or ()):
-        pipe.add_embedding(path, name)
+        for pipe in pipes:
+            pipe.add_embedding(path, name)
 
 
 def again_like(found: Found, args: argparse.Namespace) -> int:

@@ -30,6 +30,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
+    from ..request import Request
     from ..result import Result, Step
 
 
@@ -107,7 +108,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def draw(args: argparse.Namespace) -> int:
     output = settled_output(args)
-    from ..addons.embeddings import named_in
     from ..pictures.grids import grid
     from ..pictures.image import save_png
     from ..pipeline import load
@@ -117,11 +117,10 @@ def draw(args: argparse.Namespace) -> int:
     common: dict[str, Any] = {"device": args.device, "dtype": args.dtype, "offload": args.offload, "strict": args.strict}
     pipe = load(args.model, vae=args.vae, prediction=args.prediction, zero_snr=args.zero_snr, ema=args.ema, **common)
     args.refiner = load(args.refiner, **common) if args.refiner else None
-    if not args.plain_prompt:
-        for name, path in named_in([args.prompt, args.negative_prompt or ""]):
-            pipe.add_embedding(path, name)
+    request = request_of(args.prompt, args)
+    teach([each for each in (pipe, args.refiner) if each], request)
     look = Preview(pipe, args.preview) if args.preview else None
-    steps = pipe.stream(request_of(args.prompt, args))
+    steps = pipe.stream(request)
     tell_what_it_knows(args.prompt, pipe.checkpoint.path)
     try:
         result = with_bar(steps, look, hidden=None)
@@ -134,6 +133,26 @@ def draw(args: argparse.Namespace) -> int:
     if args.grid:
         save_png(grid(result.images), args.grid, as_grid(result))
     return status
+
+
+def teach(pipes: Sequence[Pipeline], request: Request) -> None:
+    """Has them know the embeddings of the library that the texts of a request name.  Raises CheckpointError, UsageError."""
+    from ..addons.embeddings import all_pieces, named_in
+    from ..addons.wanted import without_tags
+    from ..options import checked
+    from ..plan import as_in, check_text, reading_of
+
+    settled, _ = without_tags(as_in(request))
+    reading, steps = reading_of(settled.emphasis, settled.plain_prompt), checked("steps", settled.steps)
+    pieces = []
+    for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2"):
+        text = getattr(settled, name) or ""
+        with warnings.catch_warnings(action="ignore"):  # the drawing says them
+            check_text(name, text, reading)
+        pieces += all_pieces(text, name == "prompt", steps, reading)
+    for found in named_in(pieces, reading):
+        for pipe in pipes:
+            found.teach(pipe.add_embedding)
 
 
 def tell_what_it_knows(prompt: str, checkpoint: Path) -> None:

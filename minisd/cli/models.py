@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,11 +68,18 @@ def compare_again(recipe: dict[str, Any], output: Path, args: argparse.Namespace
 
 def draw_cells(cells: Cells, output: Path, args: argparse.Namespace) -> int:
     """Draws, writes and reports a comparison.  The exit code is that of the first cell that has no picture, if any."""
-    from ..pipeline import load
+    from ..pipeline import Pipeline, load
     from ..result import with_bar
     from ..workbench.comparing import stream
+    from .draw import teach
 
-    done = with_bar(stream(cells, partial(load, device=args.device, dtype=args.dtype, offload=args.offload)), hidden=None)
+    def loaded(*given: Any, **options: Any) -> Pipeline:
+        pipe = load(*given, device=args.device, dtype=args.dtype, offload=args.offload, **options)
+        for request in cells.requests[:1]:  # all of one prompt
+            teach([pipe], request)
+        return pipe
+
+    done = with_bar(stream(cells, loaded), hidden=None)
     path = str(done.save(output, replace=args.output is not None))
     failures = [failure for failure in done.failures if failure]
     facts = {"image": path, "recipe": done.recipe, "cells": done.metadata, "failures": list(map(str, failures))}

@@ -57,7 +57,7 @@ def parameters_text(recipe: Mapping[str, Any]) -> str:
         "Refiner": recipe.get("refiner"),
         "Refiner switch at": recipe["high_noise_frac"] if recipe.get("refiner") else None,
         "Lora hashes": ", ".join(f"{name_of(each)}: {each['autov3']}" for each in loras if each.get("autov3")) or None,
-        "TI hashes": ", ".join(f"{each['name']}: {each['sha256'][:10]}" for each in embeddings if each["sha256"]) or None,
+        "TI hashes": ", ".join(f"{each['name']}: {each['sha256'][:12]}" for each in embeddings if each["sha256"]) or None,
         **compared_text(recipe),
         "Version": f"minisd {recipe['version']}",
     }

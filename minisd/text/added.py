@@ -8,7 +8,7 @@ understood, bare names not in ComfyUI's dialect.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError, shown
+from .attention import BREAK, Piece
 from .tokenizer import END_ID, TOKENS, encode
 
 FIRST_ID = END_ID + 1
@@ -89,6 +90,14 @@ def bare(ids: Sequence[int], added: Added) -> list[list[int]]:
         found.append([*name[1]] if name else [ids[i]])
         i += len(name[0]) if name else 1
     return found
+
+
+def called(pieces: Iterable[Piece], added: Added, emphasis: str) -> list[str]:
+    """The added words in a text, each once.  Raises UsageError for embedding:NAME that is none of them."""
+    names = {ids[0]: name for name, ids in added.words.items()}
+    fragments = (each for piece in pieces if piece != BREAK for each in groups(piece.text, added, emphasis))
+    found = (names.get(group[0]) for fragment in fragments for group in fragment)
+    return list(dict.fromkeys(name for name in found if name is not None))
 
 
 def vocabulary_of(encoder: nn.Module) -> nn.Embedding:

@@ -219,7 +219,7 @@ def test_from_the_library_by_name_and_again(reduced_file, tmp_path, monkeypatch,
     assert pictures[0].tobytes() == pictures[1].tobytes() == pictures[2].tobytes()
     recipe = json.loads(pictures[0].info["minisd"])
     assert [each["name"] for each in recipe["embeddings"]] == ["clay-toy"]
-    assert f'TI hashes: "clay-toy: {recipe["embeddings"][0]["sha256"][:10]}"' in pictures[0].info["parameters"]
+    assert f'TI hashes: "clay-toy: {recipe["embeddings"][0]["sha256"][:12]}"' in pictures[0].info["parameters"]
     assert main(["again", "0.png", "-o", "again.png"]) == 0
     with open("0.png", "rb") as first, open("again.png", "rb") as second:
         assert first.read() == second.read()

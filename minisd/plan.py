@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from .addons.control import as_controls
-from .addons.embeddings import all_pieces
 from .diffusion.denoiser import Conditioning, Timeline
 from .diffusion.noise import Origin, dialect_named
 from .diffusion.samplers import SAMPLERS, Sampler, named
@@ -458,7 +457,7 @@ def words_of(plan: Plan, i: int, added: Added) -> list[str]:
     texts = [plan.prompts[i], plan.negatives[i], *(texts[i] for texts in plan.seconds.values())]
     found: list[str] = []
     for k, text in enumerate(texts):
-        found += called(all_pieces(text or "", k == 0, plan.request.steps, plan.reading), added, plan.reading)
+        found += called(grammar.all_pieces(text or "", k == 0, plan.request.steps, plan.reading), added, plan.reading)
     return list(dict.fromkeys(found))
 
 

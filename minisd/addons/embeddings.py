@@ -6,30 +6,32 @@ bundles of OneTrainer's LoRAs.
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from ..errors import CheckpointError, UsageError, shown
-from ..files.checkpoint import Checkpoint, file_sha256, open_checkpoint
+from ..errors import CheckpointError, UsageError, shown, taken_apart
+from ..files.checkpoint import Checkpoint, first_bytes, open_checkpoint
 from ..files.recognition import listing, looks_like
 from ..files.tensors import TORCH, finite, read_stored
-from ..library.names import identified, resolve
-from ..library.places import File, model_files
-from ..text.added import FIRST_ID, MARK, MOST_ROWS, NONE, Added, Run, called, reading, vocabulary_of
-from ..text.attention import BREAK, Piece
+from ..pictures.metadata import check_head
+from ..system.regular import open_regular
+from ..text.added import MOST_ROWS, NONE, Added, Run, reading, vocabulary_of
 from ..text.conditioner import Conditioner
-from ..text.grammar import parse
 from ..text.tokenizer import encode
 
 BUNDLE = re.compile(r"bundle_emb\.(.+?)\.(?:string_to_param\.\*|emb_params|(clip_[lg]))")
+FITS = {768: "SD 1.x", 1024: "SD 2.x", 1280: "the SDXL refiner"}
+MOST_NUMBERS = 1 << 20  # of a tensor; 75 rows of 1280 are a tenth of it
 TOWERS = {"clip_l": 0, "clip_g": -1}  # of SDXL
 
 
@@ -56,19 +58,60 @@ class Embedding:
 
 
 def read_embeddings(path: str | os.PathLike[str], name: str | None = None) -> list[Embedding]:
-    """The word of a file, or the words that a LoRA has with it; name: the word, by default the file's name.
+    """The word of a file, or the words that a LoRA has with it, or a file of diffusers, each by its own name.
 
-    Raises CheckpointError for what is none, holds NaN, or more rows than a chunk.
+    name: the word, by default the file's name; of several words the one that is wanted.  Raises CheckpointError for what is none,
+    holds NaN, or more rows than a chunk.
     """
+    head, *_ = first_bytes(Path(path))
+    if head.startswith(b"\x89PNG"):
+        return [from_picture(Path(path), name)]
     file = open_checkpoint(path)
     bundles: dict[str, dict[str, str]] = {}
     for key in file.entries:
         if found := BUNDLE.fullmatch(key):
             bundles.setdefault(found[1], {})[found[2] or ""] = key
+    if not bundles and len(file.entries) > 1 and all(is_token(key, file) for key in file.entries):
+        bundles = {key: {"": key} for key in file.entries}
     if bundles:
-        named = bundles.items()
-        return [Embedding(each, {what: rows_of(file, [key]) for what, key in keys.items()}, file) for each, keys in named]
+        named = chosen(file, bundles, name)
+        return [Embedding(each, {what: rows_of(file, [key]) for what, key in keys.items()}, file) for each, keys in named.items()]
     return [Embedding(name or file.path.stem, {what: rows_of(file, keys) for what, keys in keys_of(file).items()}, file)]
+
+
+def is_token(key: str, file: Checkpoint) -> bool:
+    """Whether this may be a word as diffusers stores it: the token, and its row or rows."""
+    shape = file.entries[key].shape
+    return len(shape) in (1, 2) and shape[-1] in FITS and "." not in key and key not in TOWERS
+
+
+def chosen(file: Checkpoint, bundles: Mapping[str, dict[str, str]], name: str | None) -> Mapping[str, dict[str, str]]:
+    """Of several words the named one, or all; a single one takes the name.  Raises CheckpointError."""
+    if name is None or name in bundles:
+        return bundles if name is None else {name: bundles[name]}
+    if len(bundles) == 1:
+        return {name: next(iter(bundles.values()))}
+    raise CheckpointError(file.path, f"holds no word {shown(name, 60)!r}", f"it holds {shown(', '.join(bundles), 200)}")
+
+
+def from_picture(path: Path, name: str | None) -> Embedding:
+    """A PNG that A1111 puts an embedding into: its .pt as JSON, in base64, in a chunk (A1111 image_embedding.py).
+
+    Those that are hidden in pixels alone are not read.
+    """
+    with taken_apart(path), open_regular(path) as file:
+        stat = os.fstat(file.fileno())
+        check_head(file)
+        with Image.open(file, formats=("PNG",)) as image:
+            text = image.info.get("sd-ti-embedding")
+        if text is None:
+            hint = "those in the pixels alone are not read; take the .pt"
+            raise CheckpointError(path, "is a PNG picture without an embedding in a chunk sd-ti-embedding", hint)
+        data = json.loads(base64.b64decode(text))
+        rows = {key: torch.tensor(each["TORCHTENSOR"]) for key, each in data["string_to_param"].items()}
+        key = "*" if "*" in rows else next(iter(rows))
+    checkpoint = Checkpoint(path, {}, {}, stat.st_size, stat.st_mtime_ns)
+    return Embedding(name or str(data.get("name") or path.stem), {"": joined(path, {key: rows[key]})}, checkpoint)
 
 
 def keys_of(file: Checkpoint) -> dict[str, list[str]]:
@@ -87,25 +130,26 @@ def keys_of(file: Checkpoint) -> dict[str, list[str]]:
 
 def rows_of(file: Checkpoint, keys: Sequence[str]) -> Tensor:
     """(n, D), float32, of tensors (D,) or (n, D) of one width."""
-    found = []
     for key in keys:
         entry = file.entries[key]
-        if entry.dtype not in TORCH or len(entry.shape) not in (1, 2) or 0 in entry.shape:
-            expected = "expected rows of numbers (n, D)"
-            raise CheckpointError(file.path, f"{expected}, found {entry.dtype} {entry.shape}", key=key)
-        rows = read_stored(file, key).float()
-        if not finite(rows):
-            raise CheckpointError(file.path, "holds NaN or infinity", "the file is broken; get another copy", key)
-        found.append(rows.reshape(-1, rows.shape[-1]))
-    if len({rows.shape[1] for rows in found}) > 1:
-        raise CheckpointError(file.path, "expected rows of one width, found several", key=keys[0])
-    rows = torch.cat(found)
+        if entry.dtype not in TORCH or entry.numel > MOST_NUMBERS:
+            raise CheckpointError(file.path, f"expected rows of numbers (n, D), found {entry.dtype} {entry.shape}", key=key)
+    return joined(file.path, {key: read_stored(file, key) for key in keys})
+
+
+def joined(path: Path, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The same of what is read.  Raises CheckpointError."""
+    for key, rows in tensors.items():
+        if rows.dim() not in (1, 2) or 0 in rows.shape:
+            raise CheckpointError(path, f"expected rows of numbers (n, D), found {tuple(rows.shape)}", key=key)
+        if not finite(rows.float()):
+            raise CheckpointError(path, "holds NaN or infinity", "the file is broken; get another copy", key)
+    if len({rows.shape[-1] for rows in tensors.values()}) > 1:
+        raise CheckpointError(path, "expected rows of one width, found several", key=next(iter(tensors)))
+    rows = torch.cat([each.float().reshape(-1, each.shape[-1]) for each in tensors.values()])
     if len(rows) > MOST_ROWS:
-        raise CheckpointError(file.path, f"expected at most {MOST_ROWS} rows, which a chunk of a prompt holds, found {len(rows)}")
+        raise CheckpointError(path, f"expected at most {MOST_ROWS} rows, which a chunk of a prompt holds, found {len(rows)}")
     return rows
-
-
-FITS = {768: "SD 1.x", 1024: "SD 2.x", 1280: "the SDXL refiner"}
 
 
 def with_embedding(added: Sequence[Added], embedding: Embedding, widths: Sequence[int]) -> tuple[Added, ...]:
@@ -131,70 +175,3 @@ def taught(conditioner: Conditioner, run: Run, path: Path, name: str | None) -> 
         added = with_embedding(added, embedding, widths)
     knowing = replace(conditioner, added=added, run=reading(run, conditioner.encoders, added))
     return knowing, {embedding.name: embedding for embedding in found}
-
-
-def all_pieces(text: str, joins: bool, steps: int, reading: str) -> list[Piece]:
-    """Those of a prompt at any time; steps: of samplers that ask the network twice in each.  Raises ValueError."""
-    parts = parse(text, 2 * steps, reading, joins).parts
-    return list(dict.fromkeys(piece for part in parts for entry in part.entries for piece in entry.pieces))
-
-
-@dataclass(frozen=True)
-class Named:
-    """A file of the library that a prompt names."""
-
-    name: str
-    path: Path
-    bare: bool  # by its bare name, which may as well be a word
-
-    def teach(self, add: Callable[[Path, str], object]) -> None:
-        """Adds it.  One by a bare name that does not fit, such as one for another family, is set aside with a warning, as A1111
-        does; of one by embedding:NAME it raises CheckpointError."""
-        try:
-            add(self.path, self.name)
-        except CheckpointError as error:
-            if not self.bare:
-                raise
-            warnings.warn(f"{error}; {self.name!r} is read as plain words", stacklevel=2)
-
-
-def named_in(pieces: Iterable[Piece], reading: str) -> list[Named]:
-    """Embeddings of the library that prompts name: those after embedding:, and bare names of files in folders called embeddings,
-    as A1111 has it.  Raises CheckpointError, UsageError."""
-    texts = [piece.text for piece in pieces if piece != BREAK]
-    found: dict[str, Named] = {}
-    for mark in (mark for text in texts for mark in MARK.findall(text) if reading != "plain"):
-        name = re.sub(r"\.(safetensors|pt|bin)$", "", mark.rstrip(","))
-        if not name.startswith(("/", ".")) and ".." not in name.split("/"):
-            found[name] = Named(name, resolve(name, "embedding"), bare=False)
-    if reading in ("plain", "comfy"):
-        return list(found.values())
-    files = lying_there("".join(texts))
-    names = Added({name: range(FIRST_ID + i, FIRST_ID + i + 1) for i, name in enumerate({**files, **found})})
-    bare = [name for name in called((Piece(text) for text in texts), names, reading) if name not in found]
-    kinds = {file.path: facts.kind for file, _, facts in identified(files[name] for name in bare)}
-    return [
-        *found.values(),
-        *(Named(name, files[name].path, bare=True) for name in bare if kinds.get(files[name].path) == "embedding"),
-    ]
-
-
-def lying_there(text: str) -> dict[str, File]:
-    """Files in folders called embeddings whose names, but for blanks, are somewhere in a text."""
-    whole = "".join(text.casefold().split())
-    files: dict[str, File] = {}
-    for file in model_files():
-        if "".join(file.short.casefold().split()) in whole and "embeddings" in (part.casefold() for part in file.path.parts):
-            files.setdefault(file.short, file)
-    return files
-
-
-def found_again(said: Mapping[str, Any]) -> tuple[str, Path]:
-    """An embedding of a recipe: by its path, else by its name; warns where it is another.  Raises UsageError, CheckpointError."""
-    name, path = said.get("name"), said.get("path")
-    if not isinstance(name, str) or not isinstance(path, str):
-        raise UsageError(f"embeddings: expected name and path of each, found {shown(str(said), 80)}")
-    file = Path(path) if os.path.exists(path) else resolve(name, "embedding")
-    if said.get("sha256") not in (None, file_sha256(file)):
-        warnings.warn(f"{file} is not the embedding that this picture was made with ({shown(name, 60)})", stacklevel=2)
-    return name, file

@@ -68,15 +68,16 @@ def tokens_parser() -> Parser:
 
 
 def tokens(args: argparse.Namespace) -> int:
-    from ..addons.embeddings import all_pieces, named_in, read_embeddings, with_embedding
+    from ..addons.embeddings import read_embeddings, with_embedding
     from ..files.checkpoint import open_checkpoint
     from ..files.recognition import recognise
+    from ..library.embeddings import named_in
     from ..library.names import resolve
     from ..library.places import tiny_checkpoint
     from ..models.shapes import below
     from ..options import checked
     from ..plan import check_text, reading_of
-    from ..text.grammar import parse
+    from ..text.grammar import all_pieces, parse
     from ..text.listing import as_text, listed
 
     reading = reading_of(args.emphasis, args.plain_prompt)

@@ -85,7 +85,7 @@ def again(args: argparse.Namespace) -> int:
 
 
 def add_embeddings(pipes: Sequence[Pipeline], recipe: Mapping[str, Any]) -> None:
-    from ..addons.embeddings import found_again
+    from ..library.embeddings import found_again
 
     for name, path in map(found_again, recipe.get("embeddings") or ()):
         for pipe in pipes:
@@ -101,6 +101,8 @@ def again_like(found: Found, args: argparse.Namespace) -> int:
         print(f"minisd:   {thing} -> {' '.join(words)}", file=sys.stderr)
     for thing in found.lacking:
         print(f"minisd:   not understood: {thing}", file=sys.stderr)
+    for name in lost_words(found):
+        print(f"minisd:   embedding {name!r}: not in the library, so its name is read as plain words", file=sys.stderr)
     print("minisd:   expect the same picture up to rounding at best: other kernels, other last digits", file=sys.stderr)
     given = [("-m", args.model), ("--device", args.device), ("--dtype", args.dtype), ("--init", args.init_image)]
     given += [("--vae", vae) for vae in args.vae or ()] + [("--mask", args.mask), ("--refiner", args.refiner)]
@@ -115,6 +117,14 @@ def again_like(found: Found, args: argparse.Namespace) -> int:
     more += [] if args.model else ["-m", str(model)]
     flags = [flag for flag in ("offload", "json", "debug") if getattr(args, flag)]
     return draw(parse([*found.words(*more), "-o", str(output), *(f"--{flag}" for flag in flags)]))
+
+
+def lost_words(found: Found) -> list[str]:
+    """The embeddings that a picture's prompts named and that are in no folder called embeddings."""
+    from ..library.embeddings import lying_there
+
+    there = {name.casefold() for name in lying_there(" ".join(found.embeddings))}
+    return [name for name in found.embeddings if name.casefold() not in there]
 
 
 def model_of(found: Found) -> Path:

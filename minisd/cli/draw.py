@@ -137,10 +137,11 @@ def draw(args: argparse.Namespace) -> int:
 
 def teach(pipes: Sequence[Pipeline], request: Request) -> None:
     """Has them know the embeddings of the library that the texts of a request name.  Raises CheckpointError, UsageError."""
-    from ..addons.embeddings import all_pieces, named_in
     from ..addons.wanted import without_tags
+    from ..library.embeddings import named_in
     from ..options import checked
     from ..plan import as_in, check_text, reading_of
+    from ..text.grammar import all_pieces
 
     settled, _ = without_tags(as_in(request))
     reading, steps = reading_of(settled.emphasis, settled.plain_prompt), checked("steps", settled.steps)

@@ -73,10 +73,9 @@ def draw_cells(cells: Cells, output: Path, args: argparse.Namespace) -> int:
     from ..workbench.comparing import stream
     from .draw import teach
 
-    def loaded(*given: Any, **options: Any) -> Pipeline:
-        pipe = load(*given, device=args.device, dtype=args.dtype, offload=args.offload, **options)
-        for request in cells.requests[:1]:  # all of one prompt
-            teach([pipe], request)
+    def loaded(model: Path) -> Pipeline:
+        pipe = load(model, device=args.device, dtype=args.dtype, offload=args.offload)
+        teach([pipe], max(cells.requests, key=lambda request: request.steps))  # all have one prompt
         return pipe
 
     done = with_bar(stream(cells, loaded), hidden=None)

@@ -16,6 +16,7 @@ class Found:
     like: str | None = None  # whose rules it is drawn by: one of diffusion.worlds.WORLDS
     model: str | None = None  # a name, without a path
     model_hash: str | None = None  # the first digits of the file's sha256
+    embeddings: tuple[str, ...] = ()  # that its prompts named
 
     def words(self, *more: str) -> list[str]:
         """The arguments of `minisd draw`."""

@@ -44,7 +44,8 @@ def of_infotext(text: str) -> Found:
     program, like = next((each for mark, each in WRITERS.items() if re.match(mark, version)), OTHER)
     said, lacking = options_of(fields)
     model = fields.get("Model") or None
-    return Found(program, prompt, negative, tuple(said), tuple(lacking), like, model, fields.get("Model hash"))
+    words = tuple(re.findall(r"([^,]+): *[0-9a-f]+(?:, *|$)", fields.get("TI hashes", "")))
+    return Found(program, prompt, negative, tuple(said), tuple(lacking), like, model, fields.get("Model hash"), words)
 
 
 def parsed(text: str) -> tuple[str, str, dict[str, str]]:

@@ -58,6 +58,12 @@ def parse(text: str, steps: int, emphasis: str = "original", joins: bool = True)
     return Prompt(tuple(Part(weight, part, entries(part, steps, emphasis)) for part, weight in parts))
 
 
+def all_pieces(text: str, joins: bool, steps: int, reading: str) -> list[Piece]:
+    """Those of a prompt at any time; steps: of samplers that ask the network twice in each.  Raises ValueError."""
+    parts = parse(text, 2 * steps, reading, joins).parts
+    return list(dict.fromkeys(piece for part in parts for entry in part.entries for piece in entry.pieces))
+
+
 def entries(text: str, steps: int, emphasis: str) -> tuple[Entry, ...]:
     found = schedule(text, steps)
     read = {said: (Piece(said),) if emphasis == "none" else attention.weighted(said) for _, said in found}

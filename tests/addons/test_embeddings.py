@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 
 import pytest
@@ -9,14 +11,16 @@ import torch
 from families import SMALL
 from helpers import assert_close
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 import minisd
-from minisd.addons.embeddings import named_in, read_embeddings
+from minisd.addons.embeddings import read_embeddings
 from minisd.cli import main
 from minisd.errors import CheckpointError, UsageError
+from minisd.library.embeddings import named_in
 from minisd.text.added import FIRST_ID, NONE
-from minisd.text.attention import weighted
+from minisd.text.attention import Piece, weighted
 from minisd.text.chunks import chunked
 from minisd.text.tokenizer import END_ID, START_ID, encode
 
@@ -75,6 +79,50 @@ def test_a_single_row_sdxl_and_bundles(tmp_path):
     }
     one, two = read_embeddings(saved(tmp_path / "x.safetensors", bundle))
     assert (one.name, two.name, list(two.rows)) == ("one", "two", ["clip_l"])
+
+
+def test_several_words_of_one_file(tmp_path):
+    words = saved(tmp_path / "x.bin", {"<a>": torch.ones(768), "<b>": torch.zeros(2, 768)})
+    assert [(each.name, tuple(each.rows[""].shape)) for each in read_embeddings(words)] == [("<a>", (1, 768)), ("<b>", (2, 768))]
+    assert [each.name for each in read_embeddings(words, "<b>")] == ["<b>"]
+    with pytest.raises(CheckpointError, match=r"holds no word 'x' \(it holds <a>, <b>\)"):
+        read_embeddings(words, "x")
+    bundle = saved(
+        tmp_path / "x.safetensors", {"bundle_emb.one.emb_params": ROWS, "lora_unet_x.lora_up.weight": torch.ones(1, 1)}
+    )
+    assert [each.name for each in read_embeddings(bundle, "mine")] == ["mine"]
+
+
+def picture(path, chunk: bytes | None):
+    """As A1111 writes it: its .pt as JSON, tensors as {"TORCHTENSOR": numbers}, in base64."""
+    info = PngInfo()
+    if chunk is not None:
+        info.add_text("sd-ti-embedding", chunk)
+    Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+    return path
+
+
+def test_pictures(tmp_path):
+    content = {"string_to_token": {"*": 265}, "string_to_param": {"*": {"TORCHTENSOR": ROWS.tolist()}}, "name": "clay", "step": 5}
+    path = picture(tmp_path / "x.png", base64.b64encode(json.dumps(content).encode()))
+    (found,) = read_embeddings(path)
+    assert (found.name, read_embeddings(path, "mine")[0].name) == ("clay", "mine")
+    assert torch.equal(found.rows[""], ROWS)
+    assert found.file.sha256() == hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(CheckpointError, match="a PNG picture without an embedding in a chunk sd-ti-embedding"):
+        read_embeddings(picture(tmp_path / "y.png", None))
+    content["string_to_param"]["*"]["TORCHTENSOR"][0][0] = float("nan")
+    no_rows = {"string_to_param": {}}
+    for broken, why in (
+        (content, "holds NaN"),
+        ({"name": "x"}, "string_to_param"),
+        ([], "not put together"),
+        (no_rows, "not put"),
+    ):
+        with pytest.raises(CheckpointError, match=why):
+            read_embeddings(picture(tmp_path / "z.png", base64.b64encode(json.dumps(broken).encode())))
+    with pytest.raises(CheckpointError, match="not put together"):
+        read_embeddings(picture(tmp_path / "z.png", b"no base64 of JSON"))
 
 
 @pytest.mark.parametrize(
@@ -232,4 +280,4 @@ def test_from_the_library_by_name_and_again(reduced_file, tmp_path, monkeypatch,
     assert "clay-tox: does not exist" in capsys.readouterr().err
     assert main(["a embedding:clay-toy star", "--plain-prompt", *words, "-o", "plain.png"]) == 0
     assert Image.open("plain.png").tobytes() != pictures[0].tobytes()
-    assert named_in(["a star"]) == []
+    assert named_in([Piece("a star")], "original") == []

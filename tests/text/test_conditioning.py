@@ -12,11 +12,12 @@ import pytest
 import torch
 from families import SMALL, text_model, tokenizers
 from helpers import relative_error
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import minisd
 from minisd.text.grammar import parse
 from minisd.text.prompts import Reader, line
+from minisd.text.tokenizer import encode
 
 LIMIT = 1e-5
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -201,3 +202,38 @@ def test_what_no_one_conditioning_says(text, told, made):
         made["sd1"][0].encode_prompt(text)
     with pytest.raises(minisd.UsageError, match="prompts: expected weights that are finite, found inf"):
         made["sd1"][0].encode_prompt("(a:inf)", emphasis="comfy")
+
+
+@pytest.mark.parametrize("mode", ["original", "comfy"])
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_added_words_equal_new_rows_of_transformers(name, mode, made, tmp_path):
+    """Three rows, others for each encoder, in the place of three tokens of transformers' tables; weights; a chunk's border."""
+    pipe, direct = made[name]
+    stand_in = "castle forest river"
+    ids = encode(stand_in)
+    assert len(ids) == 3
+    tables = [model.get_input_embeddings().weight for model in direct.models]
+    rows = [torch.randn(3, table.shape[1], generator=torch.Generator().manual_seed(i)) for i, table in enumerate(tables)]
+    before, conditioner = [table[ids].clone() for table in tables], pipe.conditioner
+    file = tmp_path / "clay.safetensors"
+    save_file({"emb_params": rows[0]} if len(rows) == 1 else {"clip_l": rows[0], "clip_g": rows[1]}, file)
+    try:
+        pipe.add_embedding(file)
+        for table, own in zip(tables, rows, strict=True):
+            table[ids] = own
+        for text, chunks in {
+            "a embedding:clay star": [[("a", 1), (stand_in, 1), ("star", 1)]],
+            "a (embedding:clay:1.3) star": [[("a", 1), (stand_in, 1.3), ("star", 1)]],
+            "dog " * 72 + "embedding:clay": [[("dog " * 72 + stand_in, 1)]],
+            "dog " * 73 + "embedding:clay": [[("dog " * 73, 1)], [(stand_in, 1)]],
+        }.items():
+            found = pipe.encode_prompt(text, emphasis=mode)
+            context, pooled = direct.encode(chunks, mode)
+            assert found.context.shape[1] == 77 * len(chunks)
+            assert relative_error(found.context[0], context) <= LIMIT, text
+            assert pooled is None or relative_error(found.pooled[0], pooled) <= LIMIT
+    finally:
+        pipe.conditioner = conditioner
+        for table, own in zip(tables, before, strict=True):
+            table[ids] = own

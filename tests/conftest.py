@@ -54,6 +54,22 @@ NOT_QUICK = (
     "test_over_many",
     "test_again",
     "test_every_module",
+    "both_ways",
+    "test_a_touched_network",
+    "test_same_seed",
+    "test_is_the_rule_of_its_source",
+    "test_draws_a_picture",
+    "test_picture_i",
+    "test_models_and_diffusion_can_be_copied_out",
+    "test_every_step_equals",
+    "test_equals_diffusers",
+    "test_a_process_says_the_same",
+    "test_comfyuis_latents",
+    "test_residuals",
+    "test_unet_with_features",
+    "test_weighted_and_long",
+    "test_edited_steps",
+    "test_by_hand",
 )
 
 

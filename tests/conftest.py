@@ -39,11 +39,9 @@ QUICK = (
     "diffusion",
     "text",
     "pictures",
-    "test_cli",
     "test_request",
     "test_pipeline",
     "test_layout",
-    "test_ways",
 )
 NOT_QUICK = (
     "triton",

@@ -92,7 +92,8 @@ def of_diffusers(report: Report, model: StableDiffusion, path: Path, ours: dict[
     unet: Any = peers.unet(MODELS["sd15"], model.unet)
     pipe: Any = StableDiffusionPipeline(
         vae=None, text_encoder=text.to(report.clock.device, report.clock.dtype), tokenizer=None, unet=unet,
-        scheduler=EulerDiscreteScheduler(steps_offset=1), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        scheduler=EulerDiscreteScheduler(steps_offset=1), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
     )  # fmt: skip
 
     def put_on() -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, shown, taken_apart
-from ..files.checkpoint import Checkpoint, open_checkpoint
+from ..files.checkpoint import Checkpoint, data_sha256, open_checkpoint
 from ..files.recognition import listing, looks_like
 from ..files.tensors import STORED, TORCH, finite, read_stored
 from ..files.writers_table import CONV_IN
@@ -109,6 +109,12 @@ class Addon:
                 if not finite(found[key]):
                     raise CheckpointError(self.file.path, "holds NaN or infinity", "the file is broken; get another copy", key)
         return found
+
+    @cached_property
+    def autov3(self) -> str | None:
+        """The hash that A1111 knows it by, of its tensors alone; None for other files, and for one that is gone."""
+        found = data_sha256(self.file.path) if self.file.is_still_there() else None
+        return found and found[:12]
 
     def scale(self, change: Change) -> float:
         """alpha / r of a product."""

@@ -84,25 +84,23 @@ class Stack:
             return
         if self.holders:
             raise UsageError("loras: a picture is being drawn with others; finish or close that stream first, or load twice")
-        self.set(wanted.loras, wanted.rule, wanted.partial)
+        self.set(self.check(wanted), wanted.rule)
         self.on = wanted
 
-    def check(self, wanted: Wanted) -> None:
-        """Raises what putting it on would raise, and touches nothing."""
+    def check(self, wanted: Wanted) -> list[Active]:
+        """What putting it on would make active; raises what that would raise, and touches nothing."""
         if wanted.rule not in RULES:
             raise UsageError(f"lora_rule: expected {' or '.join(RULES)}, found {wanted.rule!r}")
-        for lora in wanted.loras:
-            self.ready(lora, wanted.partial)
+        keys = [*self.model.state_dict()]
+        return [ready(self.open(lora.source), lora, self.family, keys, wanted.partial) for lora in wanted.loras]
 
     @torch.no_grad()
-    def set(self, loras: Sequence[Lora], rule: str = "paper", partial: bool = False) -> None:
+    def set(self, active: Sequence[Active], rule: str) -> None:
         """These and no others.
 
         rule: "paper", or "comfyui" to meet a picture of it: see lora_formulas.delta; there each add-on also changes what those
-        before it left.  partial: take what fits of a file, where else it is refused.
+        before it left.
         """
-        self.check(Wanted(tuple(loras), rule, partial))
-        active = [self.ready(lora, partial) for lora in loras]
         weights = dict(self.model.state_dict())
         before = {change.target.key for each in self.active for change in each.addon.changes}
         by_key: dict[str, list[tuple[Active, Change]]] = {key: [] for key in before}
@@ -120,15 +118,7 @@ class Stack:
 
     def facts(self) -> list[dict[str, Any]]:
         """What a recipe says of what is on."""
-        return [facts(each.lora, each.addon.file, len(each.addon.misfits)) for each in self.active]
-
-    def ready(self, lora: Lora, partial: bool) -> Active:
-        """An add-on whose numbers are read and sound."""
-        addon = self.open(lora.source)
-        if not (partial and addon.changes):
-            check_fits(addon, self.family)
-        addon.factors  # noqa: B018  reads them, once
-        return Active(addon, lora, ratios(lora.blocks, self.model.state_dict()))
+        return [facts(each.lora, each.addon) for each in self.active]
 
     def write(self, weight: Tensor, base: Tensor, changes: Sequence[tuple[Active, Change]]) -> None:
         """The file's weight with the changes of all add-ons, in place; in float32 until the end."""
@@ -157,5 +147,12 @@ def layer(result: Tensor, base: Tensor, changes: Sequence[tuple[Active, Change]]
             part.add_(active.addon.change_of(change, before, strength, rule))
 
 
-def ratios(blocks: str | Mapping[str, float] | None, keys: Iterable[str]) -> Mapping[str, float]:
-    return block_ratios(blocks, keys) if isinstance(blocks, str) else blocks or {}
+def ready(addon: Addon, lora: Lora, family: Family, keys: Iterable[str], partial: bool) -> Active:
+    """An add-on whose numbers are read and sound; keys: of the checkpoint, whose blocks have names.
+
+    partial: take what fits of a file, where else it is refused.  Raises CheckpointError, UsageError.
+    """
+    if not (partial and addon.changes):
+        check_fits(addon, family)
+    addon.factors  # noqa: B018  reads them, once
+    return Active(addon, lora, block_ratios(lora.blocks, keys) if isinstance(lora.blocks, str) else lora.blocks or {})

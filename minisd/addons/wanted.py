@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError, shown
-from ..files.checkpoint import data_sha256
 from ..library.names import resolve
 
 if TYPE_CHECKING:
-    from ..files.checkpoint import Checkpoint
     from ..request import Request
+    from .lora_file import Addon
 
 MOST = 100.0  # a strength: beyond it is a slip of the hand
 TAG = re.compile(r"<(?:lora|lyco):([^<>:]+)((?::[^<>:]*)*)>")
@@ -86,12 +85,13 @@ def wanted(request: Request, kept: Wanted) -> tuple[Request, Wanted]:
     """
     request, named = without_tags(request)
     rule = request.lora_rule or ("comfyui" if request.like == "comfyui" else kept.rule)
-    if request.loras is None and not named:
-        return request, replace(kept, rule=rule) if kept.loras else kept
-    listed = as_loras(request.loras) if request.loras is not None else kept.loras
+    partial = request.lora_partial or (request.loras is None and kept.partial)
+    loras = (*(kept.loras if request.loras is None else as_loras(request.loras)), *as_loras(named))
     if request.lora_blocks is not None:
-        listed = tuple(replace(lora, blocks=lora.blocks or request.lora_blocks) for lora in listed)
-    return request, Wanted((*listed, *as_loras(named)), rule, request.lora_partial)
+        if not loras:
+            raise UsageError("lora_blocks: expected LoRAs whose blocks they are, found none")
+        loras = tuple(replace(lora, blocks=lora.blocks or request.lora_blocks) for lora in loras)
+    return request, Wanted(loras, rule, partial) if loras else NOTHING
 
 
 def without_tags(request: Request) -> tuple[Request, list[Lora]]:
@@ -109,7 +109,7 @@ def without_tags(request: Request) -> tuple[Request, list[Lora]]:
 
 
 def of_tag(name: str, rest: str) -> Lora:
-    """<lora:name:text encoders:UNet>; one number is for both, and they may have names (te=, unet=)."""
+    """<lora:name:text encoders:UNet>; the second is by default the first, that is 1, and they may have names (te=, unet=)."""
     numbers: dict[str, float] = {}
     for i, item in enumerate(filter(None, rest.split(":"))):
         key, mark, value = item.partition("=")
@@ -119,13 +119,12 @@ def of_tag(name: str, rest: str) -> Lora:
             tag = shown(f"<lora:{name}{rest}>", 80)
             raise UsageError(f"prompt: expected <lora:NAME:STRENGTH> or <lora:NAME:TEXT:UNET>, found {tag}") from None
     text = numbers.get("te", 1.0)
-    return Lora(name.strip(), numbers.get("unet", text), text if "te" in numbers else None)
+    return Lora(name.strip(), numbers.get("unet", text), text)
 
 
-def facts(lora: Lora, file: Checkpoint, idle: int) -> dict[str, Any]:
-    """What a recipe says of a LoRA that was on; idle: how many of its keys were left out."""
+def facts(lora: Lora, addon: Addon) -> dict[str, Any]:
+    """What a recipe says of a LoRA that was on; left_out: how many of its keys were."""
     blocks = dict(lora.blocks) if isinstance(lora.blocks, Mapping) else lora.blocks
     said = {"source": os.path.abspath(lora.source), "strength": lora.strength, "text_strength": lora.text_strength}
-    autov3 = data_sha256(file.path) if file.is_still_there() else None
-    said |= {"blocks": blocks, "sha256": file.sha256(), "autov3": autov3 and autov3[:12]}
-    return said | ({"left_out": idle} if idle else {})
+    said |= {"blocks": blocks, "sha256": addon.file.sha256(), "autov3": addon.autov3}
+    return said | ({"left_out": len(addon.misfits)} if addon.misfits else {})

@@ -46,10 +46,10 @@ def pipe(loaded):
     ("text", "words", "loras"),
     [
         ("a star <lora:clay:0.8>", "a star", [Lora("clay", 0.8, 0.8)]),
-        ("a <lora:clay> star", "a star", [Lora("clay", 1.0)]),
+        ("a <lora:clay> star", "a star", [Lora("clay", 1.0, 1.0)]),
         ("<lora:sub/clay v1.2:0.5:1>, a star<lyco:b:-1>", ", a star", [Lora("sub/clay v1.2", 1.0, 0.5), Lora("b", -1.0, -1.0)]),
         ("a star <lora:clay:unet=0.3:te=0.6>", "a star", [Lora("clay", 0.3, 0.6)]),
-        ("a star <lora:clay:unet=0.3>", "a star", [Lora("clay", 0.3)]),
+        ("a star <lora:clay:unet=0.3>", "a star", [Lora("clay", 0.3, 1.0)]),
         ("a < b > c", "a < b > c", []),
     ],
 )
@@ -128,6 +128,19 @@ def test_pictures_in_the_making_keep_theirs(pipe, lora):
     second = pipe.stream("a star", loras=[lora], **FEW)
     assert torch.equal(finish(second).latents, finish(first).latents)
     pipe.set_loras([])
+
+
+def test_blocks_are_for_all_of_them_wherever_they_are_named(pipe, lora):
+    """Also for those of set_loras and of the prompt; without any they are an error, and not forgotten."""
+    plain = pipe("a star", **FEW)
+    listed = pipe("a star", loras=[lora], lora_blocks="middle=0", **FEW)
+    assert not torch.equal(listed.latents, plain.latents)
+    assert not torch.equal(listed.latents, pipe("a star", loras=[lora], **FEW).latents)
+    assert torch.equal(pipe("a star <lora:clay style:1>", lora_blocks="middle=0", **FEW).latents, listed.latents)
+    pipe.set_loras([lora])
+    assert torch.equal(pipe("a star", lora_blocks="middle=0", **FEW).latents, listed.latents)
+    with pytest.raises(UsageError, match="lora_blocks: expected LoRAs"):
+        pipe("a star", loras=[], lora_blocks="middle=0", **FEW)
 
 
 def test_wrong_ones_are_told_at_the_call(pipe, lora):

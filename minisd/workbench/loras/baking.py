@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...addons.lora_file import Change, check_fits, open_addon
-from ...addons.stack import Active, layer, ratios
+from ...addons.lora_file import Change, open_addon
+from ...addons.stack import Active, layer, ready
 from ...addons.wanted import Lora, facts
 from ...errors import UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
@@ -48,7 +48,7 @@ def bake(
     planned = {key: (stored_name(key, entry.dtype, entry.shape, dtype), entry.shape) for key, entry in kept.items()}
 
     planned, reading = with_markers(planned, reader(checkpoint, actives, planned, rule), found.training, checkpoint)
-    said = [facts(each.lora, each.addon.file, len(each.addon.misfits)) for each in actives]
+    said = [facts(each.lora, each.addon) for each in actives]
     metadata = described(checkpoint, found) | {
         "modelspec.title": Path(target).stem,
         LORAS: json.dumps({"loras": said, "rule": rule}),
@@ -58,14 +58,8 @@ def bake(
 
 def opened(checkpoint: Checkpoint, family: Family, loras: Sequence[Lora], partial: bool) -> list[Active]:
     """The add-ons, their numbers read and sound: nothing is written before that."""
-    actives = []
-    for lora in loras:
-        addon = open_addon(lora.source, checkpoint.shapes, family)
-        if not (partial and addon.changes):
-            check_fits(addon, family)
-        addon.factors  # noqa: B018  reads them
-        actives.append(Active(addon, lora, ratios(lora.blocks, checkpoint.entries)))
-    return actives
+    addons = [(open_addon(lora.source, checkpoint.shapes, family), lora) for lora in loras]
+    return [ready(addon, lora, family, checkpoint.entries, partial) for addon, lora in addons]
 
 
 def reader(checkpoint: Checkpoint, actives: Sequence[Active], planned: Planned, rule: str) -> Read:

@@ -19,7 +19,7 @@ from minisd.text.tokenizer import tokenize
 
 
 @torch.no_grad()
-def draw(prompt: str, path: Path | None = None, steps: int = 20, guidance: float = 7.5, seed: int = 0) -> Image.Image:
+def draw(prompt: str, path: Path | None = None, steps: int = 20, guidance: float | None = None, seed: int = 0) -> Image.Image:
     """A picture by a checkpoint of SD 1.x or 2.x that predicts the noise, float32 on the CPU."""
     model, found = load_model(open_checkpoint(path or tiny_checkpoint()), torch.device("cpu"), torch.float32)
     (encoder,), schedule, width = model.text_encoders, scaled_linear(), found.size[0] // model.vae.downscale
@@ -35,7 +35,7 @@ def draw(prompt: str, path: Path | None = None, steps: int = 20, guidance: float
         scaled = (x / (sigma**2 + 1).sqrt()).float().expand(2, -1, -1, -1)  # of unit variance, as in training
         t = schedule.timestep(sigma).float().expand(2)
         without, with_prompt = model.unet(scaled, t, context).chunk(2)  # two predictions of the noise
-        eps = without + guidance * (with_prompt - without)  # classifier-free guidance
+        eps = without + (guidance or found.guidance) * (with_prompt - without)  # classifier-free guidance
         x = (x + (following - sigma) * eps).float()  # Euler's step on dx / dsigma = eps
 
     pixels = model.vae.decode(x / found.latent_scale)[0]  # (3, H, W), about [-1, 1]

@@ -171,8 +171,8 @@ OPTIONS = {
             infotext="Sampler", axis="Sampler", stands_as=TEXT,
         ),
         Option(
-            "guidance_scale", number(0, 100), 7.5, "guidance scale; 1 turns guidance off", "--cfg", "W",
-            by_picture=True, infotext="CFG scale", axis="CFG Scale",
+            "guidance_scale", number(0, 100), None, "guidance scale; 1 turns it off (default: the checkpoint's own, else 7.5)",
+            "--cfg", "W", by_picture=True, infotext="CFG scale", axis="CFG Scale",
         ),
         Option(
             "seed", whole(0, MAX_SEED, at_least=-1), None,

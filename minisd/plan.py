@@ -119,6 +119,8 @@ def planned(request: Request, model: Capabilities) -> Plan:
     options = sampler_options(request, sampler)
     if request.sde_noise is None:
         request = replace(request, sde_noise=sde_noise_of(request.like, request.sampler))
+    if request.guidance_scale is None:
+        request = replace(request, guidance_scale=model.recognition.guidance)
     check_for_model(request, model)
     check_seconds(request, model, reading)
     check_noise(request)

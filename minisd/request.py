@@ -56,7 +56,8 @@ class Request:
     negative_prompt, guidance_scale, seed: one for all pictures, or a list with one for each prompt or picture.
     width, height: pixels, multiples of 8; by default those of the init image, scaled down where it has more than four times the
         pixels that the checkpoint was trained at; without one, those.
-    steps: 1 … 999.  guidance_scale: 1 takes the prompt as trained and half the time, more follows it harder.
+    steps: 1 … 999.  guidance_scale: 1 takes the prompt as trained and half the time, more follows it harder; by default what the
+        checkpoint's metadata name, else 7.5.
     sampler: one of diffusion.samplers.SAMPLERS, or what A1111, ComfyUI, diffusers, OctoAI or stable-diffusion.cpp call it; or a
         function (denoise, x, sigmas, noise) that yields (latents, estimate).
     seed: picture i uses seed + i and equals the single run with that seed; None or -1 draws one.
@@ -106,7 +107,7 @@ class Request:
     width: int | None = None
     height: int | None = None
     steps: int = 20
-    guidance_scale: float | Sequence[float] = 7.5
+    guidance_scale: float | Sequence[float] | None = None
     sampler: str | Sampler | Callable[..., Any] = "euler"
     seed: int | Sequence[int] | None = None
     num_images: int = 1

@@ -23,6 +23,9 @@ from .writers_table import CONV_IN, NO_VAE
 DISTILLED = {34: "SSD-1B", 15: "Segmind Vega", 21: "KOALA 700M", 30: "KOALA 1B"}
 
 
+OWN_GUIDANCE = "minisd.guidance_scale"
+
+
 # Files that are something else: (a pattern that one of their keys matches, what it is, what to do).  The first match counts.
 NOT_A_UNET = "minisd draws with models of the Stable Diffusion UNet family"
 
@@ -121,7 +124,8 @@ def recognise(checkpoint: Checkpoint, vae_given: bool = False) -> Recognition:
         reasons.append(f"distilled like {name}: {transformer_blocks(shapes)} transformer blocks, SDXL has 70")
     training, why = trained(checkpoint, family, TASKS[channels])
     size = native_size(family, training, checkpoint.metadata, checkpoint.path)
-    return Recognition(family, TASKS[channels], training, size, (*reasons, why))
+    guidance = native_guidance(checkpoint.metadata, checkpoint.path)
+    return Recognition(family, TASKS[channels], training, size, (*reasons, why), guidance)
 
 
 def ranking(shapes: Shapes) -> list[Family]:
@@ -158,6 +162,21 @@ def native_size(family: Family, training: Training, metadata: Mapping[str, str],
         found = f"{shown(path.name, 100)}: its metadata say modelspec.resolution = {shown(stated, 40)}"
         warnings.warn(f"{found}, which {why}: taking {size[0]}x{size[1]} instead", stacklevel=4)
     return size
+
+
+def native_guidance(metadata: Mapping[str, str], path: Path) -> float:
+    """The guidance scale where nobody says: what the file's metadata name, else 7.5 as the original scripts have it.
+
+    ModelSpec has no key for it, so this one is ours.
+    """
+    stated = metadata.get(OWN_GUIDANCE)
+    if stated is None:
+        return 7.5
+    if re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,3})?", stated):
+        return float(stated)
+    found = f"{shown(path.name, 100)}: its metadata say {OWN_GUIDANCE} = {shown(stated, 40)}"
+    warnings.warn(f"{found}, which is no number from 0 to 99: taking 7.5 instead", stacklevel=4)
+    return 7.5
 
 
 def listing(keys: object) -> str:

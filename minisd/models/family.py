@@ -98,6 +98,7 @@ class Recognition:
     training: Training
     size: tuple[int, int]  # width and height to draw at where nobody says
     reasons: tuple[str, ...]
+    guidance: float = 7.5  # its scale where nobody says
 
     @property
     def latent_scale(self) -> float:

@@ -25,8 +25,8 @@ def inspect(
 ) -> dict[str, Any]:
     """Facts about a .safetensors or .ckpt file, ready for JSON.
 
-    family: minisd's name for it, or None; looks_like: what it is in words; why: the reasons; task, prediction, native_size;
-    parts: parameters, bytes and dtypes of each; unused: the tensors that nothing needs, and what they are;
+    family: minisd's name for it, or None; looks_like: what it is in words; why: the reasons; task, prediction, native_size,
+    guidance_scale; parts: parameters, bytes and dtypes of each; unused: the tensors that nothing needs, and what they are;
     renamed: by the usual name of a tensor the one in the file; written_by: which programs do either, and the tensors by the
     names in the file (docs/writers.md); of a checkpoint also extra: names that no network has, and left_out: what is missing for
     drawing, and what to do.
@@ -42,7 +42,12 @@ def inspect(
     try:
         found = recognise(checkpoint)
         facts |= {"family": found.family.name, "looks_like": found.family.title, "why": list(found.reasons)}
-        facts |= {"task": found.task, "prediction": found.training.prediction, "native_size": found.size}
+        facts |= {
+            "task": found.task,
+            "prediction": found.training.prediction,
+            "native_size": found.size,
+            "guidance_scale": found.guidance,
+        }
         facts["extra"] = [key for key in checkpoint.entries if not is_unneeded(key) and not is_asked_for(key)]
         facts["left_out"] = {key: row.what for key, row in left_out(checkpoint.entries, found.family).items()}
     except CheckpointError as error:
@@ -120,6 +125,7 @@ def as_text(facts: dict[str, Any]) -> str:
     what = f"  {facts['looks_like']} ({facts['family'] or facts['hint']})"
     if facts["family"]:
         what += f", task {facts['task']}, predicts {facts['prediction']}, {'x'.join(map(str, facts['native_size']))}"
+        what += f", guidance {facts['guidance_scale']:g}"
     lines = [shown(facts["path"], 500), what]
     lines.append(f"  {facts['bytes'] / 1e6:,.1f} MB, {facts['tensors']:,} tensors, {facts['parameters']:,} parameters")
     for name, part in facts["parts"].items():

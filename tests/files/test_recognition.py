@@ -93,6 +93,17 @@ def test_a_size_that_is_not_in_whole_eights_becomes_the_nearest_that_is(stated, 
     assert len(told) == 1
 
 
+def test_a_file_may_have_its_own_guidance_scale(tmp_path):
+    assert recognised(tmp_path, manifest("sd15")).guidance == 7.5
+    assert recognised(tmp_path, manifest("sd15"), **{"minisd.guidance_scale": "3.5"}).guidance == 3.5
+
+
+@pytest.mark.parametrize("stated", ["", "-1", "1e9", "nan", "seven", "100", "٥"])
+def test_a_senseless_guidance_scale_is_ignored_with_a_word(stated, tmp_path):
+    with pytest.warns(UserWarning, match=r"minisd\.guidance_scale = .*, which is no number from 0 to 99: taking 7\.5 instead"):
+        assert recognised(tmp_path, manifest("sd15"), **{"minisd.guidance_scale": stated}).guidance == 7.5
+
+
 DISTILLED = {  # transformer blocks by level on the way down, and block by block on the way up
     "SSD-1B": ((0, 2, 4), [[4, 4, 10], [2, 1, 1]]),
     "Segmind Vega": ((0, 1, 2), [[2, 2, 2], [1, 1, 1]]),

@@ -286,7 +286,7 @@ OPTIONS = {
         Option("plain_prompt", FLAG, None, "prompts are words: no brackets, AND or BREAK", "--plain-prompt", None, FINER),
         Option(
             "loras", LORAS, None, "a LoRA or one of its relatives, with its strength and another for the text; may be repeated",
-            "--lora", "NAME[:S[:T]]", ADDONS,
+            "--lora", "NAME[:S[:T]]", ADDONS, axis="LoRA",
         ),
         Option(
             "lora_blocks", TEXT, None, "what multiplies it in blocks of the UNet: input.0-3=0,middle=0.5 (see merge --blocks)",

@@ -79,6 +79,11 @@ def read_embeddings(path: str | os.PathLike[str], name: str | None = None) -> li
     return [Embedding(name or file.path.stem, {what: rows_of(file, keys) for what, keys in keys_of(file).items()}, file)]
 
 
+def brings_words(path: str | os.PathLike[str]) -> bool:
+    """Whether a LoRA has embeddings with it.  Raises CheckpointError."""
+    return any(BUNDLE.fullmatch(key) for key in open_checkpoint(path).entries)
+
+
 def is_token(key: str, file: Checkpoint) -> bool:
     """Whether this may be a word as diffusers stores it: the token, and its row or rows."""
     shape = file.entries[key].shape

@@ -136,14 +136,21 @@ def draw(args: argparse.Namespace) -> int:
 
 
 def teach(pipes: Sequence[Pipeline], request: Request) -> None:
-    """Has them know the embeddings of the library that the texts of a request name.  Raises CheckpointError, UsageError."""
-    from ..addons.wanted import without_tags
+    """Has them know the embeddings of the library that the texts of a request name, and the first of them those in its LoRAs.
+
+    Raises CheckpointError, UsageError.
+    """
+    from ..addons.embeddings import brings_words
+    from ..addons.wanted import as_loras, without_tags
     from ..library.embeddings import named_in
     from ..options import checked
     from ..plan import as_in, check_text, reading_of
     from ..text.grammar import all_pieces
 
-    settled, _ = without_tags(as_in(request))
+    settled, tags = without_tags(as_in(request))
+    for lora in as_loras([*(settled.loras or ()), *tags]):
+        if brings_words(lora.source):
+            pipes[0].add_embedding(lora.source)
     reading, steps = reading_of(settled.emphasis, settled.plain_prompt), checked("steps", settled.steps)
     pieces = []
     for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2"):

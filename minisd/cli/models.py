@@ -27,17 +27,19 @@ def compare_parser() -> Parser:
     parser = Parser(
         prog="minisd compare",
         description="Draw a prompt in every combination of two things that change: one labelled picture.",
-        epilog="Without --x and --y, checkpoints are columns and seeds rows.  What changes: model, seed, sampler, steps or cfg.",
+        epilog="Without --x and --y, checkpoints are columns, seeds rows.  May change: model, seed, sampler, steps, cfg, lora.",
     )
     parser.add_argument("prompt", metavar="PROMPT")
     parser.add_argument(
         "-m", "--model", metavar="FILE", action="append", help="a checkpoint, or its name; -m A -m B compares two"
     )
     parser.add_argument("--seeds", type=numbers, default=[], metavar="N,N,…", help="(default: one, at random, for all)")
-    parser.add_argument("--x", metavar="WHAT=A,B,…", help="what changes from column to column, such as sampler=ddim,euler")
+    parser.add_argument(
+        "--x", metavar="WHAT=A,B,…", help="what changes from column to column, such as sampler=ddim,euler or lora=clay:0,0.5,1"
+    )
     parser.add_argument("--y", metavar="WHAT=A,B,…", help="what changes from row to row, such as cfg=3,7")
     parser.add_argument("-o", "--output", type=Path, metavar="PNG", help="where to (default: compare.png, or the next free)")
-    add_options(parser, ("negative_prompt", "steps", "guidance_scale", "sampler", "width"), also="of all")
+    add_options(parser, ("negative_prompt", "steps", "guidance_scale", "sampler", "width", "loras"), also="of all")
     add_device(parser)
     return parser
 

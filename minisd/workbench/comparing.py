@@ -7,6 +7,7 @@ time, and all of its cells are drawn before the next.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from ..options import AXES, MAX_IMAGES, TEXT, checked
 from ..pictures.grids import labelled_grid
 from ..pictures.image import save_png
 from ..pipeline import Pipeline, load
-from ..plan import RANDOM_SEEDS, planned
+from ..plan import RANDOM_SEEDS
 from ..recipe import file_facts, repeat
 from ..request import Request, request_of
 from ..result import Result, Step, finish
@@ -35,6 +36,7 @@ MAX_PIXELS = 150_000_000  # of all cells; Pillow refuses to open a picture of mo
 Model = str | os.PathLike[str] | None  # path or name of a checkpoint; None: the tiny one in the box
 
 NAMES = ("model", *AXES)  # of what may be compared
+EXPECTED = {"lora": "names and strengths, such as clay:0.5"}
 LEFT_OPEN = ("width", "height", "spacing")  # options that every checkpoint and sampler settles for itself where nobody does
 FAILED = {NonFiniteError: "NaN", OutOfMemoryError: "out of memory"}  # what stands in the place of a picture
 
@@ -48,9 +50,10 @@ class Axis:
 
     @classmethod
     def parse(cls, text: str) -> Axis:
-        """From "sampler=ddim,euler".  Raises UsageError."""
+        """From "sampler=ddim,euler", or "lora=clay:0,0.5,1" for one LoRA at three strengths.  Raises UsageError."""
         name, mark, values = text.partition("=")
-        return cls.checked(name, [value.strip() for value in values.split(",")] if mark else [])
+        found = [value.strip() for value in values.split(",")] if mark else []
+        return cls.checked(name, with_names(found) if name == "lora" else found)
 
     @classmethod
     def checked(cls, name: object, values: object) -> Axis:
@@ -62,10 +65,21 @@ class Axis:
             converted = tuple(kind.parse(str(value)) for value in values) if isinstance(values, list | tuple) else ()
         except ValueError:
             converted = ()
+        if name == "lora" and converted:  # the text is what a recipe keeps
+            converted = tuple(map(str, values))  # type: ignore[call-overload]
         if not converted or "" in converted:
-            expected = f"{name}=A,B,… with {'names' if kind.parse is str else 'numbers'}"
+            expected = f"{name}=A,B,… with {EXPECTED.get(name, 'names' if kind.parse is str else 'numbers')}"
             raise UsageError(f"axis: expected {expected}, found {shown(f'{name}={values}', 100)!r}")
         return cls(str(name), converted)
+
+
+def with_names(values: Sequence[str]) -> list[str]:
+    """Numbers alone are strengths of the LoRA before them."""
+    found: list[str] = []
+    for value in values:
+        number = re.fullmatch(r"-?[0-9]*\.?[0-9]+", value)
+        found.append(f"{AXES['lora'].kind.parse(found[-1])[0]}:{value}" if number and found else value)
+    return found
 
 
 @dataclass(frozen=True)
@@ -145,7 +159,7 @@ def draw(
     """
     pipe = open_model(model)
     for request in requests.values():  # a wrong one is told before any is drawn
-        planned(request, pipe.capabilities())
+        pipe.stream(request).close()
     found: dict[int, Result | MinisdError] = {}
     for i, request in requests.items():
         try:
@@ -192,15 +206,34 @@ def settle_cells(
     seed = request.seed if request.seed not in (None, -1) else secrets.randbelow(RANDOM_SEEDS)
     seeds = [secrets.randbelow(RANDOM_SEEDS) if each == -1 else each for each in seeds]
     x, y = settle_axes(Axis("model", tuple(models) or (None,)), Axis("seed", tuple(seeds) or (seed,)), x, y)
-    x, y = (replace(axis, values=tuple(map(path_of, axis.values))) if axis.name == "model" else axis for axis in (x, y))
+    x, y = (with_paths(axis) for axis in (x, y))
     if len(x.values) * len(y.values) > MAX_IMAGES:
         raise UsageError(f"compare: expected at most {MAX_IMAGES:,} cells, found {len(x.values) * len(y.values):,}")
     everywhere = {"model": path_of(models[0] if models else None), "seed": seeds[0] if seeds else seed}
     combinations: list[dict[str, Any]] = [everywhere | {x.name: column, y.name: row} for row in y.values for column in x.values]
-    fields = [{AXES[name].name: value for name, value in each.items() if name != "model"} for each in combinations]
-    cells = Cells(x, y, [each["model"] for each in combinations], [replace(request, **each) for each in fields])
+    requests = [cell(request, each) for each in combinations]
+    cells = Cells(x, y, [each["model"] for each in combinations], requests)
     check_models(cells)
     return cells
+
+
+def with_paths(axis: Axis) -> Axis:
+    """With files by their paths.  Raises UsageError, CheckpointError."""
+    if axis.name == "model":
+        return replace(axis, values=tuple(map(path_of, axis.values)))
+    if axis.name == "lora":
+        parsed = [AXES["lora"].kind.parse(value) for value in axis.values]
+        named = [(resolve(name, "lora"), *(f"{number:g}" for number in numbers)) for name, *numbers in parsed]
+        return replace(axis, values=tuple(":".join(map(str, each)) for each in named))
+    return axis
+
+
+def cell(request: Request, values: Mapping[str, Any]) -> Request:
+    """The request of one cell; a LoRA comes to those of all."""
+    changes = {AXES[name].name: value for name, value in values.items() if name not in ("model", "lora")}
+    if "lora" in values:
+        changes["loras"] = [*(request.loras or ()), AXES["lora"].kind.parse(values["lora"])]
+    return replace(request, **changes)
 
 
 def settle_axes(models: Axis, seeds: Axis, x: Axis | None, y: Axis | None) -> tuple[Axis, Axis]:
@@ -244,6 +277,8 @@ def check_size(request: Request) -> None:
 
 def labels(axis: Axis) -> list[str]:
     """What stands at the columns or rows."""
+    if axis.name == "lora":
+        return [shown(re.sub(r"\.\w+(?=(:[^:]*)*$)", "", os.path.basename(value)), 200) for value in axis.values]
     if axis.name != "model":
         return [f"{axis.name} {value:g}" if isinstance(value, float) else f"{axis.name} {value}" for value in axis.values]
     for name in (lambda path: path.stem, lambda path: f"{path.parent.name}/{path.stem}"):
@@ -265,6 +300,9 @@ def recipe_of(cells: Cells, first: Mapping[str, Any]) -> dict[str, Any]:
     }
     models = [file_facts("model", open_checkpoint(path)) for path in dict.fromkeys(cells.models)]
     asked = {name: getattr(cells.requests[0], name) for name in LEFT_OPEN}
+    if "lora" in (cells.x.name, cells.y.name):  # what is the same in all
+        first = dict(first) | {"loras": [*first["loras"]]}
+        del first["loras"][len(cells.requests[0].loras or ()) - 1]
     return dict(first) | {"compare": axes | {"models": models, "asked": asked}}
 
 

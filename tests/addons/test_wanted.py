@@ -8,7 +8,7 @@ import pytest
 import torch
 from loras import whole
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import minisd
 from minisd.addons.wanted import Lora, as_lora, without_tags
@@ -181,6 +181,25 @@ def test_command_line_and_again(reduced_file, lora, capsys):
     save_file(whole(seed=5), lora)
     assert main(["again", "a.png", "-o", "b.png"]) == 0
     assert "is not the LoRA that this picture was made with" in capsys.readouterr().err
+
+
+def test_words_inside_a_lora_are_known_while_it_is_on(reduced_file, lora, capsys):
+    """The bundles of OneTrainer and sd-scripts, without a file of their own."""
+    save_file({**load_file(lora), "bundle_emb.clayish.emb_params": torch.randn(2, 64)}, lora)
+    words = ["-m", str(reduced_file), "--steps", "1", "--size", "64x64", "--seed", "1"]
+    for name, prompt in (
+        ("a", "clayish star <lora:clay style:0>"),
+        ("b", "clayish star"),
+        ("c", "claeish star <lora:clay style:0>"),
+    ):
+        assert main([prompt, *words, "-o", f"{name}.png"]) == 0
+    assert main(["again", "a.png", "-o", "again.png"]) == 0
+    pictures = {name: Image.open(f"{name}.png").tobytes() for name in ("a", "b", "c", "again")}
+    assert pictures["a"] == pictures["again"] != pictures["b"]
+    recipes = {name: json.loads(Image.open(f"{name}.png").info["minisd"]) for name in "abc"}
+    assert [each["name"] for each in recipes["a"]["embeddings"]] == ["clayish"]
+    assert "embeddings" not in recipes["b"]
+    assert "embeddings" not in recipes["c"]
 
 
 def test_other_programs_read_them_in_the_parameters(pipe, lora, tmp_path):

@@ -14,6 +14,7 @@ import torch
 from families import SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loras import whole
 from PIL import Image, ImageFont
 from safetensors.torch import save_file
 
@@ -128,6 +129,8 @@ BAD = {
     "empty value": (["--x", "sampler=ddim,"], 2, "--x, --y: expected sampler=A,B,… with names"),
     "not a number": (["--x", "steps=1,two"], 2, "--x, --y: expected steps=A,B,… with numbers, found \"steps=['1', 'two']\""),
     "escape": (["--x", "\x1b[2J=1"], 2, r"found '\\x1b[2J'"),
+    "no value": (["--x", "lora="], 2, "lora=A,B,… with names and strengths, such as clay:0.5"),
+    "no lora": (["--x", "lora=nowhere:1"], 3, "nowhere: does not exist, and no model has this name"),
     "twice": (["--x", "cfg=1", "--y", "cfg=2"], 2, "axes: expected two different ones, found cfg twice"),
     "three": (["--seeds", "1,2", "--x", "cfg=1", "--y", "steps=1"], 2, "expected one seed beside cfg and steps, found 2"),
     "three models": (["-m", "tiny", "-m", "tiny-lit", "--seeds", "1,2", "--x", "cfg=1"], 2, "a picture has two axes"),
@@ -176,6 +179,32 @@ def test_again_makes_the_same_sheet(capsys):
     assert fields in text
     assert main(["again", "compare.png", "-m", "tiny"]) == 2
     assert "-m: expected none" in capsys.readouterr().err
+
+
+def test_strengths_of_a_lora_are_an_axis(reduced_file, tmp_path, capsys):
+    folder = tmp_path / "models"
+    folder.mkdir()
+    save_file(whole(scale=0.2), folder / "clay.safetensors")
+    save_file(whole(seed=9, scale=0.1), folder / "other.safetensors")
+    x = ["--x", "lora=clay:0,0.5,other:1", "--lora", "other:0.3", "-m", str(reduced_file), "--steps", "1", "--size", "64x64"]
+    assert main(["compare", PROMPT, *x, "--seeds", "1,2", "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    strengths = [[(Path(each["source"]).stem, each["strength"]) for each in cell["loras"]] for cell in done["cells"]]
+    row = [[("other", 0.3), each] for each in (("clay", 0), ("clay", 0.5), ("other", 1))]
+    assert strengths == row * 2
+    assert main(["again", "compare.png"]) == 0
+    assert Path("compare.png").read_bytes() == Path("compare-again.png").read_bytes()
+    with Image.open("compare.png") as sheet:
+        assert "X Type: LoRA" in sheet.info["parameters"]
+
+
+def test_a_lora_of_an_axis_that_does_not_fit_is_told_before_anything_is_drawn(reduced_file, tmp_path, capsys, monkeypatch):
+    save_file({"lora_unet_nothing.lora_up.weight": torch.ones(1, 1)}, tmp_path / "wrong.safetensors")
+    save_file(whole(), tmp_path / "clay.safetensors")
+    monkeypatch.setattr("minisd.models.unet.UNet.forward", lambda *_: pytest.fail("something was drawn"))
+    words = ["compare", PROMPT, "-m", str(reduced_file), "--x", f"lora={tmp_path}/clay.safetensors,{tmp_path}/wrong.safetensors"]
+    assert main(words) == 3
+    assert "wrong.safetensors" in capsys.readouterr().err
 
 
 def test_each_checkpoint_draws_at_its_own_size_again_too(tmp_path, tiny, capsys):

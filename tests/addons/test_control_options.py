@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import minisd
-from minisd.addons.control import Control, hint_of
+from minisd.addons.controls.acting import hint_of
+from minisd.addons.controls.control import Control
 from minisd.cli import main
 from minisd.errors import UsageError
 from minisd.models.family import UNET
@@ -66,7 +67,7 @@ def test_what_is_refused(folder, reduced_file, capsys):
     control = ["--control", "edges", "--control-image", "hint.png"]
     for more, status, why in (
         (["--control", "edges"], 2, "--control: expected a picture for each"),
-        (["--control-image", "hint.png"], 2, "found 0 --control, 1 --control-image"),
+        (["--control-image", "hint.png"], 2, "found 0 --control and 1 --control-image"),
         ([*control, "--control-preprocess", "openpose"], 2, "openpose is not made here; a skeleton: OpenPose or DWPose"),
         ([*control, "--control-preprocess", "sharpen"], 2, "expected one of none, tile, canny, invert, blur, found 'sharpen'"),
         (["--control", "edges:-1000", "--control-image", "hint.png"], 2, "strength: expected a number from -100 to 100"),

@@ -58,6 +58,24 @@ def union_shapes(unet: Shapes, kinds: int = 8) -> Shapes:
     return Shapes(shapes | blueprint.under("transformer_layes.0", block))
 
 
+def lllite_shapes(unet: Shapes, seen: int = 32, rank: int = 16) -> Shapes:
+    """A ControlNet-LLLite for SDXL's UNet, as sd-scripts makes one: before attn1's q, k, v and attn2's q, down to the middle."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for key, shape in unet.items():
+        module = key.removesuffix(".weight")
+        if key.startswith("output_blocks") or not module.endswith(("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q")):
+            continue
+        name = f"lllite_unet_{module.replace('.', '_')}"
+        deep = module.startswith("middle") or int(module.split(".")[1]) > 5
+        first = [(seen // 2, 3, 4, 4)]
+        rest = [(seen // 2, seen // 2, 4, 4), (seen, seen // 2, 2, 2)] if deep else [(seen, seen // 2, 4, 4)]
+        for i, kernel in enumerate(first + rest):
+            shapes |= blueprint.layer(f"{name}.conditioning1.{2 * i}", *kernel)
+        shapes |= blueprint.layer(f"{name}.down.0", rank, shape[1]) | blueprint.layer(f"{name}.mid.0", rank, rank + seen)
+        shapes |= blueprint.layer(f"{name}.up.0", shape[1], rank)
+    return Shapes(shapes)
+
+
 def their_union(weights: dict[str, torch.Tensor], small: Small):
     """diffusers' ControlNetUnionModel, with the names of a ControlNet for what it has in common with one."""
     from diffusers import ControlNetUnionModel

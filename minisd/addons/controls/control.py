@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,9 +158,13 @@ def kind_for(control: Control, name: str, kinds: int) -> str:
 
 
 def from_recipe(facts: Mapping[str, Any]) -> Control:
+    """By the path of its file, else by its name; warns where that is another.  Raises UsageError, CheckpointError."""
     for name in ("source", "image"):
         if not isinstance(facts.get(name), str):
             raise UsageError(f"controls: {name}: the picture was made with one that had no file; it cannot be made again")
     control = Control(**{name: facts[name] for name in KEPT if name in facts})
-    moved = not os.path.exists(facts["source"])
-    return replace(control, source=resolve(Path(facts["source"]).stem, "controlnet")) if moved else control
+    source, name = Path(facts["source"]), Path(facts["source"]).stem
+    source = source if source.exists() else resolve(name, "controlnet")
+    if facts.get("sha256") not in (None, file_sha256(source)):
+        warnings.warn(f"{source} is not the control that this picture was made with ({name})", stacklevel=2)
+    return replace(control, source=source)

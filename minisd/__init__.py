@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from .errors import CheckpointError, MinisdError, NonFiniteError, OutOfMemoryError, OutputError, UsageError
 
 if TYPE_CHECKING:
-    from .addons.control import Control as Control
-    from .addons.control_files import load_control as load_control
+    from .addons.controls.control import Control as Control
+    from .addons.controls.files import load_control as load_control
     from .diffusion.noise import noise as noise
     from .diffusion.samplers import sample as sample
     from .pipeline import Pipeline as Pipeline
@@ -51,9 +51,9 @@ def __getattr__(name: str) -> object:
 
         return getattr(pipeline, name)
     if name in ("load_control", "Control"):
-        from .addons import control
+        from .addons import controls
 
-        return getattr(control, name)
+        return getattr(controls, name)
     if name == "noise":
         from .diffusion.noise import noise
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .addons.control import as_controls
+from .addons.controls.control import as_controls
 from .diffusion.denoiser import Conditioning, Timeline
 from .diffusion.noise import Origin, dialect_named
 from .diffusion.samplers import SAMPLERS, Sampler, named
@@ -114,7 +114,8 @@ def planned(request: Request, model: Capabilities) -> Plan:
         request = replace(request, seed=request.seeds, seeds="rising")
     plain = {name: checked(name, getattr(request, name)) for name in OPTIONS if name != "negative_prompt"}
     request = replace(request, **plain)
-    request = replace(request, rng=dialect_named(request.rng), controls=as_controls(request.controls))
+    controls = as_controls(request.controls, "noise" if request.like == "comfyui" else "steps")
+    request = replace(request, rng=dialect_named(request.rng), controls=controls)
     sampler, request = sampler_of(request)
     options = sampler_options(request, sampler)
     if request.sde_noise is None:

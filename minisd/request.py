@@ -19,7 +19,7 @@ from .pictures.init import Picture
 if TYPE_CHECKING:
     import torch
 
-    from .addons.control import Control
+    from .addons.controls.control import Control
     from .codec import Codec
     from .diffusion.denoiser import Network
     from .fast.engine import Engine

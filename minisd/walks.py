@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .addons.control import Active, activated, controlled
+from .addons.controls.acting import Active, activated, controlled
 from .codec import check_finite
 from .diffusion.brownian import brownian
 from .diffusion.denoiser import ClassifierFree, Conditioning, Guide, Known, Noise, Timeline

@@ -69,28 +69,44 @@ def add_files(parser: argparse.ArgumentParser) -> None:
     add_training(files)
 
 
+# What is said of every control by an option of its own, once for all or once for each: by the field of Control.
+OF_CONTROLS = {
+    "preprocess": "what makes the hint of that picture: canny, invert, blur, tile or none (default: none)",
+    "kind": "of a ControlNet Union, what that picture is: openpose, depth, hed, canny, … (default: what is preprocessed)",
+    "where": "the side of guidance that is asked with it: both, positive or negative (default: both)",
+    "range": "what its start and end count: steps, or noise levels as ComfyUI has it: noise (default: steps)",
+}
+
+
 def add_controls(parser: argparse.ArgumentParser) -> None:
     group = next(group for group in parser._action_groups if group.title == ADDONS)
     group.add_argument("--control-image", action="append", metavar="PICTURE", help="what it follows; one for each --control")
-    group.add_argument(
-        "--control-preprocess", action="append", metavar="NAME",
-        help="what makes the hint of that picture: canny, invert, blur, tile or none (default: none)",
-    )  # fmt: skip
+    for name, said in OF_CONTROLS.items():
+        group.add_argument(f"--control-{name}", action="append", metavar="NAME", help=said)
+    group.add_argument("--control-guess", action="store_true", help="guess mode: the picture counts more than the words")
 
 
 def controls_of(args: argparse.Namespace) -> list[Any]:
     """The controls that the options name, each with its picture.  Raises UsageError, CheckpointError."""
-    from ..addons.control import Control
+    from ..addons.controls.control import Control
     from ..library.names import resolve
 
-    named, images, ways = args.controls or [], args.control_image or [], args.control_preprocess or []
-    if len(images) != len(named) or len(ways) not in (0, 1, len(named)):
-        found = f"{len(named)} --control, {len(images)} --control-image and {len(ways)} --control-preprocess"
-        raise UsageError(f"controls: expected a picture for each, and one preprocessing or one for each; found {found}")
-    ways = ways if len(ways) == len(named) else [*ways, "none"][:1] * len(named)
+    named, images = args.controls or [], args.control_image or []
+    if len(images) != len(named):
+        found = f"{len(named)} --control and {len(images)} --control-image"
+        raise UsageError(f"controls: expected a picture for each, found {found}")
+    if args.control_guess and not named:
+        raise UsageError("control_guess: expected a --control that it is about, found none")
+    said: list[dict[str, Any]] = [{"guess": args.control_guess} for _ in named]
+    for name in OF_CONTROLS:
+        values = getattr(args, f"control_{name}") or []
+        if len(values) not in {0, min(1, len(named)), len(named)}:
+            raise UsageError(f"control_{name}: expected one for all {len(named)} --control, or one for each, found {len(values)}")
+        for each, value in zip(said, values if len(values) == len(named) else values * len(named), strict=False):
+            each |= {name: value} if value != "none" else {}
     return [
-        Control(**{**each, "source": resolve(each["source"], "controlnet")}, image=image, preprocess=way)
-        for each, image, way in zip(named, images, ways, strict=True)
+        Control(**{**each, "source": resolve(each["source"], "controlnet")}, image=image, **more)
+        for each, image, more in zip(named, images, said, strict=True)
     ]
 
 

@@ -144,7 +144,8 @@ def check_distinct(outputs: Iterable[Path], inputs: Iterable[str | None]) -> Non
 # What Python calls an argument, and what the command line does.
 FLAGS = {option.name: option.flag for option in OPTIONS.values() if option.flag}
 FLAGS |= {name: f"--{name}" for name in ("device", "dtype", "prediction", "method", "base", "blocks", "density", "ratio", "name")}
-FLAGS |= {"zero_snr": "--zero-snr", "control_preprocess": "--control-preprocess", "axis": "--x, --y"}
+FLAGS |= {"zero_snr": "--zero-snr", "axis": "--x, --y"}
+FLAGS |= {f"control_{name}": f"--control-{name}" for name in ("preprocess", "kind", "where", "range", "guess")}
 
 
 def one_line(error: Any) -> str:

@@ -192,9 +192,9 @@ class Denoiser:
         total: int | None = None,
     ) -> None:
         self.network, self.conditioning, self.guide, self.known = network, conditioning, guide, known
-        self.observe, self.total = observe, total
+        self.observe, self.total, self.step = observe, total, 0
         self.calls: list[Call] = []
-        self.step = 0
+        self.asked: list[int] = []  # the roles of the last call, by their numbers, as they stand in its batch
         self.joined: tuple[list[Conditioning], Conditioning] | None = None  # the conditions asked with last, as one batch
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:  # (B, C, h, w), () -> (B, C, h, w)
@@ -210,7 +210,7 @@ class Denoiser:
         call = Call(len(self.calls), self.step, float(sigma), self.total)
         self.calls.append(call)
         weights = checked(self.guide.weights(call), len(self.conditioning)) if is_affine(self.guide) else None
-        asked = [k for k in range(len(self.conditioning)) if weights is None or weights[k].any() or k in beside]
+        asked = self.asked = [k for k in range(len(self.conditioning)) if weights is None or weights[k].any() or k in beside]
         outputs = self.predict(x, sigma, [self.conditioning[k].at(call) for k in asked])
         if self.observe:
             self.observe(call, x, [self.x_0(output, x, sigma) for output in outputs])

@@ -53,7 +53,7 @@ class Walk:
     known: Known | None = None
     transform: Callable[[Moment], Tensor] | None = None  # what the latents become after each step
     observe: Observer | None = None  # is shown every call
-    control: Callable[[Unet, Sequence[Call]], Unet] | None = None  # (the UNet, the calls so far) -> with what controls add to it
+    control: Callable[[Unet, Denoiser], Unet] | None = None  # (the UNet, who asks it) -> with what controls add to it
 
     def denoiser(self, unet: Unet | None = None) -> Denoiser:
         """For this walk; unet: what computes the network in its place."""
@@ -61,7 +61,7 @@ class Walk:
         total = len(self.program.sigmas) if self.program else None
         made = Denoiser(network, self.conditioning, self.guide, self.known, self.observe, total)
         if self.control:
-            made.network = replace(network, unet=self.control(network.unet, made.calls))
+            made.network = replace(network, unet=self.control(network.unet, made))
         return made
 
 

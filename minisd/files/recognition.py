@@ -53,6 +53,8 @@ OTHERS = [
     (r".*\.(scale_weight|weight_scale|scale_input|input_scale)|scaled_fp8|.*\.comfy_quant", "a model in scaled float8", SCALED),
     (r".*\.weight\.(absmax|quant_map|nested_absmax|quant_state\..*)", "a model quantised by bitsandbytes", QUANTISED),
     (rf"{FLAT}_.*|.*[._]lora_([AB]|up|down)\b.*|.*_lora\.(up|down)\.weight|.*\.({LYCORIS})$", "a LoRA", ON_TOP),
+    (r"lllite_unet_.*", "a ControlNet-LLLite", ON_TOP),
+    (r"(adapter\.)?body\.\d+\.(in_conv|block1|body|resnets)\..*", "a T2I-Adapter", ON_TOP),
     (r"(control_model|controlnet_cond_embedding|input_hint_block)\..*", "a ControlNet", ON_TOP),
     (r"(model\.diffusion_model\.)?(double|single)_blocks\..*", "a Flux model", NOT_A_UNET),
     (r"(model\.diffusion_model\.)?joint_blocks\..*", "a Stable Diffusion 3 model", NOT_A_UNET),

@@ -26,7 +26,8 @@ from ..system.cache import keep, recall
 from .places import File, model_files, searched, stem
 
 # Kinds of files that are no checkpoints, by what `family.looks_like` calls them.  Anything else is of the kind "other".
-KINDS = {"a LoRA": "lora", "a ControlNet": "controlnet", "a VAE": "vae", "a tiny auto": "vae", "a textual inv": "embedding"}
+KINDS = {"a LoRA": "lora", "a ControlNet": "controlnet", "a T2I-Adapter": "controlnet", "a VAE": "vae", "a tiny auto": "vae"}
+KINDS |= {"a textual inv": "embedding"}
 ORDER = ("checkpoint", "vae", "lora", "controlnet", "embedding", "other")  # in a list
 
 # What a LoRA or a ControlNet goes on top of is told by the width of the text that its cross-attention reads.

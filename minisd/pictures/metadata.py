@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 from PIL import Image, UnidentifiedImageError
@@ -58,6 +58,7 @@ def parameters_text(recipe: Mapping[str, Any]) -> str:
         "Refiner switch at": recipe["high_noise_frac"] if recipe.get("refiner") else None,
         "Lora hashes": ", ".join(f"{name_of(each)}: {each['autov3']}" for each in loras if each.get("autov3")) or None,
         "TI hashes": ", ".join(f"{each['name']}: {each['sha256'][:12]}" for each in embeddings if each["sha256"]) or None,
+        **control_lines(recipe.get("controls") or []),
         **compared_text(recipe),
         "Version": f"minisd {recipe['version']}",
     }
@@ -74,6 +75,48 @@ def tag_of(lora: Mapping[str, Any]) -> str:
     """As A1111 writes it in a prompt: the strength for the text encoder first."""
     unet, text = lora["strength"], lora["text_strength"]
     return f"<lora:{name_of(lora)}:{unet:g}>" if text in (None, unet) else f"<lora:{name_of(lora)}:{text:g}:{unet:g}>"
+
+
+# What the extension calls what makes the hint, and its thresholds (sd-webui-controlnet, scripts/preprocessor/).
+MODULES: dict[str, tuple[str, float | None, float | None]] = {
+    "none": ("none", None, None),
+    "tile": ("tile_resample", 1.0, None),
+    "canny": ("canny", 100.0, 200.0),
+    "invert": ("invert (from white bg & black line)", None, None),
+    "blur": ("blur_gaussian", 8.0, None),
+}
+
+
+def control_lines(controls: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """ControlNets that had a file, as A1111's extension writes them (sd-webui-controlnet, internal_controlnet/args.py, serialize).
+
+    What it has no words for (one side of guidance, noise levels) is left out.
+    """
+    found = {}
+    for i, each in enumerate(controls):
+        if not each.get("source"):
+            continue
+        module, low, high = MODULES[each["preprocess"]]
+        name = name_of(each).replace(",", "").replace(":", "")
+        modes = {
+            True: "ControlNet is more important",
+            False: None if each.get("where") in ("positive", "negative") else "Balanced",
+        }
+        by_steps = each.get("range") != "noise"
+        fields = {
+            "Module": module,
+            "Model": f"{name} [{each['hash']}]" if each.get("hash") else name,
+            "Weight": float(each["strength"]),
+            "Resize Mode": "Just Resize",
+            "Threshold A": low,
+            "Threshold B": high,
+            "Guidance Start": float(each["start"]) if by_steps else None,
+            "Guidance End": float(each["end"]) if by_steps else None,
+            "Pixel Perfect": True,
+            "Control Mode": modes[bool(each.get("guess"))],
+        }
+        found[f"ControlNet {i}"] = ", ".join(f"{field}: {value}" for field, value in fields.items() if value is not None)
+    return found
 
 
 def word_for(option: Option, recipe: Mapping[str, Any]) -> str:

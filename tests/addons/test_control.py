@@ -109,6 +109,62 @@ def test_the_steps_at_which_one_acts(sampler, opened, monkeypatch):
     assert torch.allclose(torch.tensor(asked), wanted.float(), atol=1e-3)
 
 
+@pytest.mark.parametrize("how", ["guess", "guess, no guidance", "pooled"])
+def test_guess_mode_and_means_as_in_diffusers(how, opened, tmp_path):
+    """The prompt alone is asked with it; in guess mode what it adds grows by tenths of a power of ten, means are as they are."""
+    pipe, parts, files, theirs = opened("sd1")
+    scale = 1.0 if "no guidance" in how else 5.0
+    common = {"latents": latents(), **CALL, "guidance_scale": scale}
+    if how == "pooled":
+        weights = dict(minisd.load_control(files[0]).state_dict())
+        own = [their_control(weights, SMALL["sd1"], global_pool_conditions=True)]
+        controls = [minisd.Control(minisd.load_control(files[0], pooled=True), picture(), 0.9)]
+    else:
+        own, controls = theirs, [minisd.Control(file, picture(i), 0.9, guess=True) for i, file in enumerate(files)]
+    found = pipe(PROMPT, steps=3, controls=controls, **common)
+    pictures = [picture(i) for i in range(len(own))]
+    one = len(own) == 1
+    reference = pipeline(
+        "StableDiffusionControlNetPipeline", parts, SMALL["sd1"], tmp_path, euler(), controlnet=own[0] if one else own
+    )
+    wanted = reference(
+        PROMPT, image=pictures[0] if one else pictures, num_inference_steps=3, output_type="latent", guess_mode="guess" in how,
+        controlnet_conditioning_scale=0.9 if one else [0.9] * 2, **common,
+    ).images  # fmt: skip
+    assert_close(found.latents, wanted, 1e-3)
+    both = pipe(PROMPT, steps=3, controls=[replace(each, guess=False, where="both") for each in controls], **common)
+    assert (found.latents - both.latents).norm() / wanted.norm() > 5e-3
+
+
+@pytest.mark.parametrize("kind", ["controlnet", "adapter"])
+def test_each_side_of_guidance(kind, opened, tmp_path):
+    """Of one step the latents are linear in what each side answers, so the changes of the sides add up to that of both."""
+    if kind == "adapter":
+        pipe = minisd.load(DEEP.write(tmp_path / "deep.safetensors"), device="cpu", dtype="float32")
+        file = tmp_path / "adapter.safetensors"
+        save_file(their_adapter("full_adapter", 3, (64, 64, 128, 128)).state_dict(), file)
+    else:
+        pipe, _, (file, _), _ = opened("sd1")
+
+    def drawn(*where: str, **more: object) -> torch.Tensor:
+        controls = [minisd.Control(file, picture(), where=each) for each in where]
+        return pipe(PROMPT, steps=1, latents=latents(), controls=controls, **(CALL | more)).latents
+
+    plain, both, positive, negative = drawn(), drawn("both"), drawn("positive"), drawn("negative")
+    assert min(float((each - plain).norm() / plain.norm()) for each in (positive, negative)) > 1e-3
+    assert_close(positive + negative - plain, both, 1e-5)
+    assert_close(drawn("positive", "negative"), both, 1e-5)
+    assert_close(drawn("positive", guidance_scale=1.0), drawn("both", guidance_scale=1.0), 1e-6)
+    assert torch.equal(drawn("negative", guidance_scale=1.0), drawn(guidance_scale=1.0))  # nobody asks for that side
+    if kind == "adapter":
+        return
+    joined = f"{PROMPT} AND a red star"
+    apart = [pipe(joined, steps=1, latents=latents(), controls=[minisd.Control(file, picture(), where=each)], **CALL) for each in
+             ("both", "positive", "negative")]  # fmt: skip
+    bare = pipe(joined, steps=1, latents=latents(), **CALL).latents
+    assert_close(apart[1].latents + apart[2].latents - bare, apart[0].latents, 1e-5)
+
+
 def test_strength_zero_changes_nothing_and_strength_is_linear_in_what_is_added(opened):
     pipe, _, files, _ = opened("sd1")
     control = minisd.load_control(files[0])
@@ -230,5 +286,16 @@ def test_what_does_not_fit_is_refused(opened, tmp_path):
         pipe.stream(PROMPT, controls=[minisd.Control(pipe.checkpoint.path, picture())], **CALL)
     with pytest.raises(UsageError, match="controls: start: expected less than end"):
         minisd.Control(files[0], picture(), start=0.5, end=0.5)
+    for options, why in (
+        ({"where": "left"}, "controls: where: expected one of both, positive, negative, found 'left'"),
+        ({"range": "time"}, "controls: range: expected one of steps, noise, found 'time'"),
+        ({"guess": 1}, "controls: guess: expected true or false, found 1"),
+        ({"guess": True, "where": "both"}, "controls: where: expected positive or nothing in guess mode, found 'both'"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            minisd.Control(files[0], picture(), **options)
+    guessing = minisd.Control(tmp_path / "adapter.safetensors", picture(), guess=True)
+    with pytest.raises(UsageError, match=r"controls: guess: expected a ControlNet, found adapter.safetensors, a T2I-Adapter"):
+        wide.stream(PROMPT, controls=[guessing], **CALL)
     with pytest.raises(UsageError, match="controls: strength: expected a number"):
         minisd.Control(files[0], picture(), strength=float("nan"))

@@ -12,8 +12,8 @@ from helpers import manifest, relative_error, write_holes
 from safetensors.torch import save_file
 
 import minisd
-from minisd.addons.control_files import built
-from minisd.addons.control_names import told
+from minisd.addons.controls.files import built
+from minisd.addons.controls.names import told
 from minisd.errors import CheckpointError, UsageError
 from minisd.files.checkpoint import open_checkpoint
 from minisd.models.control import ControlNet, T2IAdapter
@@ -193,7 +193,6 @@ def test_adapters(kind, tmp_path):
 
 
 OTHERS = {
-    "a ControlNet-LLLite": {"lllite_unet_input_blocks_4_1.conditioning1.0.weight": (32, 3, 4, 4)},
     "a LoRA": {"lora_unet_input_blocks_1_1_proj_in.lora_up.weight": (320, 4)},
     "a T2I style adapter": {"style_embedding": (1, 8, 1024), "transformer_layes.0.ln_1.weight": (1024,)},
     "a VAE alone": manifest("vae-ft-mse"),
@@ -207,12 +206,9 @@ def test_what_is_none_says_what_it_is(what, tmp_path):
         minisd.load_control(write_holes(tmp_path / "other.safetensors", OTHERS[what]))
 
 
-def test_a_checkpoint_and_a_union_are_told(weights, tmp_path):
+def test_a_checkpoint_and_a_file_that_is_not_there_are_told(tmp_path):
     with pytest.raises(CheckpointError, match=r"is a checkpoint of Stable Diffusion XL, not a ControlNet"):
         minisd.load_control(write_holes(tmp_path / "sdxl.safetensors", manifest("sdxl-base")))
-    save_file(weights | {"task_embedding": torch.zeros(6, 320)}, tmp_path / "union.safetensors")
-    with pytest.raises(CheckpointError, match="is a ControlNet Union"):
-        minisd.load_control(tmp_path / "union.safetensors")
     with pytest.raises(CheckpointError, match="does not exist"):
         minisd.load_control(tmp_path / "nothing.safetensors")
 

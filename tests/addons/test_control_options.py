@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import minisd
-from minisd.addons.control import Control, hint_of
+from minisd.addons.controls.acting import hint_of
+from minisd.addons.controls.control import Control
 from minisd.cli import main
 from minisd.errors import UsageError
 from minisd.models.family import UNET
@@ -59,6 +60,15 @@ def test_draw_and_again(folder, reduced_file, capsys):
     found = [pipe("a star", controls=each, steps=2, seed=1, width=64, height=64).latents for each in (two, one)]
     assert_close(*found, 1e-4)
     assert main([*words, *control, *control, "-o", "c.png"]) == 0
+    sides = ["--control-where", "positive", "--control-where", "negative", "--control-range", "noise"]
+    assert main([*words, *control, *control, *sides, "-o", "d.png"]) == 0
+    said = json.loads(Image.open("d.png").info["minisd"])["controls"]
+    assert [(each["where"], each["range"], each["guess"]) for each in said] == [
+        (side, "noise", False) for side in sides[1::2][:2]
+    ]
+    assert main([*words, *control, "--control-guess", "-o", "e.png"]) == 0
+    assert main(["again", "e.png", "-o", "f.png"]) == 0
+    assert (folder / "e.png").read_bytes() == (folder / "f.png").read_bytes() != (folder / "a.png").read_bytes()
 
 
 def test_what_is_refused(folder, reduced_file, capsys):
@@ -66,9 +76,14 @@ def test_what_is_refused(folder, reduced_file, capsys):
     control = ["--control", "edges", "--control-image", "hint.png"]
     for more, status, why in (
         (["--control", "edges"], 2, "--control: expected a picture for each"),
-        (["--control-image", "hint.png"], 2, "found 0 --control, 1 --control-image"),
+        (["--control-image", "hint.png"], 2, "found 0 --control and 1 --control-image"),
         ([*control, "--control-preprocess", "openpose"], 2, "openpose is not made here; a skeleton: OpenPose or DWPose"),
         ([*control, "--control-preprocess", "sharpen"], 2, "expected one of none, tile, canny, invert, blur, found 'sharpen'"),
+        (["--control-guess"], 2, "--control-guess: expected a --control that it is about, found none"),
+        (["--control-kind", "canny"], 2, "--control-kind: expected one for all 0 --control, or one for each, found 1"),
+        ([*control, "--control-where", "left"], 2, "--control: where: expected one of both, positive, negative, found 'left'"),
+        ([*control, "--control-range", "time"], 2, "--control: range: expected one of steps, noise, found 'time'"),
+        ([*control, "--control-kind", "canny"], 2, "--control: kind: is for a ControlNet Union, found edges"),
         (["--control", "edges:-1000", "--control-image", "hint.png"], 2, "strength: expected a number from -100 to 100"),
         (["--control", "edges:1:0.5:0.5", "--control-image", "hint.png"], 2, "start: expected less than end"),
         (["--control", "edgs", "--control-image", "hint.png"], 3, "did you mean edges?"),

@@ -8,6 +8,7 @@ import torch
 from families import Small, options_of
 
 from minisd.models.control.controlnet import OWN
+from minisd.models.control.union import OWN as UNION
 from minisd.models.shapes import Shapes
 from minisd.models.unet import UNet, timestep_embedding
 from minisd.workbench import blueprint
@@ -40,6 +41,54 @@ def their_control(weights: dict[str, torch.Tensor], small: Small, **options: Any
     named = convert_controlnet_checkpoint(dict(weights), dict(model.config))
     for ours, theirs in (("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_embedding.linear_2")):
         named |= {f"{theirs}.{end}": weights[f"{ours}.{end}"] for end in ("weight", "bias") if f"{ours}.{end}" in weights}
+    model.load_state_dict(named, assign=True)
+    return model.eval()
+
+
+def union_shapes(unet: Shapes, kinds: int = 8) -> Shapes:
+    """A ControlNet Union for a UNet with these shapes, with so many kinds of pictures."""
+    shapes = control_shapes(unet)
+    width, emb = shapes["input_blocks.0.0.weight"][0], shapes["time_embed.2.weight"][0]
+    shapes |= {"task_embedding": (kinds, width)}
+    shapes |= blueprint.layer("control_add_embedding.linear_1", emb, 256 * kinds)
+    shapes |= blueprint.layer("control_add_embedding.linear_2", emb, emb) | blueprint.layer("spatial_ch_projs", width, width)
+    block = {"attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,)}
+    block |= blueprint.layer("attn.out_proj", width, width) | blueprint.layer("ln_1", width) | blueprint.layer("ln_2", width)
+    block |= blueprint.layer("mlp.c_fc", 4 * width, width) | blueprint.layer("mlp.c_proj", width, 4 * width)
+    return Shapes(shapes | blueprint.under("transformer_layes.0", block))
+
+
+def lllite_shapes(unet: Shapes, seen: int = 32, rank: int = 16) -> Shapes:
+    """A ControlNet-LLLite for SDXL's UNet, as sd-scripts makes one: before attn1's q, k, v and attn2's q, down to the middle."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for key, shape in unet.items():
+        module = key.removesuffix(".weight")
+        if key.startswith("output_blocks") or not module.endswith(("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q")):
+            continue
+        name = f"lllite_unet_{module.replace('.', '_')}"
+        deep = module.startswith("middle") or int(module.split(".")[1]) > 5
+        first = [(seen // 2, 3, 4, 4)]
+        rest = [(seen // 2, seen // 2, 4, 4), (seen, seen // 2, 2, 2)] if deep else [(seen, seen // 2, 4, 4)]
+        for i, kernel in enumerate(first + rest):
+            shapes |= blueprint.layer(f"{name}.conditioning1.{2 * i}", *kernel)
+        shapes |= blueprint.layer(f"{name}.down.0", rank, shape[1]) | blueprint.layer(f"{name}.mid.0", rank, rank + seen)
+        shapes |= blueprint.layer(f"{name}.up.0", shape[1], rank)
+    return Shapes(shapes)
+
+
+def their_union(weights: dict[str, torch.Tensor], small: Small):
+    """diffusers' ControlNetUnionModel, with the names of a ControlNet for what it has in common with one."""
+    from diffusers import ControlNetUnionModel
+    from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+
+    kinds, width = weights["task_embedding"].shape
+    sizes = {"num_control_type": kinds, "num_trans_channel": width, "num_proj_channel": width}
+    with torch.device("meta"):
+        model = ControlNetUnionModel(**options_of(small), **sizes, conditioning_embedding_out_channels=(16, 32, 96, 256))
+    named = convert_controlnet_checkpoint(dict(weights), dict(model.config))
+    for ours, theirs in (("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_embedding.linear_2")):
+        named |= {f"{theirs}.{end}": weights[f"{ours}.{end}"] for end in ("weight", "bias")}
+    named |= {key: value for key, value in weights.items() if key.split(".")[0] in UNION}
     model.load_state_dict(named, assign=True)
     return model.eval()
 

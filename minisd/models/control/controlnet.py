@@ -56,14 +56,21 @@ class ControlNet(Trunk):
         x (B, C, h, w), t (B,), context (B, L, D), y (B, A) as the UNet takes them; hint (B or 1, 3, 8h, 8w), the picture in
         [0, 1], or (B or 1, C, h, w), what `hint` made of it.  Raises UsageError if the hint has another size.
         """
+        return self.outputs(x, self.embed(t, y, x.dtype), context, self.seen(hint, x))
+
+    def seen(self, hint: Tensor, x: Tensor) -> Tensor:
+        """A hint in either form, for latents x, as what is added to them: (B or 1, C, h, w).  Raises UsageError."""
         if hint.shape[1] == self.input_hint_block[0].in_channels:
             hint = self.hint(hint)
         if hint.shape[-2:] != x.shape[-2:]:
             height, width = (8 * size for size in x.shape[-2:])
             found = "x".join(str(8 * size) for size in reversed(hint.shape[-2:]))
             raise UsageError(f"hint: expected a picture of {width}x{height}, 8 times the latents, found {found}")
-        outputs = self.down(x, self.embed(t, y, x.dtype), context, {0: hint})
-        added = [out(h) for out, h in zip((*self.zero_convs, self.middle_block_out), outputs, strict=True)]
+        return hint
+
+    def outputs(self, x: Tensor, emb: Tensor, context: Tensor, hint: Tensor) -> list[Tensor]:
+        found = self.down(x, emb, context, {0: hint})
+        added = [out(h) for out, h in zip((*self.zero_convs, self.middle_block_out), found, strict=True)]
         return [each.mean((2, 3), keepdim=True).expand_as(each) for each in added] if self.pooled else added
 
     def forward(self, x: Tensor, hint: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> list[Tensor]:

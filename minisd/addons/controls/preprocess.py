@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from ..errors import UsageError
+from ...errors import UsageError
 
 LOW, HIGH = 100, 200  # thresholds of the gradient (lllyasviel/ControlNet gradio_canny2image.py)
 BLUR = 8  # pixels, standard deviation

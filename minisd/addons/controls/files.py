@@ -1,4 +1,4 @@
-"""Opening a ControlNet, a Control-LoRA or a T2I-Adapter: from a file to a network that is ready to run.
+"""Opening a ControlNet or one of its kin: from a file to a network that is ready to run.
 
 References: lllyasviel/ControlNet (tool_transfer_control.py for files of differences), ComfyUI comfy/controlnet.py (ControlLora,
 and which file names mean pooling), TencentARC/T2I-Adapter.
@@ -14,14 +14,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, UsageError
-from ..files.checkpoint import Checkpoint, open_checkpoint
-from ..files.model import compare, described, load_to, ready
-from ..models.control.controlnet import OWN, ControlNet, check_control
-from ..models.control.t2i_adapter import T2IAdapter, check_adapter
-from ..models.shapes import Shapes
-from ..system.device import to_device, to_dtype
-from .control_names import ADAPTER, CONTROL_LORA, DIFFERENCE, own_key, told
+from ...errors import CheckpointError, UsageError
+from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.model import compare, described, load_to, ready
+from ...models.control import ControlModel
+from ...models.control.controlnet import OWN, ControlNet, check_control
+from ...models.control.lllite import LLLite, check_lllite
+from ...models.control.t2i_adapter import T2IAdapter, check_adapter
+from ...models.control.union import ControlNetUnion, check_union
+from ...models.shapes import Shapes
+from ...system.device import to_device, to_dtype
+from .names import ADAPTER, CONTROL_LORA, DIFFERENCE, LLLITE, UNION, own_key, told
 
 Made = TypeVar("Made", bound=nn.Module)
 POOLED = ("_shuffle", "_shuffle_fp16")  # endings of file names (ComfyUI controlnet.py, load_controlnet_state_dict)
@@ -33,11 +36,11 @@ def load_control(
     dtype: str | torch.dtype = torch.float32,
     base: Any = None,
     pooled: bool | None = None,
-) -> ControlNet | T2IAdapter:
-    """Opens a ControlNet or a T2I-Adapter and makes it ready to run.
+) -> ControlModel:
+    """Opens a ControlNet (one for many kinds of pictures, too), a ControlNet-LLLite or a T2I-Adapter and makes it ready to run.
 
-    path: a .safetensors, .pth or .ckpt file with the names of lllyasviel or TencentARC, or those of diffusers; a Control-LoRA; a
-        file of differences.
+    path: a .safetensors, .pth or .ckpt file with the names of lllyasviel, TencentARC, xinsir or kohya, or those of diffusers; a
+        Control-LoRA; a file of differences.
     device, dtype: as in `minisd.load`.
     base: a pipeline or its UNet, which a Control-LoRA and a file of differences add to; not changed.  No other kind needs it.
     pooled: whether each addition of a ControlNet counts by its mean alone; by default if its name ends as that of "shuffle".
@@ -48,9 +51,9 @@ def load_control(
     checkpoint = open_checkpoint(path)
     title, names = told(checkpoint)
     shapes = Shapes({ours: checkpoint.shapes[own] for ours, own in names.items()})
-    if title == ADAPTER:
-        adapter = built(checkpoint, title, names, shapes, T2IAdapter, check_adapter)
-        return loaded(adapter, weights_of(checkpoint, names, kind, where), where)
+    if title in BUILT:
+        network = built(checkpoint, title, names, shapes, *BUILT[title])
+        return loaded(network, weights_of(checkpoint, names, kind, where), where)
     if pooled is None:
         pooled = checkpoint.path.stem.endswith(POOLED)
     under = base_weights(checkpoint, title, base) if title in MERGED else {}
@@ -146,4 +149,9 @@ def with_differences(weights: Mapping[str, Tensor], base: Mapping[str, Tensor]) 
     return {key: value + base[key].to(value) if key in base else value for key, value in weights.items()}
 
 
+BUILT: dict[str, tuple[Callable[[Shapes], Any], Callable[[Shapes], None]]] = {
+    ADAPTER: (T2IAdapter, check_adapter),
+    UNION: (ControlNetUnion, check_union),
+    LLLITE: (LLLite, check_lllite),
+}
 MERGED = {CONTROL_LORA: with_factors, DIFFERENCE: with_differences}

@@ -8,27 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from ..errors import CheckpointError
-from ..files.checkpoint import Checkpoint
-from ..files.recognition import listing, looks_like, missing, ranking, with_vae
-from ..models.naming import Names, their_levels, unet_names
+from ...errors import CheckpointError
+from ...files.checkpoint import Checkpoint
+from ...files.recognition import listing, looks_like, missing, ranking, with_vae
+from ...models.control.lllite import PREFIX
+from ...models.control.union import OWN
+from ...models.naming import Names, their_levels, unet_names
 
 CONTROLNET, ADAPTER = "a ControlNet", "a T2I-Adapter"
 DIFFERENCE, CONTROL_LORA = "a ControlNet of differences", "a Control-LoRA"
+UNION, LLLITE = "a ControlNet Union", "a ControlNet-LLLite"
 # Kinds that are not built: by the beginning of a name, what it is.
 OTHERS = {
-    "lllite_unet": "a ControlNet-LLLite",
-    "task_embedding": "a ControlNet Union",
     "style_embedding": "a T2I style adapter",
     "style_ca": "a T2I style adapter",
     "image_proj": "an IP-Adapter",
 }
 WRAPPERS = ("control_model.", "adapter.")  # below which a file may have all of it
-HINT = "minisd.load_control opens ControlNets, Control-LoRAs and T2I-Adapters"
+HINT = "minisd.load_control opens ControlNets, Control-LoRAs, ControlNet-LLLites and T2I-Adapters"
 
 
 def told(checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
-    """What a file is (one of the four kinds), and by our name of each tensor the file's own.
+    """What a file is (one of the six kinds), and by our name of each tensor the file's own.
 
     Raises CheckpointError, which says what else the file is.
     """
@@ -36,13 +37,15 @@ def told(checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
     for start, kind in OTHERS.items():
         if any(key.startswith(start) for key in keys):
             raise CheckpointError(checkpoint.path, f"is {kind}, which minisd does not know yet", HINT)
+    if any(key.startswith(PREFIX) for key in keys):
+        return LLLITE, {key: key for key in keys}
     theirs = any(key.startswith("controlnet_cond_embedding.") for key in keys)
     if theirs or any(".resnets." in key and key.startswith("adapter.body.") for key in keys):
         names = control_names(keys) if theirs else adapter_names(keys)
         links = names.backward(keys)
         found = {link.raw: link.theirs[0] for link in links}
         found |= {key: key for key in keys - {name for link in links for name in link.theirs}}  # unknown by any name
-        return CONTROLNET if theirs else ADAPTER, found
+        return (whole_kind(found) if theirs else ADAPTER), found
     inside = unwrapped(keys)
     if any(key.startswith("body.0.") for key in inside):
         return ADAPTER, inside
@@ -51,7 +54,12 @@ def told(checkpoint: Checkpoint) -> tuple[str, dict[str, str]]:
     if "lora_controlnet" in keys:  # names with __ mean nothing (ComfyUI controlnet.py, ControlLora)
         return CONTROL_LORA, {ours: key for ours, key in inside.items() if ours != "lora_controlnet" and "__" not in ours}
     inside.pop("difference", None)
-    return DIFFERENCE if "difference" in keys else CONTROLNET, inside
+    return (DIFFERENCE if "difference" in keys else whole_kind(inside)), inside
+
+
+def whole_kind(names: Collection[str]) -> str:
+    """Of a ControlNet that needs no other file: whether it is for many kinds of pictures."""
+    return UNION if any(name.split(".")[0] in OWN for name in names) else CONTROLNET
 
 
 def unwrapped(keys: Collection[str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from judge_tiny import exam, judge
+from judge_tiny import KINDS, exam, judge, look, right
 from readme_pictures import cells
 from safetensors import safe_open
 from tiny_world import TRAINING, caption, draw, held_back, training_scene
@@ -35,10 +35,23 @@ def test_the_judge_sees_nothing_in_an_empty_picture():
     assert judge(Image.new("RGB", (64, 64), (15, 15, 15))) is None
 
 
+def test_the_judge_finds_the_place_of_what_is_not_too_large_for_one():
+    rng = random.Random(4)
+    scenes = [scene for scene in (training_scene(rng) for _ in range(200)) if scene.size != "large"]
+    assert [look(draw(scene, rng)).place for scene in scenes] == [scene.place for scene in scenes]
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_an_exam_asks_for_what_its_prompts_say(kind):
+    for wanted, prompt, _ in exam(100, kind=kind):
+        assert wanted
+        assert all(word.replace("centre", "") in prompt for word in wanted.values()), prompt
+
+
 def test_training_never_saw_what_the_exam_asks():
     assert len(held_back()) == 60
     assert not set(held_back()) & set(TRAINING)
-    assert {answer for answer, _, _ in exam(100)} <= set(held_back())
+    assert {tuple(wanted.values()) for wanted, _, _ in exam(100)} <= set(held_back())
 
 
 def test_captions_name_what_they_must():
@@ -60,10 +73,9 @@ def test_file_is_a_raw_checkpoint_of_at_most_25_mb(tiny):
 def test_draws_what_the_prompt_says(tiny):
     """12 of the 100 held-back questions of scripts/judge_tiny.py; at 90 of 100, 9 or more of 12 are right 97 times in 100."""
     questions = exam(100)[::9][:12]
-    found = [judge(tiny(prompt, seed=seed).images[0]) for _, prompt, seed in questions]
-    right = [answer == verdict for (answer, _, _), verdict in zip(questions, found, strict=True)]
+    found = [look(tiny(prompt, seed=seed).images[0]) for _, prompt, seed in questions]
     print(list(zip(questions, found, strict=True)), file=sys.stderr)
-    assert sum(right) >= 9
+    assert sum(right(wanted, seen) for (wanted, _, _), seen in zip(questions, found, strict=True)) >= 9
 
 
 @pytest.mark.parametrize("sampler", ["euler", "ddim"])

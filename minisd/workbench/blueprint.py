@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -16,6 +17,7 @@ from ..models.family import REFINER, SD1, SD2, SDXL, UNET, VAE, Family
 from ..models.shapes import Shapes
 
 Names = dict[str, tuple[int, ...]]
+SHARED = ("time_embed", "label_emb", "input_blocks", "middle_block")  # what a ControlNet has in common with a UNet
 
 
 def under(name: str, shapes: Names) -> Names:
@@ -203,6 +205,25 @@ def unet(
         shapes |= under(f"middle_block.{i}", part)
     shapes |= way_up(skips, levels, blocks, make)
     return Shapes(shapes | norm("out.0", narrow) | layer("out.2", latent_channels, narrow, 3, 3))
+
+
+def controlnet(unet: Shapes, hint: Iterable[int] = (16, 32, 96, 256)) -> Shapes:
+    """A ControlNet for a UNet with these shapes; hint: widths between which the picture is halved, for latents 8 times smaller.
+
+    Reference: lllyasviel/ControlNet, cldm/cldm.py.
+    """
+    shapes: Names = {key: shape for key, shape in unet.items() if key.split(".")[0] in SHARED}
+    first = shapes["input_blocks.0.0.weight"][0]
+    inner, outer = list(hint)[:-1], list(hint)[-1]
+    widths = [3, *(width for width in inner for _ in range(2)), outer, first]
+    for i, (channels, out) in enumerate(pairwise(widths)):
+        shapes |= layer(f"input_hint_block.{2 * i}", out, channels, 3, 3)
+    for i in range(1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("input_blocks."))):
+        ends = ("0.out_layers.3.weight", "0.op.weight", "0.weight")
+        width = next(shapes[f"input_blocks.{i}.{end}"][0] for end in ends if f"input_blocks.{i}.{end}" in shapes)
+        shapes |= layer(f"zero_convs.{i}.0", width, width, 1, 1)
+    width = shapes["middle_block.0.out_layers.3.weight"][0]
+    return Shapes(shapes | layer("middle_block_out.0", width, width, 1, 1))
 
 
 def assemble(family: Family, unet: Names, autoencoder: Names, *texts: Names) -> Shapes:

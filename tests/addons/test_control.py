@@ -18,6 +18,7 @@ import minisd
 from minisd.errors import CheckpointError, MinisdError, UsageError
 from minisd.fast.cuda import Cuda
 from minisd.models.family import SD1
+from minisd.models.shapes import Shapes
 from minisd.pictures.metadata import check_kinds
 from minisd.plan import planned
 from minisd.recipe import repeat
@@ -299,3 +300,12 @@ def test_what_does_not_fit_is_refused(opened, tmp_path):
         wide.stream(PROMPT, controls=[guessing], **CALL)
     with pytest.raises(UsageError, match="controls: strength: expected a number"):
         minisd.Control(files[0], picture(), strength=float("nan"))
+
+
+def test_one_for_other_latents_is_refused(opened, tiny, tmp_path):
+    pipe, _, _, _ = opened("sd1")
+    shapes = Shapes({name: tuple(value.shape) for name, value in pipe.unet.state_dict().items()})
+    save_file(blueprint.random_weights(blueprint.controlnet(shapes, (16, 32, 96))), tmp_path / "four.safetensors")
+    control = minisd.Control(tmp_path / "four.safetensors", picture())
+    with pytest.raises(UsageError, match="ControlNet for latents 8 times smaller than the picture, found one for 4 times"):
+        pipe(PROMPT, controls=[control], steps=1, **CALL)

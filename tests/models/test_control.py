@@ -52,6 +52,24 @@ def test_residuals(name, pooled):
     assert all(torch.equal(a, b) for a, b in zip(found, kept, strict=True))
 
 
+@torch.no_grad()
+def test_latents_four_times_smaller_than_the_picture():
+    """As the tiny checkpoint has them: one halving of the hint less."""
+    small = SMALL["sd1"]
+    weights = blueprint.random_weights(blueprint.controlnet(small.unet(), (16, 32, 96)), 3)
+    control = network(ControlNet, weights)
+    x, t, context, y, _ = inputs(small)
+    picture = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(2))
+    assert control.downscale == 4
+    down, middle = their_control(weights, small, conditioning_embedding_out_channels=(16, 32, 96))(
+        x, t, context, picture, return_dict=False
+    )
+    for each, wanted in zip(control.residuals(x, picture, t, context, y), (*down, middle), strict=True):
+        assert relative_error(each, wanted) <= LIMIT
+    with pytest.raises(UsageError, match="hint: expected a picture of 48x32, 4 times the latents, found 24x16"):
+        control.residuals(x, picture[..., :16, :24], t, context, y)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_unet_with_residuals(name):

@@ -7,28 +7,15 @@ from typing import Any
 import torch
 from families import Small, options_of
 
-from minisd.models.control.controlnet import OWN
 from minisd.models.control.union import OWN as UNION
 from minisd.models.shapes import Shapes
 from minisd.models.unet import UNet, timestep_embedding
 from minisd.workbench import blueprint
 
-HINT = (3, 16, 16, 32, 32, 96, 96, 256)
-
 
 def control_shapes(unet: Shapes) -> Shapes:
     """A ControlNet for a UNet with these shapes."""
-    shapes = {key: shape for key, shape in unet.items() if key.split(".")[0] in OWN}
-    first = shapes["input_blocks.0.0.weight"][0]
-    for i, (channels, out) in enumerate(zip(HINT, (*HINT[1:], first), strict=True)):
-        shapes |= blueprint.layer(f"input_hint_block.{2 * i}", out, channels, 3, 3)
-    count = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("input_blocks."))
-    for i in range(count):
-        ends = ("0.out_layers.3.weight", "0.op.weight", "0.weight")
-        width = next(shapes[f"input_blocks.{i}.{end}"][0] for end in ends if f"input_blocks.{i}.{end}" in shapes)
-        shapes |= blueprint.layer(f"zero_convs.{i}.0", width, width, 1, 1)
-    width = shapes["middle_block.0.out_layers.3.weight"][0]
-    return Shapes(shapes | blueprint.layer("middle_block_out.0", width, width, 1, 1))
+    return blueprint.controlnet(unet)
 
 
 def their_control(weights: dict[str, torch.Tensor], small: Small, **options: Any):
@@ -41,7 +28,10 @@ def their_control(weights: dict[str, torch.Tensor], small: Small, **options: Any
     named = convert_controlnet_checkpoint(dict(weights), dict(model.config))
     for ours, theirs in (("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_embedding.linear_2")):
         named |= {f"{theirs}.{end}": weights[f"{ours}.{end}"] for end in ("weight", "bias") if f"{ours}.{end}" in weights}
-    model.load_state_dict(named, assign=True)
+    last = (
+        f"blocks.{2 * len(model.config.conditioning_embedding_out_channels) - 2}."  # of which their conversion knows eight alone
+    )
+    model.load_state_dict({name.replace(last, "conv_out."): value for name, value in named.items()}, assign=True)
     return model.eval()
 
 

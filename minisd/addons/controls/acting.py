@@ -68,7 +68,7 @@ def network_of(control: Control, pipe: Stations) -> ControlModel:
         network = control.source.to(pipe.device, pipe.dtype)
     else:
         network = load_control(control.source, str(pipe.device), pipe.dtype, base=unet)
-    check_fits(network, unet)
+    check_fits(network, unet, pipe.codec.vae.downscale)
     return network
 
 

@@ -12,8 +12,8 @@ from ...models.unet import UNet
 FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL", 1280: "the SDXL refiner"}
 
 
-def check_fits(network: ControlModel, unet: UNet) -> None:
-    """Raises UsageError unless the network was made for such a UNet."""
+def check_fits(network: ControlModel, unet: UNet, downscale: int = 8) -> None:
+    """Raises UsageError unless the network was made for such a UNet, and for latents so many times smaller than the picture."""
     if isinstance(network, LLLite):
         return check_layers(network, unet)
     shapes = Shapes({key: tuple(value.shape) for key, value in unet.state_dict().items()})
@@ -27,6 +27,9 @@ def check_fits(network: ControlModel, unet: UNet) -> None:
         # The smallest ones of SDXL take no text.
         fits = network.context_channels in (0, unet.context_channels) and network.vector_channels == unet.vector_channels
         theirs, ours = [out[0].out_channels for out in (*network.zero_convs, network.middle_block_out)], widths
+        if network.downscale != downscale:
+            expected = f"controls: expected a ControlNet for latents {downscale} times smaller than the picture"
+            raise UsageError(f"{expected}, found one for {network.downscale} times")
     if not fits or theirs != ours:
         model = family(unet.context_channels, unet.vector_channels)
         raise UsageError(f"controls: expected a {kind} for {model}, found one for {made_for} (it adds to {theirs} channels)")

@@ -19,12 +19,17 @@ BESIDE = ("input_hint_block", "zero_convs", "middle_block_out")
 
 
 def hint_layers(shapes: Shapes) -> nn.Sequential:
-    """Convolutions with a SiLU between each two (cldm.py, input_hint_block): from the picture to an eighth of its size."""
+    """Convolutions with a SiLU between each two (cldm.py, input_hint_block): from the picture to the size of its latents."""
     layers: list[nn.Module] = []
     for i, part in enumerate(numbered(shapes)):
         halves = i % 4 == 0 and i > 0  # every second convolution after the first
         layers.append(conv(Shapes({"conv.weight": part["weight"]}), "conv", stride=1 + halves) if i % 2 == 0 else nn.SiLU())
     return nn.Sequential(*layers)
+
+
+def downscale_of(layers: int) -> int:
+    """How many times smaller than the picture the latents are: 8, with 15 layers, in all that are published."""
+    return 2 ** ((layers - 3) // 4)
 
 
 def out_layer(shapes: Shapes) -> nn.Sequential:
@@ -43,6 +48,7 @@ class ControlNet(Trunk):
         super().__init__(shapes)
         self.pooled = pooled
         self.input_hint_block = hint_layers(below(shapes, "input_hint_block"))
+        self.downscale = downscale_of(len(self.input_hint_block))
         self.zero_convs = nn.ModuleList(out_layer(part) for part in numbered(below(shapes, "zero_convs")))
         self.middle_block_out = out_layer(below(shapes, "middle_block_out"))
 
@@ -63,9 +69,9 @@ class ControlNet(Trunk):
         if hint.shape[1] == self.input_hint_block[0].in_channels:
             hint = self.hint(hint)
         if hint.shape[-2:] != x.shape[-2:]:
-            height, width = (8 * size for size in x.shape[-2:])
-            found = "x".join(str(8 * size) for size in reversed(hint.shape[-2:]))
-            raise UsageError(f"hint: expected a picture of {width}x{height}, 8 times the latents, found {found}")
+            height, width = (self.downscale * size for size in x.shape[-2:])
+            found = "x".join(str(self.downscale * size) for size in reversed(hint.shape[-2:]))
+            raise UsageError(f"hint: expected a picture of {width}x{height}, {self.downscale} times the latents, found {found}")
         return hint
 
     def outputs(self, x: Tensor, emb: Tensor, context: Tensor, hint: Tensor) -> list[Tensor]:
@@ -87,12 +93,13 @@ def check_control(shapes: Shapes) -> None:
     vector = shapes["label_emb.0.0.weight"][1] if "label_emb.0.0.weight" in shapes else 0
     _, (*skips, middle) = trunk(shapes, context, vector)
     hint = numbered(below(shapes, "input_hint_block"))
-    if len(hint) != 15:  # 3 of its 8 convolutions halve the picture, as the VAE does
+    if len(hint) not in (11, 15):  # 3 of 8 convolutions halve the picture, as the VAE does; 2 of 6 for a VAE as the tiny one
         raise ShapeError(f"{shapes.name}input_hint_block", f"expected layers 0 to 14, found {len(hint)} of them")
     channels = shapes["input_hint_block.0.weight"][1]
-    channels = through(shapes, channels, *(f"input_hint_block.{i}" for i in range(0, 15, 2)))
+    channels = through(shapes, channels, *(f"input_hint_block.{i}" for i in range(0, len(hint), 2)))
     if channels != skips[0]:
-        raise ShapeError(f"{shapes.name}input_hint_block.14.weight", f"expected {skips[0]} channels, found {channels}")
+        last = f"{shapes.name}input_hint_block.{len(hint) - 1}.weight"
+        raise ShapeError(last, f"expected {skips[0]} channels, found {channels}")
     outs = numbered(below(shapes, "zero_convs"))
     if len(outs) != len(skips):
         raise ShapeError(f"{shapes.name}zero_convs", f"expected {len(skips)}, one for each input block, found {len(outs)}")

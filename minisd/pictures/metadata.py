@@ -88,7 +88,7 @@ MODULES: dict[str, tuple[str, float | None, float | None]] = {
 
 
 def control_lines(controls: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """ControlNets that had a file, as A1111's extension writes them (sd-webui-controlnet, internal_controlnet/args.py, serialize).
+    """ControlNets that had a file, as A1111's extension writes them (sd-webui-controlnet, internal_controlnet/args.py).
 
     What it has no words for (one side of guidance, noise levels) is left out.
     """

@@ -10,16 +10,22 @@ import pytest
 import torch
 from controls import control_shapes, their_union, union_shapes
 from families import EULER, SMALL, Parts, pipeline
-from helpers import assert_close
+from helpers import assert_close, write_holes
 from PIL import Image
 from safetensors.torch import save_file
 
 import minisd
 from minisd.addons.controls.acting import activated
 from minisd.addons.controls.control import as_controls
+from minisd.addons.controls.files import built
+from minisd.addons.controls.names import told
 from minisd.cli import main
 from minisd.errors import CheckpointError, UsageError
+from minisd.files.checkpoint import open_checkpoint
+from minisd.library.names import Facts, identify
 from minisd.models.control import ControlNetUnion
+from minisd.models.control.union import check_union
+from minisd.models.shapes import Shapes
 from minisd.recipe import repeat
 from minisd.workbench import blueprint
 
@@ -63,6 +69,31 @@ def test_names(files, weights, tmp_path):
         assert all(torch.equal(found[key], value) for key, value in weights.items())
 
 
+@pytest.mark.parametrize("kinds", [6, 8])
+def test_the_keys_of_both_published_sizes(kinds, tmp_path):
+    """Union and ProMax as diffusers builds them for SDXL, by their headers."""
+    from diffusers import ControlNetUnionModel
+
+    with torch.device("meta"):
+        theirs = ControlNetUnionModel(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), block_out_channels=(320, 640, 1280),
+            cross_attention_dim=2048, transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
+            use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816, conditioning_embedding_out_channels=(16, 32, 96, 256),
+            num_control_type=kinds,
+        )  # fmt: skip
+    shapes = {key: tuple(value.shape) for key, value in theirs.state_dict().items()}
+    checkpoint = open_checkpoint(write_holes(tmp_path / "union.safetensors", shapes))
+    title, names = told(checkpoint)
+    control = built(
+        checkpoint, title, names, Shapes({key: shapes[own] for key, own in names.items()}), ControlNetUnion, check_union
+    )
+    assert title == "a ControlNet Union"
+    assert {names[key]: tuple(value.shape) for key, value in control.state_dict().items()} == shapes
+    assert control.kinds[-1] == ("inpaint" if kinds == 8 else "segment")
+    assert identify(checkpoint.path) == Facts("controlnet", "sdxl", "a ControlNet")
+
+
 @pytest.mark.parametrize("piece", ["task_embedding", "control_add_embedding", "transformer_layes", "spatial_ch_projs"])
 def test_a_missing_piece_is_named(piece, files, tmp_path):
     *_, union = files
@@ -72,14 +103,16 @@ def test_a_missing_piece_is_named(piece, files, tmp_path):
         minisd.load_control(tmp_path / "torn.safetensors")
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_pictures_as_in_diffusers(count, files, tmp_path):
+@pytest.mark.parametrize(("count", "guess"), [(1, False), (2, False), (2, True)])
+def test_pictures_as_in_diffusers(count, guess, files, tmp_path):
+    """In guess mode without guidance: with it diffusers 0.42 gives the network as many kinds as both sides have, and fails."""
     pipe, parts, file, union = files
     hints, kinds, strengths = [picture(1), picture(2)][:count], ["canny", "depth"][:count], [0.7, 1.3][:count]
     controls = [
-        minisd.Control(file, hint, strength, kind=kind) for hint, strength, kind in zip(hints, strengths, kinds, strict=True)
+        minisd.Control(file, hint, strength, kind=kind, guess=guess)
+        for hint, strength, kind in zip(hints, strengths, kinds, strict=True)
     ]
-    common = {"latents": latents(), **CALL}
+    common = {"latents": latents(), **CALL, "guidance_scale": 1.0 if guess else 5.0}
     found = pipe(PROMPT, steps=3, controls=controls, **common)
     from diffusers import EulerDiscreteScheduler
 
@@ -87,7 +120,7 @@ def test_pictures_as_in_diffusers(count, files, tmp_path):
     reference = pipeline("StableDiffusionXLControlNetUnionPipeline", parts, SDXL, tmp_path, scheduler, controlnet=union)
     wanted = reference(
         PROMPT, control_image=hints, control_mode=[[3, 1][i] for i in range(count)], num_inference_steps=3, output_type="latent",
-        controlnet_conditioning_scale=strengths, **common,
+        controlnet_conditioning_scale=strengths, guess_mode=guess, **common,
     ).images  # fmt: skip
     assert_close(found.latents, wanted, 1e-3)
     assert (found.latents - pipe(PROMPT, steps=3, **common).latents).norm() / wanted.norm() > 0.02
@@ -117,6 +150,18 @@ def test_one_call_for_those_that_act_together(files, monkeypatch):
     assert calls(first, replace(second, end=0.5)) == [both, (2, ("canny",), [1.0])]
     assert calls(first, replace(second, strength=0.0)) == [(2, ("canny",), [1.0])] * 2
     assert calls(first, replace(second, where="positive")) == [(2, ("canny",), [1.0]), (1, ("tile",), [1.0])] * 2
+
+
+def test_beside_a_mask_of_an_inpainting_model(files, tmp_path):
+    """Whose UNet sees nine channels, the Union four of them."""
+    _, _, file, _ = files
+    pipe = minisd.load(SMALL["sdxl-inpaint"].write(tmp_path / "inpaint.safetensors"), device="cpu", dtype="float32")
+    mask = Image.new("L", (96, 64), 0)
+    mask.paste(255, (0, 0, 48, 64))
+    common = {"steps": 1, "seed": 1, "init_image": picture(3), "mask": mask, "guidance_scale": 5.0}
+    plain = pipe(PROMPT, **common)
+    found = pipe(PROMPT, controls=[minisd.Control(file, picture(1), kind="inpaint")], **common)
+    assert (found.latents - plain.latents).norm() / plain.latents.norm() > 1e-3
 
 
 def test_kinds(files, tmp_path):

@@ -9,15 +9,22 @@ import pytest
 import torch
 from controls import control_shapes, lllite_shapes
 from families import SMALL
-from helpers import assert_close, write_holes
+from helpers import assert_close, manifest, write_holes
 from PIL import Image
 from safetensors.torch import save_file
 
 import minisd
+from minisd.addons.controls.files import built
+from minisd.addons.controls.fitting import check_fits
+from minisd.addons.controls.names import told
 from minisd.errors import CheckpointError, UsageError
+from minisd.files.checkpoint import open_checkpoint
 from minisd.library.names import identify
 from minisd.models.control import LLLite
-from minisd.models.control.lllite import Lent, applied
+from minisd.models.control.lllite import Lent, applied, check_lllite
+from minisd.models.family import UNET
+from minisd.models.shapes import below
+from minisd.models.unet import UNet
 from minisd.recipe import repeat
 from minisd.workbench import blueprint
 
@@ -43,6 +50,18 @@ def test_names(files):
     assert {key: tuple(value.shape) for key, value in network.state_dict().items()} == lllite_shapes(SDXL.unet())
     facts = identify(file)
     assert (facts.kind, facts.what) == ("controlnet", "a ControlNet-LLLite")
+
+
+def test_every_layer_of_sdxl_has_its_name(tmp_path):
+    """136 of them, as sd-scripts makes one with its defaults for SDXL at its real size."""
+    unet = below(manifest("sdxl-base"), UNET)
+    shapes = lllite_shapes(unet, 32, 64)
+    assert len({key.split(".")[0] for key in shapes}) == 136
+    checkpoint = open_checkpoint(write_holes(tmp_path / "lllite.safetensors", shapes))
+    title, names = told(checkpoint)
+    network = built(checkpoint, title, names, shapes, LLLite, check_lllite)
+    with torch.device("meta"):
+        check_fits(network, UNet(unet))
 
 
 @torch.no_grad()

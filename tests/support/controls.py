@@ -28,10 +28,9 @@ def their_control(weights: dict[str, torch.Tensor], small: Small, **options: Any
     named = convert_controlnet_checkpoint(dict(weights), dict(model.config))
     for ours, theirs in (("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_embedding.linear_2")):
         named |= {f"{theirs}.{end}": weights[f"{ours}.{end}"] for end in ("weight", "bias") if f"{ours}.{end}" in weights}
-    last = (
-        f"blocks.{2 * len(model.config.conditioning_embedding_out_channels) - 2}."  # of which their conversion knows eight alone
-    )
-    model.load_state_dict({name.replace(last, "conv_out."): value for name, value in named.items()}, assign=True)
+    hint = "controlnet_cond_embedding."  # of which their conversion knows eight layers alone
+    last = f"{hint}blocks.{2 * len(model.config.conditioning_embedding_out_channels) - 2}."
+    model.load_state_dict({name.replace(last, f"{hint}conv_out."): value for name, value in named.items()}, assign=True)
     return model.eval()
 
 

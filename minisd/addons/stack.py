@@ -116,6 +116,10 @@ class Stack:
                     self.base[key].copy_(weights[key])
                 self.write(weights[key], self.base[key], [pair for pair in changes if pair[0].strength(pair[1])])
 
+    def changed_from(self) -> dict[str, Tensor]:
+        """What the file has, in main memory, of the weights that are changed now."""
+        return {change.target.key: self.base[change.target.key] for each in self.active for change in each.addon.changes}
+
     def facts(self) -> list[dict[str, Any]]:
         """What a recipe says of what is on."""
         return [facts(each.lora, each.addon) for each in self.active]

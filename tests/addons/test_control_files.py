@@ -9,6 +9,7 @@ import torch
 from controls import control_shapes, our_unet, raw_names, their_adapter, their_control, vector
 from families import SMALL, options_of
 from helpers import manifest, relative_error, write_holes
+from loras import ATTENTION, whole
 from safetensors.torch import save_file
 
 import minisd
@@ -176,6 +177,19 @@ def test_control_lora(weights, base, tmp_path):
         minisd.load_control(tmp_path / "torn.safetensors", base=our_unet(base))
     with pytest.raises(CheckpointError, match=r"expected factors \(.*found"):
         minisd.load_control(file, base=our_unet(blueprint.random_weights(SMALL["sd1-inpaint"].unet(), 4)))
+
+
+def test_control_lora_is_of_the_file_whatever_loras_are_on(reduced_file, tmp_path):
+    pipe = minisd.load(reduced_file, device="cpu", dtype="float32")
+    shapes = Shapes({key: tuple(value.shape) for key, value in pipe.unet.state_dict().items()})
+    save_file(control_lora(blueprint.random_weights(control_shapes(shapes), 3)), tmp_path / "control.safetensors")
+    save_file(whole(), tmp_path / "lora.safetensors")
+    before = minisd.load_control(tmp_path / "control.safetensors", base=pipe)
+    key = f"{ATTENTION.removeprefix('model.diffusion_model.')}.to_q.weight"
+    unchanged = pipe.unet.state_dict()[key].clone()
+    pipe.set_loras([tmp_path / "lora.safetensors"])
+    assert not torch.equal(pipe.unet.state_dict()[key], unchanged)
+    assert same(minisd.load_control(tmp_path / "control.safetensors", base=pipe), before.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["full_adapter", "light_adapter", "full_adapter_xl"])

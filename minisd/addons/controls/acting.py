@@ -67,7 +67,7 @@ def network_of(control: Control, pipe: Stations) -> ControlModel:
     if isinstance(control.source, nn.Module):
         network = control.source.to(pipe.device, pipe.dtype)
     else:
-        network = load_control(control.source, str(pipe.device), pipe.dtype, base=unet)
+        network = load_control(control.source, str(pipe.device), pipe.dtype, base=pipe)
     check_fits(network, unet, pipe.codec.vae.downscale)
     return network
 

@@ -22,6 +22,7 @@ from ...models.control.controlnet import OWN, ControlNet, check_control
 from ...models.control.lllite import LLLite, check_lllite
 from ...models.control.t2i_adapter import T2IAdapter, check_adapter
 from ...models.control.union import ControlNetUnion, check_union
+from ...models.family import UNET
 from ...models.shapes import Shapes
 from ...system.device import to_device, to_dtype
 from .names import ADAPTER, CONTROL_LORA, DIFFERENCE, LLLITE, UNION, own_key, told
@@ -95,12 +96,17 @@ def weights_of(checkpoint: Checkpoint, names: Mapping[str, str], dtype: torch.dt
 
 
 def base_weights(checkpoint: Checkpoint, title: str, base: Any) -> dict[str, Tensor]:
-    """What a UNet has in common with a ControlNet, by name.  Raises UsageError if there is none."""
+    """What a UNet has in common with a ControlNet, by name; of a pipeline as the file has it, whatever LoRAs are on.
+
+    Raises UsageError if there is none.
+    """
     unet = getattr(base, "unet", base)
     if not isinstance(unet, nn.Module) or not hasattr(unet, "input_blocks"):
         found = "none" if base is None else type(base).__name__
         raise UsageError(f"base: expected the pipeline or UNet that {checkpoint.path.name}, {title}, adds to, found {found}")
-    return {key: value for key, value in unet.state_dict().items() if key.split(".")[0] in OWN}
+    file = base.stack.changed_from() if hasattr(base, "stack") else {}
+    weights = {key: file.get(f"{UNET}.{key}", value) for key, value in unet.state_dict().items()}
+    return {key: value for key, value in weights.items() if key.split(".")[0] in OWN}
 
 
 def merged_shapes(checkpoint: Checkpoint, names: Mapping[str, str], shapes: Shapes, base: Mapping[str, Tensor]) -> Shapes:

@@ -55,6 +55,7 @@ OTHERS = [
     (rf"{FLAT}_.*|.*[._]lora_([AB]|up|down)\b.*|.*_lora\.(up|down)\.weight|.*\.({LYCORIS})$", "a LoRA", ON_TOP),
     (r"lllite_unet_.*", "a ControlNet-LLLite", ON_TOP),
     (r"(adapter\.)?body\.\d+\.(in_conv|block1|body|resnets)\..*", "a T2I-Adapter", ON_TOP),
+    (r"task_embedding|control_add_embedding\..*", "a ControlNet Union", ON_TOP),
     (r"(control_model|controlnet_cond_embedding|input_hint_block)\..*", "a ControlNet", ON_TOP),
     (r"(model\.diffusion_model\.)?(double|single)_blocks\..*", "a Flux model", NOT_A_UNET),
     (r"(model\.diffusion_model\.)?joint_blocks\..*", "a Stable Diffusion 3 model", NOT_A_UNET),

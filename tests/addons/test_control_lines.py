@@ -15,8 +15,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import minisd
+from minisd.addons.controls.preprocess import PREPROCESS
 from minisd.pictures.infotext import parsed
-from minisd.pictures.metadata import parameters_text
+from minisd.pictures.metadata import MODULES, parameters_text
 from minisd.recipe import repeat
 from minisd.workbench import blueprint
 
@@ -70,6 +71,10 @@ def test_units(files):
         "guidance_end": 1.0, "control_mode": "ControlNet is more important",
     }  # fmt: skip
     assert unit(fields["ControlNet 3"]) == common | {"module": "none", "model": model, "weight": 1.0}
+
+
+def test_every_preprocessing_has_its_word():
+    assert MODULES.keys() == PREPROCESS.keys()
 
 
 def test_again_finds_a_moved_file_by_its_name_and_tells_another(files, tmp_path, monkeypatch):

@@ -91,7 +91,7 @@ def test_the_keys_of_both_published_sizes(kinds, tmp_path):
     assert title == "a ControlNet Union"
     assert {names[key]: tuple(value.shape) for key, value in control.state_dict().items()} == shapes
     assert control.kinds[-1] == ("inpaint" if kinds == 8 else "segment")
-    assert identify(checkpoint.path) == Facts("controlnet", "sdxl", "a ControlNet")
+    assert identify(checkpoint.path) == Facts("controlnet", "sdxl", "a ControlNet Union")
 
 
 @pytest.mark.parametrize("piece", ["task_embedding", "control_add_embedding", "transformer_layes", "spatial_ch_projs"])

@@ -18,7 +18,7 @@ from difflib import get_close_matches
 
 from .. import __version__
 from ..errors import MinisdError, OutOfMemoryError, OutputError, UsageError, is_lack_of_memory
-from . import about, again, bench, completion, draw, files, lora, models
+from . import about, again, bench, draw, files, lora, models
 from .options import Parser, one_line, with_flags
 from .streams import careful_streams, ended_by_signals
 
@@ -76,13 +76,13 @@ COMMANDS = {
     ),
     "doctor": Command("", "this machine and what is installed: for a report of a fault", about.doctor_parser, about.doctor),
     "completion": Command(
-        "SHELL", "what teaches bash, zsh or fish these commands and options", completion.parser, lambda args: complete(args)
+        "SHELL", "what teaches bash, zsh or fish these commands and options", about.completion_parser, lambda args: complete(args)
     ),
 }
 
 
 def complete(args: argparse.Namespace) -> int:
-    return completion.completion(args, {name: (command.summary, command.parser()) for name, command in COMMANDS.items()})
+    return about.completion(args, {name: (command.summary, command.parser()) for name, command in COMMANDS.items()})
 
 
 def help_text() -> str:

@@ -1,4 +1,4 @@
-"""What there is: `minisd doctor`, what a report of a fault should carry; `minisd samplers`, which there are to choose from;
+"""What there is: `minisd doctor`, what a report of a fault should carry; `minisd samplers` and `minisd styles`, to choose from;
 `minisd tokens "PROMPT"`, how a prompt is read; `minisd completion SHELL`: a script by which bash, zsh or fish completes commands
 and options.
 
@@ -60,6 +60,30 @@ def samplers(args: argparse.Namespace) -> int:
 
     rows = all_facts()
     print(json.dumps({"samplers": rows}) if args.json else as_table(rows))
+    return 0
+
+
+def styles_parser() -> Parser:
+    made = Parser(
+        prog="minisd styles",
+        description="The styles for --style: words that go around a prompt, {prompt} standing for it.",
+        epilog="Own ones: a table name,prompt,negative_prompt as A1111's styles.csv, in the working folder, in A1111's own, or "
+        "named by MINISD_STYLES; theirs come first.",
+    )
+    add_output_options(made)
+    return made
+
+
+def styles(args: argparse.Namespace) -> int:
+    from ..library.styles import as_text, files
+    from ..library.styles import styles as known
+
+    listed = known()
+    if args.json:
+        entries = [vars(style) | {"source": str(style.source)} for style in listed.values()]
+        print(json.dumps({"files": list(map(str, files())), "styles": entries}))
+        return 0
+    print(as_text(listed))
     return 0
 
 

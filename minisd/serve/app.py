@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .. import __version__
 from ..errors import OutputError, UsageError
@@ -24,6 +25,7 @@ from .settings import Settings
 
 WORDS = {404: "there is nothing at this path", 405: "this path is not asked so"}
 CONNECTIONS = 512
+HEAD_SECONDS = 10.0  # in which the head of a request must have come
 
 
 def create_app(service: Service) -> FastAPI:
@@ -71,6 +73,35 @@ def add_errors(app: FastAPI) -> None:
         return answer(asked.url.path, RefusedError(error.status_code, message, code="not_found"))
 
 
+class Protocol(H11Protocol):
+    """Closes what does not say in time what it wants, for which uvicorn would wait without end."""
+
+    timer: asyncio.TimerHandle | None = None
+    after: object = None  # the request after which it was begun
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.wait_for_head()
+
+    def data_received(self, data: bytes) -> None:
+        before = self.cycle
+        super().data_received(data)
+        asks = self.cycle is not before or (before is not None and not before.response_complete)
+        if not asks and (self.timer is None or self.after is not before):
+            self.wait_for_head()  # the beginning of another request, or the rest of one that was refused
+
+    def wait_for_head(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+        self.after = self.cycle
+        self.timer = self.loop.call_later(HEAD_SECONDS, self.close_unless_asked)
+
+    def close_unless_asked(self) -> None:
+        self.timer = None
+        if self.cycle is self.after and not self.transport.is_closing():
+            self.transport.close()
+
+
 class Server(uvicorn.Server):
     """Lets who waits know at once that the server ends; what is being drawn is finished, for as long as it may take."""
 
@@ -103,7 +134,7 @@ def run(settings: Settings, ready: Callable[[str], None]) -> None:
     config = uvicorn.Config(
         Guard(create_app(service), settings, service.metrics, service.log),  # type: ignore[arg-type]
         log_config=None, access_log=False, server_header=False, date_header=False, proxy_headers=False, ws="none",
-        timeout_graceful_shutdown=int(settings.grace) or 1, limit_concurrency=CONNECTIONS, lifespan="on",
+        timeout_graceful_shutdown=int(settings.grace) or 1, limit_concurrency=CONNECTIONS, lifespan="on", http=Protocol,
     )  # fmt: skip
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{listening.getsockname()[1]}"

@@ -82,7 +82,7 @@ class Index:
 
 
 def plain(name: str) -> str:
-    text = TITLE.sub("", name.strip().removeprefix(PREFIX)).casefold()
+    text = TITLE.sub("", name.removeprefix(PREFIX)).casefold()
     return next((text.removesuffix(suffix) for suffix in SUFFIXES if text.endswith(suffix)), text)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.requests import Request as Asked
 
-from ..addons.wanted import OTHER, TAG, of_tag
+from ..addons.wanted import OTHER, TAG, Lora, of_tag
 from ..diffusion.samplers import named
 from ..diffusion.spacings import spacing_named
 from ..errors import MinisdError, UsageError
@@ -120,9 +120,15 @@ class Service:
             options["prompt"] = prompt = TAG.sub("", prompt).strip()
             if TAG.search(prompt):
                 raise RefusedError(422, "prompt: expected <lora:…> side by side", "prompt")
-            for lora in (of_tag(*tag) for tag in found):
+            for lora in self.tagged(found):
                 loras.append((self.index.find(str(lora.source), "lora", "prompt"), lora.strength, lora.text_strength))
         return replace(drawing, options=options, loras=tuple(loras))
+
+    def tagged(self, tags: list[tuple[str, str]]) -> list[Lora]:
+        try:
+            return [of_tag(*tag) for tag in tags]
+        except UsageError as error:
+            raise told(error, "") from None
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """What can be said of them without a model.  Raises RefusedError."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ from ..errors import OutputError, UsageError
 from .dialects import DIALECTS, NAMES
 from .errors import RefusedError, answer, invalid
 from .guard import Guard
+from .metrics import ToLog
 from .service import Service
 from .settings import Settings
 
@@ -131,6 +133,7 @@ def run(settings: Settings, ready: Callable[[str], None]) -> None:
     except RefusedError as refused:
         raise UsageError(refused.message) from None
     listening = bound(settings)
+    logging.getLogger().addHandler(ToLog(service.log))
     config = uvicorn.Config(
         Guard(create_app(service), settings, service.metrics, service.log),  # type: ignore[arg-type]
         log_config=None, access_log=False, server_header=False, date_header=False, proxy_headers=False, ws="none",

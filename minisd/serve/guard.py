@@ -63,6 +63,10 @@ class Guard:
             await self.answered(scope, receive, sending)
         except ClientGone:
             sent[0] = 499
+        except asyncio.CancelledError:  # the server has waited long enough for it
+            if not sent[0]:
+                ending = RefusedError(503, "the server is ending", code="ending", retry=5)
+                await answer(scope["path"], ending)(scope, receive, sending)  # type: ignore[arg-type]
         except Exception as error:
             self.log("fault", code=code, error=type(error).__name__, traceback=traceback.format_exc()[-4000:])
             if not sent[0]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
 import time
@@ -43,3 +44,14 @@ class Log:
         line = json.dumps({"time": f"{now}Z", "event": event} | {k: v for k, v in facts.items() if v is not None}, default=str)
         with self.lock:
             print(line, file=sys.stderr, flush=True)
+
+
+class ToLog(logging.Handler):
+    """What libraries have to say, without their tracebacks."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__(logging.WARNING)
+        self.log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.log("library", name=record.name, level=record.levelname, message=record.getMessage()[:500])

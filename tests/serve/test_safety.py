@@ -107,10 +107,10 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["/generate/sd", "/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/options", "/v1/images/generations", "/v1/assets"],
-)
+ELSEWHERE = ("/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/sdapi/v1/options", "/v1/images/generations", "/v1/assets")
+
+
+@pytest.mark.parametrize("path", ["/generate/sd", *(pytest.param(path, marks=pytest.mark.slow) for path in ELSEWHERE)])
 def test_bad_json_is_a_fault_of_its_sender(server, path):
     for body in BAD:
         if body == b"{}" and path in ("/sdapi/v1/options", "/sdapi/v1/txt2img"):

@@ -163,6 +163,9 @@ OPTIONS = {
     option.name: option
     for option in (
         Option("negative_prompt", TEXT, "", "what it should not show", "--negative", "TEXT", by_picture=True),
+        Option(
+            "style", TEXT, None, "words of a style around the prompt; minisd styles lists them", "--style", "NAME", recorded=False
+        ),
         Option("width", whole(8, MAX_SIDE), None, flag="--size"),
         Option("height", whole(8, MAX_SIDE), None, flag="--size"),
         Option("steps", whole(1, MAX_STEPS), 20, "denoising steps", "--steps", "N", infotext="Steps", axis="Steps"),

@@ -98,6 +98,7 @@ class Request:
     lora_rule: "paper", or "comfyui" where kinds of it (DoRA, OFT) are computed otherwise there (addons.lora_formulas.delta).
     lora_partial: take of a LoRA what fits the checkpoint, where else it is refused.
     controls: ControlNets and T2I-Adapters, each with the picture that it is to follow: a list of `minisd.Control`.
+    style: the name of one of library.styles, whose words go around prompt and negative prompt.
     progress: show a bar.  transform: what the latents become after each step, Step -> (B, C, h, w).
     observe: is shown every call of the network: (call, x, estimates of x_0 by role).
     """
@@ -151,6 +152,7 @@ class Request:
     lora_rule: Literal["paper", "comfyui"] | None = None
     lora_partial: bool = False
     controls: Sequence[Control] = ()
+    style: str | None = None
 
 
 def request_of(given: tuple[Any, ...], options: Mapping[str, Any]) -> Request:

@@ -41,6 +41,7 @@ LEVELS = [
     ["pipeline"],
     ["by_hand"],
     ["workbench"],
+    ["serve"],
     ["bench"],
     ["cli"],
     ["__main__"],

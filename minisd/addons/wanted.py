@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError, shown
 from ..library.names import resolve
+from ..library.styles import around as words_around
+from ..library.styles import named as style_named
+from ..options import checked
 
 if TYPE_CHECKING:
     from ..request import Request
@@ -83,7 +86,7 @@ def wanted(request: Request, kept: Wanted) -> tuple[Request, Wanted]:
 
     kept: what is on where the request says nothing.  Raises UsageError, CheckpointError.
     """
-    request, named = without_tags(request)
+    request, named = without_tags(in_style(request))
     rule = request.lora_rule or ("comfyui" if request.like == "comfyui" else kept.rule)
     partial = request.lora_partial or (request.loras is None and kept.partial)
     loras = (*(kept.loras if request.loras is None else as_loras(request.loras)), *as_loras(named))
@@ -92,6 +95,24 @@ def wanted(request: Request, kept: Wanted) -> tuple[Request, Wanted]:
             raise UsageError("lora_blocks: expected LoRAs whose blocks they are, found none")
         loras = tuple(replace(lora, blocks=lora.blocks or request.lora_blocks) for lora in loras)
     return request, Wanted(loras, rule, partial) if loras else NOTHING
+
+
+def in_style(request: Request) -> Request:
+    """With the words of its style around the prompts.  Raises UsageError."""
+    if request.style is None:
+        return request
+    style = style_named(checked("style", request.style))
+
+    def around(name: str, words: str) -> Any:
+        given = getattr(request, name)
+        texts = [given] if isinstance(given, str) else given
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+            raise UsageError(f"style: expected a text as {name}, found {type(given).__name__}")
+        found = [words_around(words, text) for text in texts]
+        return found[0] if isinstance(given, str) else found
+
+    prompts = {"prompt": around("prompt", style.prompt), "negative_prompt": around("negative_prompt", style.negative_prompt)}
+    return replace(request, style=None, **prompts)
 
 
 def without_tags(request: Request) -> tuple[Request, list[Lora]]:

@@ -22,6 +22,7 @@ what:
   image            prompt to pixels, and a cold process to the file on disk
   load             a checkpoint from the page cache to the device
   lora             a LoRA into the weights, another strength, off again, beside diffusers with peft
+  serve            what minisd serve adds: start to first picture, to an answer, to the pictures in a second
   samplers         what every sampler converges to, how fast, and how far it is at 10, 20 and 40 calls of the network
   roofline         where a step spends its time, and what is left to win
   all              every figure, the most wanted first, in at most --minutes, then those that matter most; needs --json
@@ -45,13 +46,14 @@ PARTS = {
     "load": ("processes", "bench_load"),
     "roofline": ("roofline", "bench"),
     "lora": ("lab.loras", "bench"),
+    "serve": ("lab.serving", "bench"),
     "samplers": ("lab.samplers", "bench"),
     "all": ("everything", "bench"),
 }
 PEERS = ("eager", "graph", "compiled")
 
 # Which parts take an option; those that are not named here all of them do.
-MEASURED = tuple(part for part in PARTS if part not in ("compile", "samplers", "lora"))
+MEASURED = tuple(part for part in PARTS if part not in ("compile", "samplers", "lora", "serve"))
 TAKEN_BY = {
     "name": ("kernels", "compile"),
     "against": ("kernels",),
@@ -64,8 +66,8 @@ TAKEN_BY = {
     "ablate": ("unet", "vae"),
     "minutes": ("all",),
     "full": MEASURED,
-    "repeats": (*MEASURED, "lora"),
-    "device": (*MEASURED, "samplers", "lora"),
+    "repeats": (*MEASURED, "lora", "serve"),
+    "device": (*MEASURED, "samplers", "lora", "serve"),
     "plot": (*MEASURED, "samplers", "lora"),
 }
 DEFAULTS: dict[str, Any] = {

@@ -18,13 +18,13 @@ from difflib import get_close_matches
 
 from .. import __version__
 from ..errors import MinisdError, OutOfMemoryError, OutputError, UsageError, is_lack_of_memory
-from . import about, again, bench, completion, draw, files, lora, models
+from . import about, again, bench, draw, files, lora, models, serve
 from .options import Parser, one_line, with_flags
 from .streams import careful_streams, ended_by_signals
 
 CLOSED = 141  # as the shell counts SIGPIPE
 LEAST = 600 << 20  # bytes of address space: with less, the libraries that torch loads may end the process by themselves
-WITHOUT_TORCH = ("inspect", "models", "completion")
+WITHOUT_TORCH = ("inspect", "models", "styles", "completion")
 
 EXAMPLES = """\
 examples:
@@ -74,15 +74,19 @@ COMMANDS = {
     "samplers": Command(
         "", "which samplers there are, and what they are called elsewhere", about.samplers_parser, about.samplers
     ),
+    "styles": Command("", "which styles there are: words that go around a prompt", about.styles_parser, about.styles),
+    "serve": Command(
+        "[-m NAME …]", "draw for programs, over HTTP: the APIs of OctoAI, A1111 and OpenAI", serve.parser, serve.serve
+    ),
     "doctor": Command("", "this machine and what is installed: for a report of a fault", about.doctor_parser, about.doctor),
     "completion": Command(
-        "SHELL", "what teaches bash, zsh or fish these commands and options", completion.parser, lambda args: complete(args)
+        "SHELL", "what teaches bash, zsh or fish these commands and options", about.completion_parser, lambda args: complete(args)
     ),
 }
 
 
 def complete(args: argparse.Namespace) -> int:
-    return completion.completion(args, {name: (command.summary, command.parser()) for name, command in COMMANDS.items()})
+    return about.completion(args, {name: (command.summary, command.parser()) for name, command in COMMANDS.items()})
 
 
 def help_text() -> str:

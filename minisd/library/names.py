@@ -14,6 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,9 @@ def as_text(models: Iterable[Listed]) -> str:
 
 def identified(files: Iterable[File]) -> list[tuple[File, str, Facts]]:
     """(file, its state, what it is) of files, without those that cannot be reached.  Opens only what is not remembered."""
+    files = list(files)
+    if not files:
+        return []
     version = minisd_version()
     memory = recall("library")
     known = memory.get("known") if memory.get("version") == version else None
@@ -113,6 +117,7 @@ def identified(files: Iterable[File]) -> list[tuple[File, str, Facts]]:
     return found
 
 
+@cache
 def minisd_version() -> str:
     """Changes whenever the code does: what another minisd found out may no longer be what this one says."""
     changed = max(file.stat().st_mtime_ns for file in Path(__file__).parents[1].rglob("*.py"))

@@ -6,6 +6,7 @@ import hashlib
 import os
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -35,23 +36,32 @@ def open_picture(name: str, source: Picture) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with open_regular(path, MAX_FILE) as file:
-                check_head(file)
-                with Image.open(file, formats=FORMATS) as image:
-                    check_size(f"{name} {path}", image.width, image.height)
-                    return ImageOps.exif_transpose(image)
+                return read_picture(f"{name} {path}", file)
     except MinisdError:
         raise
     except FileNotFoundError:
         raise UsageError(f"{name} {path}: does not exist") from None
     except IsADirectoryError:
         raise UsageError(f"{name} {path}: expected a picture, found a folder") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except UNREADABLE as error:
         raise UsageError(f"{name} {path}: is no {', '.join(FORMATS)} picture that can be read: {why_not(error)}") from None
 
 
-def check_size(name: str, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise UsageError(f"{name}: expected at most {MAX_PIXELS / 1e6:.0f} million pixels, found {width}x{height}; scale it down")
+# What Pillow raises for what is no picture, or a broken one.
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+def read_picture(name: str, file: BinaryIO, most: int = MAX_PIXELS) -> Image.Image:
+    """A picture of at most so many pixels from an open file, upright.  Raises UsageError (its size), and UNREADABLE."""
+    check_head(file)
+    with Image.open(file, formats=FORMATS) as image:
+        check_size(name, image.width, image.height, most)
+        return ImageOps.exif_transpose(image)
+
+
+def check_size(name: str, width: int, height: int, most: int = MAX_PIXELS) -> None:
+    if width * height > most:
+        raise UsageError(f"{name}: expected at most {most / 1e6:.0f} million pixels, found {width}x{height}; scale it down")
     if max(width, height) > MAX_LENGTH:
         raise UsageError(f"{name}: expected sides of at most {MAX_LENGTH:,} pixels, found {width}x{height}; crop it first")
 

@@ -192,7 +192,7 @@ def check_head(file: BinaryIO) -> None:
                 raise ValueError(f"it has more than {MAX_HEAD:,} bytes before its pixels")
         else:
             raise ValueError(f"it has more than {MAX_CHUNKS:,} chunks before its pixels")
-    elif (size := os.fstat(file.fileno()).st_size) > MAX_FILE:
+    elif (size := file.seek(0, os.SEEK_END)) > MAX_FILE:
         raise ValueError(f"it has {size:,} bytes; at most {MAX_FILE:,} were expected")
     file.seek(0)
 

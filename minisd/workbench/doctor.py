@@ -28,11 +28,13 @@ PATIENCE = 0.5  # seconds for a question about folders, which may lie on a netwo
 
 # What changes minisd's behaviour, its own first; then that of Triton and PyTorch below it.
 VARIABLES = (
-    "MINISD_MODELS", "MINISD_KERNELS", "MINISD_FAST", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "TRITON_INTERPRET",
+    "MINISD_MODELS", "MINISD_STYLES", "MINISD_API_KEY", "MINISD_KERNELS", "MINISD_FAST",
+    "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "TRITON_INTERPRET",
     "TRITON_CACHE_DIR", "TRITON_HOME", "TRITON_DEFAULT_FP_FUSION", "CC", "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING",
     "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
     "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "TMPDIR", "PYTHONIOENCODING", "PYTHONUTF8",
 )  # fmt: skip
+SECRET = ("MINISD_API_KEY",)  # never shown
 
 
 def examined() -> dict[str, Any]:
@@ -217,7 +219,7 @@ def size_of(folder: Path) -> int:
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
     """The variables that change what minisd does, and any that looks as if it were meant to."""
-    found = {name: given[name] for name in VARIABLES if name in given}
+    found = {name: "(set)" if name in SECRET else given[name] for name in VARIABLES if name in given}
     strange = sorted(name for name in given if name.startswith("MINISD_") and name not in VARIABLES)
     return found | {name: f"{given[name]} (which minisd does not know)" for name in strange}
 

@@ -61,7 +61,9 @@ def corpus(root):
 
 @pytest.fixture
 def no_measuring(monkeypatch):
-    """Nothing is measured where only arguments are looked at: that takes minutes."""
+    """Nothing is measured, or served, where only arguments are looked at: that takes minutes, or for ever."""
+    with contextlib.suppress(ImportError):
+        monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
     monkeypatch.setattr("minisd.cli.bench.import_module", lambda _: SimpleNamespace(**dict.fromkeys(FUNCTIONS, lambda *_: None)))
 
 

@@ -29,8 +29,8 @@ CODE = "import sys; from minisd.__main__ import run; sys.exit(run())"  # what th
 NOBODY = "import pwd\ndef fails(_): raise KeyError('no entry')\npwd.getpwuid = fails\n"
 RECIPE = {"prompt": "a star", "steps": 1, "width": 8, "height": 8, "seed": 1, "device": "cpu"}
 LIGHT = ("inspect", "models", "completion")  # these start in a moment: they are tried by default
-# Of the parts of bench, which measure for long, those that end at once as they are called here.
-CALLED = [each for each in commands() if each.words[0] != "bench" or each.words[1] in ("kernels", "all")]
+# Of the parts of bench, which measure for long, those that end at once as they are called here; a server ends by itself never.
+CALLED = [each for each in commands() if each.words[0] not in ("bench", "serve") or each.words[1:] in (("kernels",), ("all",))]
 
 
 def chosen(light: bool) -> list:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..addons.control import Control
-from ..addons.control_files import load_control
+from ..addons.controls.control import Control
+from ..addons.controls.files import load_control
 from ..addons.wanted import Lora
 from ..files.checkpoint import open_checkpoint
 from ..library.names import Listed

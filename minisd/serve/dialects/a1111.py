@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ... import __version__
-from ...addons.preprocess import PREPROCESS, preprocessed
+from ...addons.controls.preprocess import PREPROCESS, preprocessed
 from ...diffusion.samplers import SAMPLERS, named
 from ...errors import UsageError
 from ...library.styles import named as style_named

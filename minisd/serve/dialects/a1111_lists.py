@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
-from ...addons.preprocess import PREPROCESS
+from ...addons.controls.preprocess import PREPROCESS
 from ...diffusion.samplers import SAMPLERS
 from ...diffusion.spacings import SPACINGS
 from ...library.names import Listed

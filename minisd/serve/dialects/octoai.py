@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from ...addons.preprocess import ELSEWHERE, PREPROCESS
+from ...addons.controls.preprocess import ELSEWHERE, PREPROCESS
 from ...library.names import Listed
 from ...library.styles import styled, styles
 from ..errors import RefusedError, told

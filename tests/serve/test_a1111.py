@@ -48,6 +48,7 @@ def test_inpainting_as_the_client_asks_for_it_by_itself(client, photo, door):
     assert ImageChops.difference(found.image, photo).crop((0, 0, 32, 64)).getbbox()
 
 
+@pytest.mark.slow
 def test_inpainting_without_more_is_the_mask_of_python(client, tiny, photo, door):
     plain = {"inpaint_full_res": False, "mask_blur": 0, "inpainting_fill": 1, "denoising_strength": 0.8}
     found = client.img2img(**QUICK, **plain, images=[photo], mask_image=door, width=64, height=64)
@@ -57,6 +58,7 @@ def test_inpainting_without_more_is_the_mask_of_python(client, tiny, photo, door
     assert ImageChops.difference(inverted.image, photo).crop((32, 0, 64, 64)).getbbox()
 
 
+@pytest.mark.slow
 def test_a_soft_edge_mixes_both_pictures(client, photo, door):
     plain = {"inpaint_full_res": False, "inpainting_fill": 1, "denoising_strength": 1.0}
     found = client.img2img(**QUICK, **plain, mask_blur=4, images=[photo], mask_image=door, width=64, height=64).image
@@ -82,6 +84,7 @@ def test_a_controlnet_unit(client, small, models, photo):
     assert client.controlnet_model_list() == ["control_canny"]
 
 
+@pytest.mark.slow
 def test_samplers_schedulers_eta_and_variations(client, tiny):
     found = client.txt2img(**QUICK | {"sampler_name": "DPM++ 2M"}, scheduler="Karras", width=64, height=64)
     assert same(found.image, python(tiny, sampler="dpmpp_2m", spacing="karras")[0])
@@ -97,6 +100,7 @@ def test_samplers_schedulers_eta_and_variations(client, tiny):
     assert "RNG: NV" in found.info["infotexts"][0]
 
 
+@pytest.mark.slow
 def test_styles(client, tiny):
     prompt, negative = styled(named("origami"), PROMPT)
     found = client.txt2img(**QUICK, styles=["origami"], width=64, height=64)
@@ -172,6 +176,7 @@ def test_what_it_cannot_do_is_refused(server, fields, status):
     assert json.dumps(answer.json)
 
 
+@pytest.mark.slow
 def test_idle_values_are_none(server, tiny):
     fields = {
         "eta": 1.0,
@@ -187,6 +192,7 @@ def test_idle_values_are_none(server, tiny):
     assert "unknown" in answer.json["ignored"]
 
 
+@pytest.mark.slow
 def test_a_picture_is_cut_or_stretched(server, tiny, photo):
     wide = photo.resize((128, 64))
     fields = {"init_images": [b64(wide)], "denoising_strength": 0.5, "width": 64, "height": 64}

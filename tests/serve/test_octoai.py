@@ -91,20 +91,24 @@ def test_curl_as_the_service_had_it(server):
     assert '"image_b64":"/9j/' in run.stdout  # a JPEG, as nobody asked for another
 
 
+FIELDS = [
+    ({"num_images": 2}, {"num_images": 2}),
+    (
+        {"negative_prompt": "grey", "clip_skip": 2, "sampler": "DPM_PLUS_PLUS_2M_KARRAS"},
+        {"negative_prompt": "grey", "clip_skip": 2, "sampler": "dpmpp_2m", "spacing": "karras"},
+    ),
+    ({"checkpoint": "octoai:tiny-lit.safetensors"}, {"model": LIT}),
+    ({"loras": {"clay": 0.7}}, {"loras": [("clay.safetensors", 0.7)]}),
+    ({"vae": "lit-vae"}, {"vae": "lit-vae.safetensors"}),
+    ({"width": 96, "height": 64, "sampler": "DDIM"}, {"width": 96, "height": 64, "sampler": "ddim"}),
+    ({"prompt": f"{PROMPT}, sparkle"}, {"prompt": f"{PROMPT}, sparkle", "embedding": "sparkle"}),
+    ({"prompt": f"{PROMPT} zzz", "textual_inversions": {"sparkle": "zzz"}}, {"prompt": f"{PROMPT} zzz", "embedding": "zzz"}),
+]
+
+
 @pytest.mark.parametrize(
-    ("fields", "options"),
-    [
-        ({"num_images": 2}, {"num_images": 2}),
-        ({"negative_prompt": "grey", "clip_skip": 2, "sampler": "DPM_PLUS_PLUS_2M_KARRAS"},
-         {"negative_prompt": "grey", "clip_skip": 2, "sampler": "dpmpp_2m", "spacing": "karras"}),
-        ({"checkpoint": "octoai:tiny-lit.safetensors"}, {"model": LIT}),
-        ({"loras": {"clay": 0.7}}, {"loras": [("clay.safetensors", 0.7)]}),
-        ({"vae": "lit-vae"}, {"vae": "lit-vae.safetensors"}),
-        ({"width": 96, "height": 64, "sampler": "DDIM"}, {"width": 96, "height": 64, "sampler": "ddim"}),
-        ({"prompt": f"{PROMPT}, sparkle"}, {"prompt": f"{PROMPT}, sparkle", "embedding": "sparkle"}),
-        ({"prompt": f"{PROMPT} zzz", "textual_inversions": {"sparkle": "zzz"}}, {"prompt": f"{PROMPT} zzz", "embedding": "zzz"}),
-    ],
-)  # fmt: skip
+    ("fields", "options"), [pytest.param(*each, marks=pytest.mark.slow if i % 3 else ()) for i, each in enumerate(FIELDS)]
+)
 def test_fields_mean_what_options_mean(server, models, tiny, fields, options):
     pipe = tiny
     if "model" in options or "vae" in options or "embedding" in options:
@@ -136,6 +140,7 @@ def test_pictures_of_a_request_are_those_of_options(server, tiny, photo, door):
     assert same(found.crop((32, 0, 64, 64)), photo.crop((32, 0, 64, 64)))
 
 
+@pytest.mark.slow
 def test_only_the_part_around_the_mask_is_painted_and_the_rest_stays(server, photo):
     large = photo.resize((256, 128))
     mask = door_at((200, 40, 230, 70), large.size)
@@ -173,6 +178,7 @@ def test_controlnet(server, small, models, photo):
     assert same(found, python(small, controls=[edges])[0])
 
 
+@pytest.mark.slow
 def test_styles(server, tiny):
     style = named("Craft Clay")
     prompt, negative = styled(style, PROMPT, "grey")
@@ -181,6 +187,7 @@ def test_styles(server, tiny):
     assert same(drawn(server, style_preset="base")[0], python(tiny)[0])
 
 
+@pytest.mark.slow
 def test_a_picture_can_be_made_again_and_says_nothing_of_folders(server, models, tmp_path, monkeypatch):
     from minisd.cli import main
 
@@ -229,6 +236,7 @@ def test_what_is_wrong_is_named(server, engine, fields, field):
     assert answer.json["detail"][0]["loc"][:2] == ["body", field]
 
 
+@pytest.mark.slow
 def test_a_refiner_of_the_server_finishes(models, tmp_path, xl):
     """With --refiner it does so unless a request says no, as the service had it."""
     with serving(tmp_path / "here", "--refiner", "small-xl", "-m", "small-xl", models=models) as running:
@@ -270,6 +278,7 @@ def test_assets_from_upload_to_deletion(tmp_path):
         assert running.get(f"/v1/assets/{made.id}").status == 404
 
 
+@pytest.mark.slow
 def test_an_upload_that_is_none_is_rejected_and_never_run(tmp_path):
     import pickles
 

@@ -33,6 +33,7 @@ def test_generations(client, tiny):
     assert (found.output_format, found.size) == ("png", "96x64")
 
 
+@pytest.mark.slow
 def test_another_model_and_format(client):
     lit = minisd.load(LIT, device="cpu")
     found = client.images.generate(prompt=PROMPT, model="tiny-lit", extra_body=MORE)
@@ -67,6 +68,7 @@ def test_models(client):
     assert client.models.retrieve("tiny").owned_by == "minisd"
 
 
+@pytest.mark.slow
 def test_streaming_shows_the_picture_in_the_making(client, tiny):
     events = list(client.images.generate(prompt=PROMPT, stream=True, partial_images=2, extra_body=MORE | {"steps": 30}))
     kinds = [event.type for event in events]

@@ -48,7 +48,10 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize(("path", "fields"), PLACES, ids=range(len(PLACES)))
+SOME = [pytest.param(*place, marks=pytest.mark.slow if i % 4 else ()) for i, place in enumerate(PLACES)]
+
+
+@pytest.mark.parametrize(("path", "fields"), SOME, ids=range(len(PLACES)))
 def test_no_name_becomes_a_path(server, path, fields):
     base = QUICK if path.startswith("/generate") else {"prompt": PROMPT, "steps": 1}
     before = server.figure("minisd_jobs_total")
@@ -238,6 +241,7 @@ def later(running: Server) -> None:
     assert running.get("/later/guess").status == 404
 
 
+@pytest.mark.slow
 def test_prompts_name_loras_and_are_logged_for_who_asks(models, tmp_path, tiny):
     with serving(tmp_path / "here", "--prompt-loras", "--log-prompts", models=models) as running:
         body = QUICK | {"prompt": f"<lora:clay:0.7> {PROMPT}", "steps": 3, "cfg_scale": 4}

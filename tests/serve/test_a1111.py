@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 from PIL import ImageChops, ImageFilter
@@ -79,6 +80,10 @@ def test_a_controlnet_unit(client, small, models, photo):
         control = minisd.Control(models / "control_canny.safetensors", photo, 0.8, 0.0, 0.6, "canny")
         assert same(found.image, python(small, controls=[control])[0])
         assert "small" in client.util_get_current_model()
+        unit.control_mode = "ControlNet is more important"
+        found = client.txt2img(**QUICK, width=64, height=64, controlnet_units=[unit], alwayson_scripts={})
+        assert same(found.image, python(small, controls=[replace(control, guess=True)])[0])
+        assert "Control Mode: ControlNet is more important" in found.info["infotexts"][0]
     finally:
         client.util_set_model("tiny")
     assert client.controlnet_model_list() == ["control_canny"]

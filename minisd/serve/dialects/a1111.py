@@ -119,6 +119,7 @@ ASIDE = {
 }  # fmt: skip
 SETTINGS = ("sd_model_checkpoint", "sd_vae", "CLIP_stop_at_last_layers", "eta_noise_seed_delta", "randn_source")
 MODULES = {"none": "none", "canny": "canny", "invert": "invert", "blur_gaussian": "blur", "tile_resample": "tile"}
+MODES = {0: False, "Balanced": False, 2: True, "ControlNet is more important": True}  # whether that is guess mode
 NO_VAE = ("", "automatic", "none")
 
 
@@ -303,8 +304,8 @@ def control_of(unit: Any, body: Common, service: Service, size: tuple[int | None
 
     if not isinstance(unit, dict) or not isinstance(unit.get("model"), str):
         raise refuse("expected units with the name of a model")
-    if unit.get("control_mode") not in (None, 0, "Balanced"):
-        raise refuse("control_mode: expected Balanced")
+    if unit.get("control_mode") not in (None, *MODES):
+        raise refuse(f"control_mode: expected some of {', '.join(map(str, MODES))}")
     if unit.get("mask") or unit.get("mask_image"):
         raise refuse("mask: minisd has none for controls")
     numbers = {name: unit.get(name, value) for name, value in {"weight": 1.0, "guidance_start": 0.0, "guidance_end": 1.0}.items()}
@@ -317,7 +318,7 @@ def control_of(unit: Any, body: Common, service: Service, size: tuple[int | None
     image = from_base64(sent, "alwayson_scripts", service.settings.limits.sent_pixels)
     fields = {
         "image": placed(image, size, unit.get("resize_mode")), "strength": numbers["weight"],
-        "start": numbers["guidance_start"], "end": numbers["guidance_end"],
+        "start": numbers["guidance_start"], "end": numbers["guidance_end"], "guess": MODES[unit.get("control_mode") or 0],
         "preprocess": module_of(str(unit.get("module") or "none")),
     }  # fmt: skip
     return service.index.find(unit["model"], "controlnet", "alwayson_scripts"), fields

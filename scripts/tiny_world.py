@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 Colour = int | tuple[int, int, int]
 
@@ -104,15 +104,35 @@ def paint(
         canvas.polygon(outline(shape, x, y, r), fill=colour)
 
 
-def draw(scene: Scene, rng: random.Random, style: str = "flat") -> Image.Image:
-    """A picture of the scene, (64, 64) RGB; position and size vary by a few pixels.  style: one of STYLES."""
-    r = SIZES[scene.size] + rng.uniform(-1.5, 1.5)
+def position(place: str, r: float) -> tuple[float, float]:
+    """Where the middle of an object of half side r is put, in pixels from the top left."""
     inset = max(r + 2, SIZE / 4)
-    column, row = PLACES[scene.place]
-    x, y = (inset + step * (SIZE / 2 - inset) + rng.uniform(-1.5, 1.5) for step in (column, row))
+    column, row = PLACES[place]
+    return inset + column * (SIZE / 2 - inset), inset + row * (SIZE / 2 - inset)
+
+
+def mask_of(scene: Scene, rng: random.Random) -> Image.Image:
+    """Where its object is, (64, 64) grey; position and size vary by a few pixels."""
+    r = SIZES[scene.size] + rng.uniform(-1.5, 1.5)
+    x, y = (middle + rng.uniform(-1.5, 1.5) for middle in position(scene.place, r))
     mask = Image.new("L", (SIZE * SUPERSAMPLE,) * 2)
     paint(ImageDraw.Draw(mask), scene.shape, (x * SUPERSAMPLE, y * SUPERSAMPLE), r * SUPERSAMPLE, 255, 0)
-    return STYLES[style](mask.resize((SIZE, SIZE), Image.Resampling.BOX), COLOURS[scene.colour], COLOURS[scene.background])
+    return mask.resize((SIZE, SIZE), Image.Resampling.BOX)
+
+
+def draw(scene: Scene, rng: random.Random, style: str = "flat") -> Image.Image:
+    """A picture of the scene, (64, 64) RGB.  style: one of STYLES."""
+    return painted(mask_of(scene, rng), scene, style)
+
+
+def painted(mask: Image.Image, scene: Scene, style: str = "flat") -> Image.Image:
+    return STYLES[style](mask, COLOURS[scene.colour], COLOURS[scene.background])
+
+
+def outline_of(mask: Image.Image, inside: bool) -> Image.Image:
+    """A line of one pixel along its edge, white on black: on the object, or just outside of it."""
+    whole = mask.point(lambda value: 255 * (value > 127))
+    return ImageChops.difference(whole, whole.filter(ImageFilter.MinFilter(3) if inside else ImageFilter.MaxFilter(3)))
 
 
 def flat(mask: Image.Image, colour: Colour, background: Colour) -> Image.Image:
@@ -146,15 +166,22 @@ def article(words: str) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
+def sized(scene: Scene, thing: str, rng: random.Random) -> str:
+    words = {"small": ["small", "tiny", "little"], "large": ["large", "big", "huge"]}.get(scene.size)
+    return f"{rng.choice(words)} {thing}" if words and rng.random() < 0.6 else thing
+
+
+def placed(scene: Scene, rng: random.Random) -> str:
+    if rng.random() > (0.4 if scene.place == "centre" else 0.75):
+        return ""
+    return f" {rng.choice(['at', 'in'])} the {scene.place.replace('centre', rng.choice(['centre', 'center', 'middle']))}"
+
+
 def caption(scene: Scene, rng: random.Random) -> str:
     """The scene in one of many wordings.  Size and place are often left unsaid; then any of them may be drawn."""
-    thing = f"{scene.colour} {scene.shape}"
-    if scene.size != "medium" and rng.random() < 0.6:
-        thing = f"{rng.choice({'small': ['small', 'tiny', 'little'], 'large': ['large', 'big', 'huge']}[scene.size])} {thing}"
+    thing = sized(scene, f"{scene.colour} {scene.shape}", rng)
     background = f"{scene.background} background"
-    where = ""
-    if rng.random() < (0.2 if scene.place == "centre" else 0.6):
-        where = f" {rng.choice(['at', 'in'])} the {scene.place.replace('centre', rng.choice(['centre', 'center', 'middle']))}"
+    where = placed(scene, rng)
     wordings = (
         f"{article(thing)}{where} on {article(background)}",
         f"{article(thing)}{where} on {article(background)}",
@@ -166,3 +193,19 @@ def caption(scene: Scene, rng: random.Random) -> str:
         f"{article(scene.shape)} in {scene.colour}{where} on {article(background)}",
     )
     return rng.choice(wordings)
+
+
+def half_said(scene: Scene, rng: random.Random) -> str:
+    """Words that leave out the colour, the background or the shape; then any of them may be drawn."""
+    where, background = placed(scene, rng), article(f"{scene.background} background")
+    thing = sized(scene, rng.choice([scene.shape, scene.shape, f"{scene.colour} {scene.shape}"]), rng)
+    wordings = (
+        thing + where,
+        article(thing) + where,
+        f"{article(scene.shape)}{where} on {background}",
+        f"{rng.choice(['something', 'a shape'])} in {scene.colour}{where}",
+        f"{article(f'{scene.colour} shape')}{where} on {background}",
+        f"{scene.background} background",
+        scene.colour,
+    )
+    return rng.choices(wordings, weights=(3, 3, 2, 1, 2, 1, 1))[0]

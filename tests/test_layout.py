@@ -41,6 +41,7 @@ LEVELS = [
     ["pipeline"],
     ["by_hand"],
     ["workbench"],
+    ["batch"],
     ["bench"],
     ["cli"],
     ["__main__"],

@@ -30,7 +30,6 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
-    from ..request import Request
     from ..result import Result, Step
 
 
@@ -112,6 +111,7 @@ def draw(args: argparse.Namespace) -> int:
     from ..pictures.image import save_png
     from ..pipeline import load
     from ..result import Interrupted, with_bar
+    from ..workbench.teaching import teach
 
     args.controls = controls_of(args)
     common: dict[str, Any] = {"device": args.device, "dtype": args.dtype, "offload": args.offload, "strict": args.strict}
@@ -133,27 +133,6 @@ def draw(args: argparse.Namespace) -> int:
     if args.grid:
         save_png(grid(result.images), args.grid, as_grid(result))
     return status
-
-
-def teach(pipes: Sequence[Pipeline], request: Request) -> None:
-    """Has them know the embeddings of the library that the texts of a request name.  Raises CheckpointError, UsageError."""
-    from ..addons.wanted import without_tags
-    from ..library.embeddings import named_in
-    from ..options import checked
-    from ..plan import as_in, check_text, reading_of
-    from ..text.grammar import all_pieces
-
-    settled, _ = without_tags(as_in(request))
-    reading, steps = reading_of(settled.emphasis, settled.plain_prompt), checked("steps", settled.steps)
-    pieces = []
-    for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2"):
-        text = getattr(settled, name) or ""
-        with warnings.catch_warnings(action="ignore"):  # the drawing says them
-            check_text(name, text, reading)
-        pieces += all_pieces(text, name == "prompt", steps, reading)
-    for found in named_in(pieces, reading):
-        for pipe in pipes:
-            found.teach(pipe.add_embedding)
 
 
 def tell_what_it_knows(prompt: str, checkpoint: Path) -> None:

@@ -71,7 +71,7 @@ def draw_cells(cells: Cells, output: Path, args: argparse.Namespace) -> int:
     from ..pipeline import Pipeline, load
     from ..result import with_bar
     from ..workbench.comparing import stream
-    from .draw import teach
+    from ..workbench.teaching import teach
 
     def loaded(model: Path) -> Pipeline:
         pipe = load(model, device=args.device, dtype=args.dtype, offload=args.offload)

@@ -30,14 +30,21 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], recipe: Mapping[s
     path = Path(path)
     first = path if replace else next(free_names(path))
     check_writable(first)
-    chunks = PngImagePlugin.PngInfo()
     if recipe is not None:
         tell_unreadable(recipe)
-        add_text(chunks, "parameters", parameters_text(recipe))
-        add_text(chunks, "minisd", json.dumps(recipe, ensure_ascii=True))
+    chunks = chunks_of(recipe)
     with replacing(path) if replace else drafting(first) as draft:
         image.save(draft, "PNG", pnginfo=chunks)
         return path if replace else placed(draft, free_names(path))
+
+
+def chunks_of(recipe: Mapping[str, Any] | None) -> PngImagePlugin.PngInfo:
+    """What a PNG carries of its recipe: the `parameters` text that other programs read, and `minisd`."""
+    chunks = PngImagePlugin.PngInfo()
+    if recipe is not None:
+        add_text(chunks, "parameters", parameters_text(recipe))
+        add_text(chunks, "minisd", json.dumps(recipe, ensure_ascii=True))
+    return chunks
 
 
 def add_text(chunks: PngImagePlugin.PngInfo, key: str, text: str) -> None:

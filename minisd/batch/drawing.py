@@ -162,6 +162,11 @@ class Drawer:
         if self.broken is not None:
             raise self.broken
 
+    def flush(self) -> None:
+        """Waits until what is drawn is written.  Raises OutputError."""
+        self.writer.submit(bool).result()
+        self.check()
+
     def finish(self) -> None:
         """Waits until all is written.  Raises OutputError."""
         self.writer.shutdown()

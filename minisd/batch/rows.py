@@ -6,7 +6,7 @@ import json
 import os
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b, sha256
 from typing import Any
 
@@ -195,27 +195,33 @@ def of_cell(name: str, cell: str) -> Any:
 
 
 class Models:
-    """The checkpoints that rows name, each looked at once, by its header."""
+    """The files of models that rows name, each looked at once, by its header."""
 
     def __init__(self) -> None:
-        self.known: dict[tuple[str | None, bool], str | None] = {}
+        self.known: dict[tuple[str, str, bool], tuple[str, str | None]] = {}  # the path, and what is wrong with it
 
-    def check(self, row: Row) -> None:
-        """Raises RowError where a file that the row names is none that draws."""
-        for name in ("model", "refiner"):
-            model = row.fields.get(name)
-            key = (model, "vae" in row.fields)
-            if model is None:
+    def checked(self, row: Row) -> Row:
+        """The row with paths in the place of names.  Raises RowError where a file is none that draws."""
+        paths = {}
+        for name in FILES:
+            if (model := row.fields.get(name)) is None:
                 continue
+            key = (name, model, "vae" in row.fields)
             if key not in self.known:
-                self.known[key] = wrong_with(model, key[1])
-            if (wrong := self.known[key]) is not None:
+                self.known[key] = looked_at(*key)
+            path, wrong = self.known[key]
+            if wrong is not None:
                 raise RowError(row.line, wrong, row.id)
+            paths[name] = path
+        return replace(row, fields={**row.fields, **paths}) if paths else row
 
 
-def wrong_with(model: str, vae_given: bool) -> str | None:
+def looked_at(kind: str, name: str, vae_given: bool) -> tuple[str, str | None]:
     try:
-        recognise(open_checkpoint(resolve(model)), vae_given)
+        path = resolve(name, "vae" if kind == "vae" else "checkpoint").absolute()
+        file = open_checkpoint(path)
+        if kind != "vae":
+            recognise(file, vae_given)
     except (CheckpointError, UsageError) as error:
-        return " ".join(str(error).split())
-    return None
+        return "", " ".join(str(error).split())
+    return str(path), None

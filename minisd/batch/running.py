@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import MinisdError, shown
 from ..files.checkpoint import open_checkpoint
@@ -24,21 +25,43 @@ PIECE = 8  # rows, on a CPU: few enough that the last ones are spread over all w
 TRIED = 4  # kinds of rows that a forecast draws one of
 
 
-def run(job: Job, source: str, mine: tuple[int, int] = (0, 1), workers: int | None = None) -> Tally:
-    """Draws what is missing.  workers: 1 is this process; None as many as the machine has room for.
+def run(job: Job, source: str, mine: tuple[int, int] = (0, 1), workers: int | None = None, ray: str | None = None) -> Tally:
+    """Draws what is missing.  workers: 1 is this process; None as many as the machine has room for.  ray: the address of a
+    cluster whose actors draw, "local" for one that is begun here.
 
     Raises UsageError (the manifest as a whole, another job's output), CheckpointError (the job's own model), OutputError.
     """
     store, total = check_out(job.out), count(source)
     size = check_model(job)
+    joined = joined_to(ray)
     job = begun(job, store)
-    workers = workers or by_default(job, size)
-    team: Team = Alone(job) if workers == 1 else Workers(job, workers)
+    team = team_of(job, workers, size, joined)
     return Run(job, team, store, mine, total).draw(source)
 
 
+def joined_to(ray: str | None) -> tuple[Any, bool] | None:
+    if ray is None:
+        return None
+    from .on_ray import join
+
+    return join(ray)
+
+
+def team_of(job: Job, workers: int | None, size: int, joined: tuple[Any, bool] | None) -> Team:
+    if joined is not None:
+        from .on_ray import OnRay
+
+        return OnRay(job, joined, workers)
+    workers = workers or by_default(job, size)
+    return Alone(job) if workers == 1 else Workers(job, workers)
+
+
 def check_model(job: Job) -> int:
-    """Looks at the header of the job's own model, and says how large its file is.  Raises CheckpointError, UsageError."""
+    """Looks at the headers of the job's own models, and says how large the first is.  Raises CheckpointError, UsageError."""
+    for vae in job.loading.get("vae") or ():
+        open_checkpoint(resolve(vae, "vae"))
+    if job.defaults.get("refiner"):
+        recognise(open_checkpoint(resolve(job.defaults["refiner"])))
     file = open_checkpoint(resolve(job.model) if job.model else tiny_checkpoint())
     recognise(file, vae_given=bool(job.loading.get("vae")))
     return file.size

@@ -141,9 +141,7 @@ class Shards:
             raise RowError(
                 record.line, f"id: expected no dot, where WebDataset ends names of samples, found {shown(id, 60)!r}", id
             )
-        row = row_of(record, id, shard.number, self.job.seed, self.folder)
-        self.models.check(row)
-        return row
+        return self.models.checked(row_of(record, id, shard.number, self.job.seed, self.folder))
 
     def finish(self, shard: Shard) -> Iterator[Piece]:
         if not self.is_mine(shard.number):

@@ -143,8 +143,17 @@ def check_distinct(outputs: Iterable[Path], inputs: Iterable[str | None]) -> Non
 
 # What Python calls an argument, and what the command line does.
 FLAGS = {option.name: option.flag for option in OPTIONS.values() if option.flag}
-FLAGS |= {name: f"--{name}" for name in ("device", "dtype", "prediction", "method", "base", "blocks", "density", "ratio", "name")}
-FLAGS |= {"zero_snr": "--zero-snr", "control_preprocess": "--control-preprocess", "axis": "--x, --y"}
+FLAGS |= {
+    name: f"--{name}" for name in ("device", "dtype", "prediction", "method", "base", "blocks", "density", "ratio", "name", "ray")
+}
+FLAGS |= {
+    "ray": "--ray",
+    "shard": "--shard",
+    "workers": "--workers",
+    "zero_snr": "--zero-snr",
+    "control_preprocess": "--control-preprocess",
+    "axis": "--x, --y",
+}
 
 
 def one_line(error: Any) -> str:

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ...errors import UsageError, shown
+from ...errors import MinisdError, UsageError, shown
 from ...options import MAX_SEED, OPTIONS, whole
 from ..options import Parser, add_device, add_options, add_training
 
@@ -53,6 +53,13 @@ def add_work(made: Parser) -> None:
         "--workers", type=int, metavar="N", help="processes (default: one for each GPU, or as many as there is room for)"
     )
     made.add_argument("--threads", type=int, default=1, metavar="N", help="of each, on a CPU (default: 1)")
+    made.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="draw on a Ray cluster (default: one that is begun here)",
+    )
     made.add_argument("--shard", metavar="I/N", help="of N machines this is the I-th, from 1: draws every N-th shard")
     made.add_argument(
         "--shard-rows", type=int, default=256, metavar="N", help="lines of the manifest that are a shard (default: 256)"
@@ -71,11 +78,21 @@ def batch(args: argparse.Namespace) -> int:
     if args.dry_run:
         found = forecast(job, args.manifest, mine, args.workers, tell)
         print(json.dumps(vars(found)) if args.json else found)
-        return 1 if found.failed else 0
-    tally = run(job, args.manifest, mine, args.workers)
+        return failed(found.failed, "above")
+    if args.ray is not None and args.manifest == "-":
+        raise UsageError("ray: expected a manifest in a file, found -")
+    tally = run(job, args.manifest, mine, args.workers, args.ray)
     print(f"minisd: {summary(job, tally)}", file=sys.stderr)
     print(json.dumps({"output": job.out, **tally.facts()}) if args.json else job.out)
-    return 1 if tally.failed else 0
+    return failed(tally.failed, f"{job.out}/errors.jsonl")
+
+
+def failed(count: int, where: str) -> int:
+    """The exit code; of rows that failed there is a word more."""
+    if not count:
+        return 0
+    print(f"minisd: error: {count:,} rows cannot be drawn: see {shown(where, 500)}", file=sys.stderr)
+    return MinisdError.exit_code
 
 
 def tell(bad: RowError) -> None:

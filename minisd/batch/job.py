@@ -101,6 +101,8 @@ def check_out(out: str) -> Store:
         try:
             if path.exists() and not path.is_dir():
                 raise OutputError(f"output {name}: is no folder; choose another name")
+            if path.resolve() == path.resolve().parent:
+                raise OutputError(f"output {name}: is the root of all folders; choose one of them")
             there = next(each for each in (path, *path.absolute().parents) if each.exists())
         except OutputError:
             raise
@@ -108,8 +110,6 @@ def check_out(out: str) -> Store:
             raise OutputError(f"output {name}: leads nowhere: {error}; choose another name") from error
         if not os.access(there, os.W_OK | os.X_OK) or not there.is_dir():
             raise OutputError(f"output {name}: cannot be written; choose another place")
-        if path.resolve() == path.resolve().parent:
-            raise OutputError(f"output {name}: is the root of all folders; choose one of them")
         if os.path.lexists(path) and not path.exists():
             raise OutputError(f"output {name}: is a link that leads nowhere; choose another name")
         store.sweep()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import MinisdError, shown
@@ -188,7 +189,7 @@ def forecast(job: Job, source: str, mine: tuple[int, int], workers: int | None, 
             except MinisdError as error:
                 bad(RowError(row.line, str(error), row.id))
                 continue
-            model = str(row.fields.get("model", job.model) or "tiny")
+            model = Path(row.fields.get("model", job.model) or "tiny").stem
             size = [row.fields.get(name, job.defaults.get(name)) for name in ("width", "height", "sampler")]
             steps = row.fields.get("steps", job.defaults.get("steps", 20))
             first, number = kinds.get((model, steps, str(size)), (row, 0))

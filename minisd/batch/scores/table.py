@@ -95,7 +95,7 @@ def measured(name: str, metric: Any, pictures: Iterable[tuple[Path, str]]) -> fl
 
 
 def metrics_of(clip: str | None, real: str | None) -> dict[str, Any]:
-    """torchmetrics' CLIP score by a model of transformers (a folder, or a name in its cache), and FID to the pictures of a folder.
+    """torchmetrics' CLIP score by a model of transformers (a folder, or a cached name), and FID to the pictures of a folder.
 
     Nothing is downloaded.  Raises UsageError, which says what is missing.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .diffusion.guides import Composed, Own, Rescaled, TextAndImage, part_role
 from .diffusion.levels import Levels, own_levels
 from .diffusion.noise import sources
 from .diffusion.program import Program, program
+from .diffusion.samplers import SAMPLERS, Sampler
 from .diffusion.schedule import TRAINING_STEPS, Continuous, Schedule, scaled_linear, zero_terminal
 from .diffusion.worlds import RULES, Wanted, schedule_of
 from .errors import UsageError
@@ -31,6 +32,9 @@ from .text.added import NONE
 from .text.conditioner import with_sizes, zeroed
 from .text.grammar import parse
 from .text.prompts import Line, Reader, line
+
+KEPT_PROGRAMS = 32
+PROGRAMS: dict[tuple[object, ...], Program | None] = {}
 
 
 def trained_on(training: Training) -> Schedule:
@@ -71,14 +75,27 @@ def course(plan: Plan, base: Stations) -> list[Leg]:
     sampler, shape = plan.sampler, (min(len(plan.seeds), 2), *plan.shape)
     if short := [part.steps for _, part in parts if 0 < part.steps < sampler.least]:
         raise UsageError(f"steps: expected at least {sampler.least} for sampler {sampler.label!r}, found {short[0]}")
-    run = partial(program, sampler.run, shape=shape, pair=sampler.pair, **plan.options)
-    ways = [(pipe, part, run(sigmas=part.sigmas)) for pipe, part in parts if part.steps > 0]
+    ways = [(pipe, part, program_of(sampler, plan.options, part.sigmas, shape)) for pipe, part in parts if part.steps > 0]
     asked = [len(found.sigmas) if found else part.steps for _, part, found in ways]
     steps = plan.request.steps if plan.request.sigmas is None else len(plan.request.sigmas) - 1
     # The steps asked for, twice for samplers that ask twice a step, be it 2 N - 1 times (A1111 sd_samplers_kdiffusion.py).
     calls = steps * max(1, int(sum(asked) / max(1, sum(part.steps for _, part, _ in ways)) + 0.5))
     controls = activated(plan.request.controls, base, plan.width, plan.height)  # which a refiner knows nothing of
     return [Leg(*each, sum(asked[:i]), calls, controls if each[0] is base else ()) for i, each in enumerate(ways)]
+
+
+def program_of(sampler: Sampler, options: dict[str, Any], sigmas: Tensor, shape: tuple[int, ...]) -> Program | None:
+    """A sampler's program; one of ours, which does the same each time, is kept: to find it takes as long as a step of a small
+    network."""
+    find = partial(program, sampler.run, sigmas, shape, sampler.pair, **options)
+    if not any(each is sampler for each in SAMPLERS.values()):
+        return find()
+    key = (id(sampler), repr(sorted(options.items())), tuple(sigmas.tolist()), sigmas.dtype, shape)
+    if key not in PROGRAMS:
+        if len(PROGRAMS) >= KEPT_PROGRAMS:
+            PROGRAMS.clear()
+        PROGRAMS[key] = find()
+    return PROGRAMS[key]
 
 
 def plan_levels(plan: Plan, base: Stations) -> Levels:

@@ -4,6 +4,7 @@
     python scripts/bench.py cli       the command line on the tiny checkpoint; --help and inspect
     python scripts/bench.py library   minisd models over 200 checkpoints with the keys of SD 1.x and SDXL, first and second time
     python scripts/bench.py files     saving and merging a checkpoint of 2.1 GB against copying it, with fsync (needs 9 GB)
+    python scripts/bench.py batch     minisd batch with 1 and 2 workers, and on Ray, against a plain loop over the API
 
 No download: the weights are random.
 """
@@ -21,6 +22,8 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+
+PICTURES = 120  # of a batch
 
 
 def median(run: Callable[[], object], repeats: int) -> float:
@@ -178,12 +181,53 @@ def bench_files(repeats: int) -> None:
             )
 
 
+LOOP = """
+import json, sys, time
+from pathlib import Path
+import minisd
+rows = [json.loads(line) for line in open(sys.argv[1])]
+pipe = minisd.load(device="cpu")
+start = time.monotonic()
+for row in rows:
+    pipe(row["prompt"], seed=row["seed"]).save(Path(sys.argv[2]) / f"{row['id']}.png")
+print(len(rows) / (time.monotonic() - start))
+"""
+
+
+def bench_batch(repeats: int) -> None:
+    """Pictures a second of the tiny checkpoint; of workers with, of the loop without the time until the model is loaded."""
+    import json
+
+    ways: dict[str, list[str]] = {"a loop over the API, torch's own threads": [], "1 worker": ["--workers", "1"]}
+    ways |= {"2 workers": ["--workers", "2"], "2 actors of Ray": ["--workers", "2", "--ray"]}
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    with tempfile.TemporaryDirectory() as folder:
+        manifest, out = Path(folder) / "m.jsonl", Path(folder) / "out"
+        rows = [{"id": f"{i}", "prompt": f"a red circle on a blue background, {i}", "seed": i} for i in range(PICTURES)]
+        manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        for _ in range(repeats):
+            for name, options in ways.items():
+                out.mkdir()
+                command = [sys.executable, "-c", LOOP, str(manifest), str(out)]
+                if options:
+                    command = [sys.executable, "-m", "minisd", "batch", str(manifest), "-o", str(out), "--json", *options]
+                done = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
+                rates[name].append(json.loads(done)["pictures_per_second"] if options else float(done))
+                shutil.rmtree(out)
+    print(f"{PICTURES} pictures of 20 steps, median of {repeats} runs in turns")
+    first = statistics.median(rates["a loop over the API, torch's own threads"])
+    for name, found in rates.items():
+        middle = statistics.median(found)
+        print(f"  {middle:5.2f} a second  {middle / first:4.2f} times the loop  {name} ({min(found):.2f} to {max(found):.2f})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["tiles", "cli", "library", "files"])
+    parser.add_argument("what", choices=["tiles", "cli", "library", "files", "batch"])
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    benches = {"tiles": bench_tiles, "cli": bench_cli, "library": bench_library, "files": bench_files}
+    benches = {"tiles": bench_tiles, "cli": bench_cli, "library": bench_library, "files": bench_files, "batch": bench_batch}
     benches[args.what](args.repeats)
 
 

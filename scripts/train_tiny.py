@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from judge_tiny import examine
 from safetensors.torch import load_file, save_file
-from tiny_world import SIZE, STYLES, Scene, caption, draw, half_said, training_scene
+from tiny_world import STYLES, Scene, caption, draw, half_said, training_scene
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import minisd
+from minisd.batch.scores.world import SIZE
 from minisd.diffusion.schedule import scaled_linear
 from minisd.models.clip import TextEncoder, text_encoder
 from minisd.models.family import SD1

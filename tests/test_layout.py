@@ -41,7 +41,7 @@ LEVELS = [
     ["pipeline"],
     ["by_hand"],
     ["workbench"],
-    ["serve"],
+    ["serve", "batch"],
     ["bench"],
     ["cli"],
     ["__main__"],

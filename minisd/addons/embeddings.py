@@ -10,7 +10,7 @@ import base64
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,9 +79,14 @@ def read_embeddings(path: str | os.PathLike[str], name: str | None = None) -> li
     return [Embedding(name or file.path.stem, {what: rows_of(file, keys) for what, keys in keys_of(file).items()}, file)]
 
 
+def is_bundle(file: Checkpoint) -> bool:
+    """Whether this is a LoRA that has embeddings with it."""
+    return any(BUNDLE.fullmatch(key) for key in file.entries)
+
+
 def brings_words(path: str | os.PathLike[str]) -> bool:
     """Whether a LoRA has embeddings with it.  Raises CheckpointError."""
-    return any(BUNDLE.fullmatch(key) for key in open_checkpoint(path).entries)
+    return is_bundle(open_checkpoint(path))
 
 
 def is_token(key: str, file: Checkpoint) -> bool:
@@ -178,5 +183,13 @@ def taught(conditioner: Conditioner, run: Run, path: Path, name: str | None) -> 
     widths = [vocabulary_of(encoder).embedding_dim for encoder in conditioner.encoders]
     for embedding in found:
         added = with_embedding(added, embedding, widths)
-    knowing = replace(conditioner, added=added, run=reading(run, conditioner.encoders, added))
-    return knowing, {embedding.name: embedding for embedding in found}
+    made = replace(conditioner, added=added, run=reading(run, conditioner.encoders, added))
+    return made, {embedding.name: embedding for embedding in found}
+
+
+def knowing(conditioner: Conditioner, run: Run, embeddings: Iterable[Embedding]) -> Conditioner:
+    """A conditioner that knows these words and no others; run: what runs its encoders otherwise."""
+    added: tuple[Added, ...] = ()
+    for embedding in embeddings:
+        added = with_embedding(added, embedding, [vocabulary_of(encoder).embedding_dim for encoder in conditioner.encoders])
+    return replace(conditioner, added=added, run=reading(run, conditioner.encoders, added) if added else run)

@@ -21,6 +21,7 @@ from ..errors import MinisdError, OutOfMemoryError, OutputError, UsageError, is_
 from . import about, again, bench, draw, files, lora, models, serve
 from .options import Parser, one_line, with_flags
 from .streams import careful_streams, ended_by_signals
+from .work import batch, score
 
 CLOSED = 141  # as the shell counts SIGPIPE
 LEAST = 600 << 20  # bytes of address space: with less, the libraries that torch loads may end the process by themselves
@@ -62,6 +63,8 @@ COMMANDS = {
     "compare": Command(
         '"PROMPT" …', "checkpoints against seeds, or over other settings: one picture", models.compare_parser, models.compare
     ),
+    "batch": Command("MANIFEST -o OUT", "draw every row of a file of prompts, on one machine or many", batch.parser, batch.batch),
+    "score": Command("FOLDER …", "what batches have drawn, in numbers for every model", score.parser, score.score),
     "tokens": Command(
         '"PROMPT"', "how a prompt is read: its parts, steps, chunks, tokens and weights", about.tokens_parser, about.tokens
     ),

@@ -143,7 +143,8 @@ def check_distinct(outputs: Iterable[Path], inputs: Iterable[str | None]) -> Non
 
 # What Python calls an argument, and what the command line does.
 FLAGS = {option.name: option.flag for option in OPTIONS.values() if option.flag}
-FLAGS |= {name: f"--{name}" for name in ("device", "dtype", "prediction", "method", "base", "blocks", "density", "ratio", "name")}
+SAME = ("device", "dtype", "prediction", "method", "base", "blocks", "density", "ratio", "name", "ray", "shard", "workers")
+FLAGS |= {name: f"--{name}" for name in SAME}
 FLAGS |= {"zero_snr": "--zero-snr", "axis": "--x, --y"}
 FLAGS |= {f"control_{name}": f"--control-{name}" for name in ("preprocess", "kind", "where", "range", "guess")}
 

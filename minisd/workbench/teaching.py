@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
-from ..addons.embeddings import brings_words
+from ..addons.embeddings import brings_words, is_bundle, knowing
 from ..addons.wanted import as_loras, in_style, without_tags
 from ..library.embeddings import named_in
 from ..options import checked
@@ -21,9 +22,7 @@ def teach(pipes: Sequence[Pipeline], request: Request) -> None:
     Raises CheckpointError, UsageError.
     """
     settled, tags = without_tags(in_style(as_in(request)))
-    for lora in as_loras([*(settled.loras or ()), *tags]):
-        if brings_words(lora.source):
-            pipes[0].add_embedding(lora.source)
+    teach_bundles(pipes[0], [Path(lora.source) for lora in as_loras([*(settled.loras or ()), *tags])])
     reading, steps = reading_of(settled.emphasis, settled.plain_prompt), checked("steps", settled.steps)
     pieces = []
     for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2"):
@@ -34,3 +33,13 @@ def teach(pipes: Sequence[Pipeline], request: Request) -> None:
     for found in named_in(pieces, reading):
         for pipe in pipes:
             found.teach(pipe.add_embedding)
+
+
+def teach_bundles(pipe: Pipeline, loras: Sequence[Path]) -> None:
+    """The words inside these LoRAs, and no longer those inside others.  Raises CheckpointError."""
+    kept = {name: each for name, each in pipe.embeddings.items() if each.file.path in loras or not is_bundle(each.file)}
+    if len(kept) < len(pipe.embeddings):
+        pipe.embeddings, pipe.conditioner = kept, knowing(pipe.conditioner, pipe.engine.read, kept.values())
+    for path in loras:
+        if brings_words(path):
+            pipe.add_embedding(path)

@@ -29,7 +29,7 @@ MEMORY = 1 << 30  # bytes that a refusal may take at most
 
 # What makes an honest call quick, where a command has the option.
 QUICKLY = {"--steps": "1", "--size": "8x8", "--seed": "1", "--seeds": "1", "--device": "cpu", "--dtype": "float32",
-           "--repeats": "1", "--minutes": "0.001"}  # fmt: skip
+           "--workers": "1", "--repeats": "1", "--minutes": "0.001"}  # fmt: skip
 FINISHED = ("out.png",)  # a picture that is drawn stays, whatever fails after it
 OUTPUTS = ("-o", "--output", "--grid", "--preview", "--plot", "--json", "--folder", "--filename-prefix")
 
@@ -52,7 +52,7 @@ class Command:
 def commands() -> list[Command]:
     """Those of every parser that a module of minisd.cli makes: one that is added is among them without a word here."""
     found = {}
-    for module in pkgutil.iter_modules(minisd.cli.__path__, "minisd.cli."):
+    for module in pkgutil.walk_packages(minisd.cli.__path__, "minisd.cli."):
         for name, make in vars(importlib.import_module(module.name)).items():
             if re.fullmatch(r"(\w+_)?parser", name) and getattr(make, "__module__", "") == module.name:
                 found |= {each.words: each for each in below(make())}
@@ -72,7 +72,9 @@ def below(parser: Parser) -> Iterator[Command]:
 def is_file(action: argparse.Action) -> bool:
     """Whether a path, or the name of a model, is expected.  By what the help calls it; what is not known may be one."""
     named = f"{action.metavar or action.dest}"
-    return action.type is Path or re.search(r"FILE|PICTURE|PNG|MODEL|CHECKPOINT|FOLDER|PREFIX|^[A-C]$", named) is not None
+    return (
+        action.type is Path or re.search(r"FILE|MANIFEST|PICTURE|PNG|MODEL|CHECKPOINT|FOLDER|PREFIX|^[A-C]$", named) is not None
+    )
 
 
 def is_output(action: argparse.Action) -> bool:
@@ -94,7 +96,8 @@ def honest(action: argparse.Action, files: dict[str, str]) -> list[str]:
     if is_output(action):
         return ["made.safetensors"]
     if is_file(action):
-        kind = "picture" if re.search("PICTURE|PNG", str(action.metavar)) else "model"
+        kinds = {"PICTURE": "picture", "PNG": "picture", "MANIFEST": "manifest"}
+        kind = next((kind for word, kind in kinds.items() if word in str(action.metavar)), "model")
         return [files[kind]] * (2 if action.nargs == "*" else 1)
     return ["a star"]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import minisd
 from minisd.by_hand import draw
@@ -197,13 +198,19 @@ def test_models_and_diffusion_can_be_copied_out_and_draw(tmp_path, tiny):
     prompt = "a red circle on a blue background"
     arguments = [str(tiny_checkpoint()), json.dumps(ids_of(["", prompt])), str(tmp_path / "x.pt")]
     subprocess.run([sys.executable, str(script), *arguments], check=True, cwd=tmp_path)
-    assert np.array_equal(np.asarray(to_pil(torch.load(tmp_path / "x.pt")[0])), np.asarray(draw(prompt, seed=1)))
+    assert rounded_alike(to_pil(torch.load(tmp_path / "x.pt")[0]), draw(prompt, guidance=7.5, seed=1))
 
 
 def test_by_hand_is_the_picture_of_the_pipeline():
     prompt = "a red circle on a blue background"
     whole = minisd.load(device="cpu", dtype="float32")(prompt, seed=1).images[0]
-    assert np.array_equal(np.asarray(draw(prompt, seed=1)), np.asarray(whole))
+    assert rounded_alike(draw(prompt, seed=1), whole)
+
+
+def rounded_alike(one: Image.Image, other: Image.Image) -> bool:
+    """The same but for where a value lies between two of the 256 levels: sums are taken in another order."""
+    apart = np.asarray(one).astype(int) - np.asarray(other)
+    return int(abs(apart).max()) <= 1 and np.count_nonzero(apart) <= 3
 
 
 # Kernels of Triton aside, and what is a user's own interface: (parameters), where they are as many as there are options; and

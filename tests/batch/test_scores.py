@@ -20,8 +20,8 @@ from minisd.cli import main
 
 def test_prompts_of_the_tiny_world_are_understood():
     """In every wording of scripts/tiny_world.py."""
-    for answer, prompt, _ in exam(200):
-        assert asked_for(prompt) == answer, prompt
+    for wanted, prompt, _ in exam(200):
+        assert asked_for(prompt) == (wanted["shape"], wanted["colour"], wanted["background"]), prompt
     for prompt in (
         "",
         "a star",

@@ -84,6 +84,7 @@ SELDOM = {
     "test_any_width_and_depth_of_every_family": 0,
     "test_attention": 3,
     "test_blocks_run[docs/addons.md]": 0,
+    "test_blocks_run[docs/batch.md]": 0,
     "test_blocks_run[docs/drawing.md]": 0,
     "test_blocks_run[docs/files.md]": 0,
     "test_blocks_run[docs/python.md]": 0,

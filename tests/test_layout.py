@@ -41,6 +41,7 @@ LEVELS = [
     ["pipeline"],
     ["by_hand"],
     ["workbench"],
+    ["inside"],
     ["bench"],
     ["cli"],
     ["__main__"],

@@ -19,6 +19,7 @@ from difflib import get_close_matches
 from .. import __version__
 from ..errors import MinisdError, OutOfMemoryError, OutputError, UsageError, is_lack_of_memory
 from . import about, again, bench, completion, draw, files, lora, models
+from .inside import traces
 from .options import Parser, one_line, with_flags
 from .streams import careful_streams, ended_by_signals
 
@@ -65,6 +66,8 @@ COMMANDS = {
     "tokens": Command(
         '"PROMPT"', "how a prompt is read: its parts, steps, chunks, tokens and weights", about.tokens_parser, about.tokens
     ),
+    "trace": Command('"PROMPT" -o OUT', "draw, and keep the whole way on file", traces.trace_parser, traces.trace),
+    "verify": Command("TRACE", "draw a trace again: the first difference, and how large", traces.verify_parser, traces.verify),
     "models": Command(
         "[add FILE]", "what models there are on this machine; import one", models.models_parser, models.models, models.parse
     ),

@@ -52,7 +52,7 @@ class Command:
 def commands() -> list[Command]:
     """Those of every parser that a module of minisd.cli makes: one that is added is among them without a word here."""
     found = {}
-    for module in pkgutil.iter_modules(minisd.cli.__path__, "minisd.cli."):
+    for module in pkgutil.walk_packages(minisd.cli.__path__, "minisd.cli."):
         for name, make in vars(importlib.import_module(module.name)).items():
             if re.fullmatch(r"(\w+_)?parser", name) and getattr(make, "__module__", "") == module.name:
                 found |= {each.words: each for each in below(make())}

@@ -19,7 +19,7 @@ from difflib import get_close_matches
 from .. import __version__
 from ..errors import MinisdError, OutOfMemoryError, OutputError, UsageError, is_lack_of_memory
 from . import about, again, bench, completion, draw, files, lora, models
-from .inside import traces
+from .inside import numerics, traces
 from .options import Parser, one_line, with_flags
 from .streams import careful_streams, ended_by_signals
 
@@ -68,6 +68,12 @@ COMMANDS = {
     ),
     "trace": Command('"PROMPT" -o OUT', "draw, and keep the whole way on file", traces.trace_parser, traces.trace),
     "verify": Command("TRACE", "draw a trace again: the first difference, and how large", traces.verify_parser, traces.verify),
+    "numerics": Command(
+        "--a float32 --b bfloat16",
+        "two ways to compute, layer by layer: where errors enter; --nan",
+        numerics.numerics_parser,
+        numerics.numerics,
+    ),
     "models": Command(
         "[add FILE]", "what models there are on this machine; import one", models.models_parser, models.models, models.parse
     ),

@@ -144,7 +144,7 @@ def check_distinct(outputs: Iterable[Path], inputs: Iterable[str | None]) -> Non
 # What Python calls an argument, and what the command line does.
 FLAGS = {option.name: option.flag for option in OPTIONS.values() if option.flag}
 FLAGS |= {name: f"--{name}" for name in ("device", "dtype", "prediction", "method", "base", "blocks", "density", "ratio", "name")}
-FLAGS |= {"from_step": "--from-step", "bound": "--bound"}
+FLAGS |= {"from_step": "--from-step", "bound": "--bound", "words": "--words", "layer": "--layer"}
 FLAGS |= {"zero_snr": "--zero-snr", "control_preprocess": "--control-preprocess", "axis": "--x, --y"}
 
 

@@ -1,13 +1,14 @@
 """What a model does while it draws: taps on its modules, and what is made with them.
 
 In the order to read them: taps; sketches, traces and verifying (the whole way on file, and taken again); sides, layers
-and numerics_shown (two ways to compute, layer by layer).
+and numerics_shown (two ways to compute, layer by layer); maps and maps_shown (where the pixels look in the prompt).
 """
 
 from .layers import numerics
+from .maps import Attention, attention
 from .sides import side
 from .taps import Tapped, Value, tap
 from .traces import trace
 from .verifying import verify
 
-__all__ = ["Tapped", "Value", "numerics", "side", "tap", "trace", "verify"]
+__all__ = ["Attention", "Tapped", "Value", "attention", "numerics", "side", "tap", "trace", "verify"]

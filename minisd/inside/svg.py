@@ -40,9 +40,8 @@ def box(x: float, y: float, width: float, height: float, fill: str, title: str =
 
 
 def line(points: Sequence[tuple[float, float]], stroke: str, width: float = 1.5, **attributes: Any) -> str:
-    return element(
-        "polyline", points=" ".join(f"{short(x)},{short(y)}" for x, y in points), fill="none", stroke=stroke, stroke_width=width, **attributes,
-    )  # fmt: skip
+    path = " ".join(f"{short(x)},{short(y)}" for x, y in points)
+    return element("polyline", "", points=path, fill="none", stroke=stroke, stroke_width=width, **attributes)
 
 
 def picture(width: float, height: float, parts: Sequence[str], title: str = "") -> str:

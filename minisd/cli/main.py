@@ -19,7 +19,7 @@ from difflib import get_close_matches
 from .. import __version__
 from ..errors import MinisdError, OutOfMemoryError, OutputError, UsageError, is_lack_of_memory
 from . import about, again, bench, completion, draw, files, lora, models
-from .inside import attend, numerics, traces
+from .inside import attend, explain, numerics, traces
 from .options import Parser, one_line, with_flags
 from .streams import careful_streams, ended_by_signals
 
@@ -68,6 +68,12 @@ COMMANDS = {
     ),
     "trace": Command('"PROMPT" -o OUT', "draw, and keep the whole way on file", traces.trace_parser, traces.trace),
     "verify": Command("TRACE", "draw a trace again: the first difference, and how large", traces.verify_parser, traces.verify),
+    "explain": Command(
+        '"PROMPT" -o HTML',
+        "draw, and write a page that follows the picture through the machine",
+        explain.explain_parser,
+        explain.explain,
+    ),
     "attend": Command(
         '"PROMPT" -o PNG', "draw, and show where the pixels look in the prompt, word by word", attend.attend_parser, attend.attend
     ),

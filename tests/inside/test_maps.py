@@ -17,7 +17,7 @@ from minisd import kernels
 from minisd.cli import main
 from minisd.inside import attention
 from minisd.inside.maps import END, START, columns_of, labels
-from minisd.inside.maps_shown import heat, sheet
+from minisd.inside.shown.heat import heat, sheet
 from minisd.kernels.attention_columns import SHAPES, make, reference
 from minisd.text.tokenizer import tokenize
 

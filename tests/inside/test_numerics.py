@@ -15,7 +15,7 @@ from torch import nn
 import minisd
 from minisd.cli import main
 from minisd.inside.layers import ULPS, by_part, histogram, numerics
-from minisd.inside.numerics_shown import as_text, first_nonfinite, plot
+from minisd.inside.shown.numerics import as_text, first_nonfinite, plot
 from minisd.inside.sides import Side, side
 from minisd.inside.sketches import parts_of
 from minisd.models.ops import attention

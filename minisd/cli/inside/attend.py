@@ -27,7 +27,7 @@ def attend_parser() -> Parser:
 def attend(args: argparse.Namespace) -> int:
     from ...errors import UsageError
     from ...inside.maps import attention
-    from ...inside.maps_shown import sheet, short
+    from ...inside.shown.heat import sheet, short
     from ...pictures.image import check_writable, save_png
 
     check_writable(args.output)

@@ -45,9 +45,9 @@ def numerics_parser() -> Parser:
 
 
 def numerics(args: argparse.Namespace) -> int:
-    from ...inside.files import check_svg, write_text
     from ...inside.layers import numerics as compared
-    from ...inside.numerics_shown import as_text, plot
+    from ...inside.shown.files import check_svg, write_text
+    from ...inside.shown.numerics import as_text, plot
     from ...inside.sides import side
     from ...inside.sketches import parts_of
 
@@ -67,7 +67,7 @@ def numerics(args: argparse.Namespace) -> int:
 
 
 def nan(args: argparse.Namespace, request: Request) -> int:
-    from ...inside.numerics_shown import first_nonfinite
+    from ...inside.shown.numerics import first_nonfinite
     from ...inside.sides import side
 
     if args.plot or args.bound is not None or args.layers:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import UsageError
-from ..system.atomic import check_place, replacing
+from ...errors import UsageError
+from ...system.atomic import check_place, replacing
 
 
 def check_named(path: Path, ending: str) -> None:

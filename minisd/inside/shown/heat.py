@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..pictures.grids import labelled_grid
-from .maps import Attention
+from ...pictures.grids import labelled_grid
+from ..maps import Attention
 
 LEAST = 192  # pixels of a cell's shorter side: what is smaller is shown in whole multiples
 # From nothing to all, as a reader's eye orders them: dark blue, violet, orange, pale yellow.

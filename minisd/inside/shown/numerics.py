@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import NonFiniteError, shown
-from ..pipeline import Pipeline
-from ..request import Request
-from ..result import finish
-from ..system.finite import watching
+from ...errors import NonFiniteError, shown
+from ...pipeline import Pipeline
+from ...request import Request
+from ...result import finish
+from ...system.finite import watching
+from ..layers import by_part
+from ..taps import watched
 from . import svg
-from .layers import by_part
-from .taps import watched
 
 MOST = 8  # rows of a list of the largest
 

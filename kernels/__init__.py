@@ -21,6 +21,7 @@ For tests and benchmarks every file of KERNELS keeps the same protocol, `name` b
 
 from . import add_bias as _add_bias
 from . import attention as _attention
+from . import attention_columns as _attention_columns
 from . import geglu as _geglu
 from . import group_norm as _group_norm
 from . import layer_norm as _layer_norm
@@ -43,6 +44,7 @@ KERNELS = {
 
 add_bias = _add_bias.add_bias
 attention = _attention.attention
+attention_columns = _attention_columns.attention_columns  # looks, and draws nothing: not among KERNELS, which are timed
 call_table, prediction_coefficients = _linear_step.call_table, _linear_step.prediction_coefficients
 geglu = _geglu.geglu
 group_norm = _group_norm.group_norm

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .addons.controls.files import load_control as load_control
     from .diffusion.noise import noise as noise
     from .diffusion.samplers import sample as sample
+    from .inside import tap as tap
     from .pipeline import Pipeline as Pipeline
     from .pipeline import load as load
     from .request import Request as Request
@@ -41,6 +42,7 @@ __all__ = [
     "load_control",
     "noise",
     "sample",
+    "tap",
 ]
 
 
@@ -62,6 +64,10 @@ def __getattr__(name: str) -> object:
         from .diffusion.samplers import sample
 
         return sample
+    if name == "tap":
+        from .inside import tap
+
+        return tap
     raise AttributeError(f"module 'minisd' has no attribute {name!r}")
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from .errors import NonFiniteError
 from .fast import tiling
 from .fast.engine import Engine, Plain
-from .models.family import Recognition, Training
+from .models.family import VAE, Recognition, Training
 from .models.taesd import TinyAutoencoder
 from .models.vae import AutoencoderKL
 from .system.device import name_of, on_device
+from .system.finite import Culprit, watching
 
 Autoencoder = AutoencoderKL | TinyAutoencoder
 
@@ -49,7 +50,10 @@ class Codec:
         """
         latents = self.run(encode_with, pixels.to(self.device))
         if not latents.isfinite().all():
-            raise NonFiniteError("the VAE made NaN or infinity of the init image: its weights are broken; try another VAE")
+            said = self.at_fault(encode_with, pixels.to(self.device))
+            raise NonFiniteError(
+                f"the VAE made NaN or infinity of the init image: {said or 'its weights are broken'}; try another VAE"
+            )
         return (latents - self.mean) / self.std * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -57,11 +61,17 @@ class Codec:
         check_finite(latents, self.dtype, "UNet")
         pixels = self.run(self.decode_with, latents / self.scale * self.std + self.mean)
         if not pixels.isfinite().all():
-            raise NonFiniteError(
-                "the VAE produced NaN or infinity in float32 too: its weights or the latents are broken; try another VAE "
-                "(minisd inspect FILE --check names broken weights)"
-            )
+            said = self.at_fault(self.decode_with, latents / self.scale * self.std + self.mean)
+            broken = said or "its weights or the latents are broken (minisd inspect FILE --check names broken weights)"
+            raise NonFiniteError(f"the VAE produced NaN or infinity in float32 too: {broken}; try another VAE")
         return pixels
+
+    def at_fault(self, half: Callable[[Any, Tensor], Tensor], x: Tensor) -> str:
+        """What is said of the first module that leaves the finite numbers, in float32."""
+        wide = copy.deepcopy(self.vae).float()
+        with on_device(wide, self.device), watching({VAE: wide}) as found:
+            half(wide, x.float())
+        return found[0].words() if found else ""
 
     def decode_with(self, vae: Autoencoder, latents: Tensor) -> Tensor:
         if isinstance(vae, TinyAutoencoder):
@@ -82,9 +92,12 @@ def encode_with(vae: Autoencoder, pixels: Tensor) -> Tensor:
     return (tiling.encode(vae, pixels) if isinstance(vae, AutoencoderKL) else vae.encode(pixels))[0]
 
 
-def check_finite(x: Tensor, dtype: torch.dtype, network: str) -> None:
-    """Raises NonFiniteError, with what to do about it."""
+def check_finite(x: Tensor, dtype: torch.dtype, network: str, at_fault: Callable[[], Culprit | None] = lambda: None) -> None:
+    """Raises NonFiniteError, with what to do about it.  at_fault: finds the module that made the first."""
     if not x.isfinite().all():
+        found = at_fault()
+        if found:
+            raise NonFiniteError(f"the {network} produced NaN or infinity in {name_of(dtype)}: {found.words()}")
         first = "" if dtype == torch.float32 else "draw with dtype float32; if that does not help, "
         check = "its weights or those of the text encoder" if network == "UNet" else "its weights"
         broken = f"{first}{check} are broken: minisd inspect FILE --check names them"

@@ -300,6 +300,10 @@ OPTIONS = {
             "comfyui: its rule for DoRA, OFT and BOFT, for pictures of it (default: the paper's)", "--lora-rule", "NAME", ADDONS,
         ),
         Option(
+            "rescue", FLAG, False, "where a block of the UNet overflows, compute it in float32 (the VAE does so by itself)",
+            "--rescue", None, FINER,
+        ),
+        Option(
             "lora_partial", FLAG, False, "take of a LoRA what fits the checkpoint, where else it is refused",
             "--lora-partial", None, ADDONS,
         ),

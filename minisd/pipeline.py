@@ -189,7 +189,7 @@ class Pipeline:
                     for moment in leg.pipe.engine.walk(one, x, noise):
                         yield progress.step(moment)
                         x = moment.latents
-                latents = x / legs[-1].levels.end_scale
+                latents = progress.finished(x / legs[-1].levels.end_scale)
                 pictures = [pasted(to_pil(pixels), plan.init) for pixels in self.codec.decode(latents)]
                 drawn.add(latents, pictures, [recipe_of(plan, i, self, progress.way) for i in range(part.start, part.stop)])
         return drawn.whole()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .fast.engine import Engine
     from .files.checkpoint import Checkpoint
     from .models.family import Family, Recognition, Training
+    from .models.unet import UNet
     from .result import Step
     from .text.conditioner import Conditioner
 
@@ -38,6 +39,7 @@ class Stations(Protocol):
 
     checkpoint: Checkpoint
     recognition: Recognition
+    unet: UNet
     family: Family
     training: Training
     device: torch.device
@@ -99,6 +101,7 @@ class Request:
     lora_partial: take of a LoRA what fits the checkpoint, where else it is refused.
     controls: ControlNets and T2I-Adapters, each with the picture that it is to follow: a list of `minisd.Control`.
     style: the name of one of library.styles, whose words go around prompt and negative prompt.
+    rescue: computes those blocks of the UNet in float32 that overflow in its own dtype; each is told.
     progress: show a bar.  transform: what the latents become after each step, Step -> (B, C, h, w).
     observe: is shown every call of the network: (call, x, estimates of x_0 by role).
     """
@@ -153,6 +156,7 @@ class Request:
     lora_partial: bool = False
     controls: Sequence[Control] = ()
     style: str | None = None
+    rescue: bool = False
 
 
 def request_of(given: tuple[Any, ...], options: Mapping[str, Any]) -> Request:

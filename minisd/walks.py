@@ -13,7 +13,7 @@ from torch import Tensor
 from .addons.controls.acting import Active, activated, controlled
 from .codec import check_finite
 from .diffusion.brownian import brownian
-from .diffusion.denoiser import ClassifierFree, Conditioning, Guide, Known, Noise, Timeline
+from .diffusion.denoiser import ClassifierFree, Conditioning, Guide, Known, Noise, Timeline, Unet
 from .diffusion.guides import Composed, Own, Rescaled, TextAndImage, part_role
 from .diffusion.levels import Levels, own_levels
 from .diffusion.noise import sources
@@ -22,12 +22,14 @@ from .diffusion.samplers import SAMPLERS, Sampler
 from .diffusion.schedule import TRAINING_STEPS, Continuous, Schedule, scaled_linear, zero_terminal
 from .diffusion.worlds import RULES, Wanted, schedule_of
 from .errors import UsageError
+from .fast.engine import moments
 from .fast.ways import Moment, Walk
-from .models.family import REFINER, Training
+from .models.family import REFINER, UNET, Training
 from .pictures.masks import at_latents, without_masked
 from .plan import Plan, words_of
 from .request import Stations
 from .result import Step
+from .system.finite import Culprit, Rescuing, watching
 from .text.added import NONE
 from .text.conditioner import with_sizes, zeroed
 from .text.grammar import parse
@@ -145,12 +147,12 @@ def walk(plan: Plan, part: slice, leg: Leg, known: Tensor | None, progress: Prog
     """What one model does for some of the pictures.  known: the latents of the init image (1, C, h, w), where there is one."""
     guide, conditioning = guidance(plan, part, leg)
     for conditioned in {id(each): each for timeline in conditioning for _, each in timeline.entries}.values():
-        check_finite(conditioned.context, leg.pipe.dtype, "text encoder")
+        check_finite(conditioned.context, leg.pipe.dtype, "text encoder", lambda: reader_at_fault(plan, part, leg))
     mask = kept(plan, leg.pipe)
     region = Known(at_latents(mask, known), known) if mask is not None and known is not None else None
-    transform = progress.begin(part, leg)
+    transform = progress.begin(part, leg, known)
     how = (leg.levels, conditioning, guide, leg.program, plan.options, region, transform, plan.request.observe)
-    network = replace(leg.pipe.network, schedule=schedule_of(plan.request.like, leg.pipe.network.schedule))
+    network = replace(leg.pipe.network, schedule=schedule_of(plan.request.like, leg.pipe.network.schedule), unet=progress.unet())
     control = partial(controlled, leg.controls, leg.levels.steps) if leg.controls else None
     return Walk(network, plan.sampler, *how, control)
 
@@ -160,21 +162,47 @@ class Progress:
 
     def __init__(self, plan: Plan, legs: Sequence[Leg], parts: int) -> None:
         steps = [leg.steps for leg in legs]
-        self.plan, self.index, self.way = plan, 0, "plain"
+        self.plan, self.legs, self.index, self.way = plan, legs, 0, "plain"
+        self.rescuing: dict[Unet, Unet] = {}
         self.total = None if None in steps else parts * sum(step or 0 for step in steps)
 
-    def begin(self, part: slice, leg: Leg) -> Callable[[Moment], Tensor] | None:
+    def begin(self, part: slice, leg: Leg, known: Tensor | None) -> Callable[[Moment], Tensor] | None:
         """A walk begins; returns what its latents are to become after each step, where the user says so."""
-        self.part, self.leg, self.sigma = part, leg, float(leg.levels.sigmas[0])
+        self.part, self.leg, self.known, self.sigma = part, leg, known, float(leg.levels.sigmas[0])
         change = self.plan.request.transform
         return None if change is None else lambda moment: change(self.describe(moment))
 
     def step(self, moment: Moment) -> Step:
         step = self.describe(moment)
         if step.latents.device.type == "cpu":  # not to draw on for minutes; a GPU would have to be waited for
-            check_finite(step.latents, self.leg.pipe.dtype, "UNet")
+            self.finished(step.latents)
         self.index += 1
         return step
+
+    def finished(self, latents: Tensor) -> Tensor:
+        """The same latents.  Raises NonFiniteError."""
+        check_finite(latents, self.leg.pipe.dtype, "UNet", self.at_fault)
+        return latents
+
+    def at_fault(self) -> Culprit | None:
+        """The first module that leaves the finite numbers, if one does: the walk is taken again, as the modules stand."""
+        again = Progress(replace(self.plan, request=replace(self.plan.request, transform=None, observe=None)), self.legs, 1)
+        x, noise = start(self.plan, self.part, self.legs[0], self.known)
+        for leg in self.legs:
+            one = walk(again.plan, self.part, leg, self.known, again)
+            with watching({UNET: leg.pipe.unet}) as found:
+                for moment in moments(one, one.denoiser(), x, noise, "plain"):
+                    if found or not moment.latents.isfinite().all():
+                        return found[0] if found else None
+                    x = moment.latents
+        return None
+
+    def unet(self) -> Unet:
+        """Of the walk that begins: the pipeline's own, or one whose blocks are rescued where they overflow."""
+        own = self.leg.pipe.network.unet
+        if not self.plan.request.rescue:
+            return own
+        return self.rescuing.setdefault(own, Rescuing(self.leg.pipe.unet))
 
     def describe(self, moment: Moment) -> Step:
         sigma = moment.call.sigma if moment.call else self.sigma
@@ -184,6 +212,14 @@ class Progress:
         seeds = tuple(self.plan.seeds[self.part])
         at = (moment.latents, moment.denoised, moment.before, sigma, timestep)
         return Step(self.index, self.total, *at, self.part.start, seeds, moment.way)
+
+
+def reader_at_fault(plan: Plan, part: slice, leg: Leg) -> Culprit | None:
+    """The first module of the text encoders that leaves the finite numbers."""
+    towers = {tower.name: encoder for tower, encoder in zip(leg.pipe.family.towers, leg.pipe.conditioner.encoders, strict=True)}
+    with watching(towers) as found:
+        guidance(plan, part, leg)
+    return found[0] if found else None
 
 
 def guidance(plan: Plan, part: slice, leg: Leg) -> tuple[Guide, list[Timeline]]:

@@ -42,7 +42,7 @@ LEVELS = [
     ["pipeline"],
     ["by_hand"],
     ["workbench"],
-    ["serve", "batch"],
+    ["serve", "batch", "inside"],
     ["bench"],
     ["cli"],
     ["__main__"],

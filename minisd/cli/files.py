@@ -29,6 +29,7 @@ def inspect_parser() -> Parser:
     )
     parser.add_argument("--tree", action="store_true", help="also block by block; with --check also how large the numbers are")
     parser.add_argument("--size", type=size, metavar="WxH", help="of the picture whose arithmetic --tree counts")
+    parser.add_argument("--plot", type=Path, metavar="SVG", help="a drawing of its UNet: blocks, skips, shapes, arithmetic")
     parser.add_argument("-m", "--model", metavar="CHECKPOINT", help="of a LoRA: also what it does to this checkpoint")
     add_output_options(parser)
     return parser
@@ -38,6 +39,12 @@ def inspect(args: argparse.Namespace) -> int:
     from ..library.names import resolve
     from ..workbench.inspecting import as_text, inspect
 
+    if args.plot:
+        from ..inside.shown.files import check_svg, write_text
+        from ..inside.shown.unet_map import blueprint_of, drawn
+
+        check_svg(args.plot)
+        write_text(args.plot, drawn(blueprint_of(resolve(args.file), args.size)))
     facts = inspect(resolve(args.file), args.hash, args.check, args.tree, args.size)
     text = as_text(facts)
     if facts["looks_like"].startswith("a LoRA"):

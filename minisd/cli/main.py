@@ -19,6 +19,7 @@ from difflib import get_close_matches
 from .. import __version__
 from ..errors import MinisdError, OutOfMemoryError, OutputError, UsageError, is_lack_of_memory
 from . import about, again, bench, draw, files, lora, models, serve
+from .inside import attend, explain, numerics, traces
 from .options import Parser, one_line, with_flags
 from .streams import careful_streams, ended_by_signals
 from .work import batch, score
@@ -67,6 +68,23 @@ COMMANDS = {
     "score": Command("FOLDER …", "what batches have drawn, in numbers for every model", score.parser, score.score),
     "tokens": Command(
         '"PROMPT"', "how a prompt is read: its parts, steps, chunks, tokens and weights", about.tokens_parser, about.tokens
+    ),
+    "trace": Command('"PROMPT" -o OUT', "draw, and keep the whole way on file", traces.trace_parser, traces.trace),
+    "verify": Command("TRACE", "draw a trace again: the first difference, and how large", traces.verify_parser, traces.verify),
+    "explain": Command(
+        '"PROMPT" -o HTML',
+        "draw, and write a page that follows the picture through the machine",
+        explain.explain_parser,
+        explain.explain,
+    ),
+    "attend": Command(
+        '"PROMPT" -o PNG', "draw, and show where the pixels look in the prompt, word by word", attend.attend_parser, attend.attend
+    ),
+    "numerics": Command(
+        "--a float32 --b bfloat16",
+        "two ways to compute, layer by layer: where errors enter; --nan",
+        numerics.numerics_parser,
+        numerics.numerics,
     ),
     "models": Command(
         "[add FILE]", "what models there are on this machine; import one", models.models_parser, models.models, models.parse

@@ -143,9 +143,9 @@ def check_distinct(outputs: Iterable[Path], inputs: Iterable[str | None]) -> Non
 
 # What Python calls an argument, and what the command line does.
 FLAGS = {option.name: option.flag for option in OPTIONS.values() if option.flag}
-SAME = ("device", "dtype", "prediction", "method", "base", "blocks", "density", "ratio", "name", "ray", "shard", "workers")
+SAME = "device dtype prediction method base blocks density ratio name ray shard workers bound words layer".split()
 FLAGS |= {name: f"--{name}" for name in SAME}
-FLAGS |= {"zero_snr": "--zero-snr", "axis": "--x, --y"}
+FLAGS |= {"from_step": "--from-step", "zero_snr": "--zero-snr", "axis": "--x, --y"}
 FLAGS |= {f"control_{name}": f"--control-{name}" for name in ("preprocess", "kind", "where", "range", "guess")}
 
 

@@ -124,8 +124,17 @@ def patched(kind: type) -> bool:
     return False
 
 
-def touched(network: nn.Module, built: Built) -> str | None:
-    """What keeps a network from being computed in another form than its modules: the first of them that is not as built."""
+def hooked(module: nn.Module, looking: bool) -> bool:
+    """Whether a module has a hook; looking: also those that say of themselves that they only look, by an attribute."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(looking or not getattr(hook, "only_looks", False) for hook in hooks)
+
+
+def touched(network: nn.Module, built: Built, looking: bool = True) -> str | None:
+    """What keeps a network from being computed in another form than its modules: the first of them that is not as built.
+
+    looking: hooks that only look count, too.
+    """
     hooks = torch.nn.modules.module
     if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
         return "there is a hook on all modules"
@@ -137,7 +146,7 @@ def touched(network: nn.Module, built: Built) -> str | None:
             return f"{where} is new"
         if built[name][0] is not kind or kind.__module__.split(".")[0] not in OURS:
             return f"{where} is a {kind.__name__}"
-        if module._forward_hooks or module._forward_pre_hooks:
+        if hooked(module, looking):
             return f"{where} has a hook"
         if not vars(module).keys().isdisjoint(OWN) or (kind not in known and patched(kind)):
             return f"{where} has a forward of its own"
@@ -176,7 +185,7 @@ class AsLoaded:
 
     def changed(self) -> str | None:
         for network, built in self.built:
-            if why := touched(network, built):
+            if why := touched(network, built, looking=False):
                 return f"{type(network).__name__}: {why}"
         now = [weight for network, _ in self.built for weight in network.parameters()]
         same = len(now) == len(self.weights)

@@ -39,7 +39,7 @@ def test_the_table_and_the_request_are_one():
     declared = {each.name: each.default for each in fields(Request)}
     del declared["prompt"]
     assert declared == {name: option.default for name, option in OPTIONS.items()}
-    assert list(AXES) == ["steps", "sampler", "cfg", "seed"]
+    assert list(AXES) == ["steps", "sampler", "cfg", "seed", "lora"]
     assert set(RECORDED) <= set(RECIPE)
 
 

@@ -143,8 +143,9 @@ def check_distinct(outputs: Iterable[Path], inputs: Iterable[str | None]) -> Non
 
 # What Python calls an argument, and what the command line does.
 FLAGS = {option.name: option.flag for option in OPTIONS.values() if option.flag}
-SAME = "device dtype prediction method base blocks density ratio name ray shard workers bound words layer".split()
-FLAGS |= {name: f"--{name}" for name in SAME}
+LOADING, MERGING = ("device", "dtype", "prediction"), ("method", "base", "blocks", "density", "ratio", "name")
+ELSEWHERE = ("ray", "shard", "workers", "bound", "words", "layer")
+FLAGS |= {name: f"--{name}" for name in (*LOADING, *MERGING, *ELSEWHERE)}
 FLAGS |= {"from_step": "--from-step", "zero_snr": "--zero-snr", "axis": "--x, --y"}
 FLAGS |= {f"control_{name}": f"--control-{name}" for name in ("preprocess", "kind", "where", "range", "guess")}
 

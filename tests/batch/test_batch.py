@@ -67,6 +67,7 @@ def test_workers_draw_the_same_bytes(manifest, alone, tmp_path):
     assert drawn(tmp_path / "three") == alone
 
 
+@pytest.mark.slow
 def test_another_order_gives_the_same_pictures(alone, tmp_path):
     manifest = write(tmp_path / "m.jsonl", reversed(rows(COUNT)))
     assert batch(manifest, tmp_path / "out", "--workers", "1") == 0
@@ -87,6 +88,7 @@ def test_started_again_it_draws_what_is_missing_and_nothing_else(manifest, alone
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png") if path not in gone} == before
 
 
+@pytest.mark.slow
 def test_a_manifest_may_grow_and_lines_be_emptied(manifest, alone, tmp_path):
     lines = Path(manifest).read_bytes().splitlines(keepends=True)
     growing = write(tmp_path / "m.jsonl", lines[:4])
@@ -185,6 +187,7 @@ def test_tars(manifest, alone, tmp_path):
     assert not (tmp_path / ".parts").exists() or not list((tmp_path / ".parts").iterdir())
 
 
+@pytest.mark.slow
 def test_a_tar_that_lacks_a_sample_gets_it(tmp_path):
     """A row that could not be drawn, and was put right."""
     given = [{"id": "a", "prompt": "a star"}, {"id": "b", "prompt": "a star", "width": 13}, {"id": "c.d", "prompt": "a star"}]
@@ -202,6 +205,7 @@ def test_a_tar_that_lacks_a_sample_gets_it(tmp_path):
     assert not (tmp_path / "out" / "errors.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_through_fsspec(manifest, alone, tmp_path):
     """A URL in the place of a folder, and of a manifest."""
     pytest.importorskip("fsspec")

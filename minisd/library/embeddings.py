@@ -37,15 +37,22 @@ class Named:
             warnings.warn(f"{error}; {self.name!r} is read as plain words", stacklevel=2)
 
 
-def named_in(pieces: Iterable[Piece], reading: str) -> list[Named]:
+def of_library(name: str) -> Path:
+    return resolve(name, "embedding")
+
+
+def named_in(pieces: Iterable[Piece], reading: str, find: Callable[[str], Path] = of_library) -> list[Named]:
     """Embeddings of the library that prompts name: those after embedding:, and bare names of files in folders called embeddings,
-    as A1111 has it.  Raises CheckpointError, UsageError."""
+    as A1111 has it.
+
+    find: the file of a name after embedding:.  Raises CheckpointError, UsageError.
+    """
     texts = [piece.text for piece in pieces if piece != BREAK]
     found: dict[str, Named] = {}
     for mark in (mark for text in texts for mark in MARK.findall(text) if reading != "plain"):
         name = re.sub(r"\.(safetensors|pt|bin)$", "", mark.rstrip(","))
         if not name.startswith(("/", ".")) and ".." not in name.split("/"):
-            found[name] = Named(name, resolve(name, "embedding"), bare=False)
+            found[name] = Named(name, find(name), bare=False)
     if reading in ("plain", "comfy"):
         return list(found.values())
     files = lying_there("".join(texts))

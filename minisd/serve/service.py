@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request as Asked
@@ -48,10 +49,14 @@ class Service:
         self.later: dict[str, tuple[float, asyncio.Task[Any]]] = {}
 
     def worker(self, device: str | None) -> Worker:
-        shelf = Shelf(device, self.settings.dtype, self.settings.memory)
+        shelf = Shelf(device, self.settings.dtype, self.settings.memory, self.embedding)
         self.metrics.memory.labels(str(shelf.device)).set_function(lambda: shelf.used)
         self.metrics.opened.labels(str(shelf.device)).set_function(lambda: shelf.opened)
         return Worker(self.queue, shelf, self.begin, self.ended)
+
+    def embedding(self, name: str) -> Path:
+        """By the index alone: no name in a prompt is a path."""
+        return self.index.find(name, "embedding", "prompt").path
 
     def begin(self, shelf: Shelf) -> None:
         """Opens the model that most requests are for; what is wrong with it, they will hear."""

@@ -19,6 +19,7 @@ from ..addons.controls.control import Control
 from ..addons.controls.files import load_control
 from ..addons.wanted import Lora
 from ..files.checkpoint import open_checkpoint
+from ..library.embeddings import of_library
 from ..library.names import Listed
 from ..pipeline import Pipeline, load
 from ..request import Request
@@ -70,9 +71,15 @@ class Kept:
 
 
 class Shelf:
-    """memory: bytes that all of them may take together; a single one that is larger is opened all the same, alone."""
+    """memory: bytes that all of them may take together; a single one that is larger is opened all the same, alone.
 
-    def __init__(self, device: str | None, dtype: str | None, memory: int | None) -> None:
+    embedding: the file that a prompt names by embedding:NAME.
+    """
+
+    def __init__(
+        self, device: str | None, dtype: str | None, memory: int | None, embedding: Callable[[str], Path] = of_library
+    ) -> None:
+        self.embedding = embedding
         self.device = to_device(device)
         self.dtype = to_dtype(dtype, self.device)
         self.memory = memory or int((free_memory(self.device) or 4 << 30) * SHARE)
@@ -112,7 +119,7 @@ class Shelf:
         loras = [Lora(listed.path, unet, text) for listed, unet, text in drawing.loras]
         refiner = pipes[1] if len(pipes) > 1 else None
         request = Request(**drawing.options, loras=loras, controls=controls, refiner=refiner)
-        teach(pipes, request)
+        teach(pipes, request, self.embedding)
         return request
 
     def pipeline(self, path: Path, vae: Path | None, in_use: set[Any]) -> Pipeline:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..addons.embeddings import brings_words, is_bundle, knowing
 from ..addons.wanted import as_loras, in_style, without_tags
-from ..library.embeddings import named_in
+from ..library.embeddings import named_in, of_library
 from ..options import checked
 from ..pipeline import Pipeline
 from ..plan import as_in, check_text, reading_of
@@ -16,10 +16,10 @@ from ..request import Request
 from ..text.grammar import all_pieces
 
 
-def teach(pipes: Sequence[Pipeline], request: Request) -> None:
+def teach(pipes: Sequence[Pipeline], request: Request, find: Callable[[str], Path] = of_library) -> None:
     """Has them know the embeddings of the library that the texts of a request name, and the first of them those in its LoRAs.
 
-    Raises CheckpointError, UsageError.
+    find: the file of a name after embedding:.  Raises CheckpointError, UsageError.
     """
     settled, tags = without_tags(in_style(as_in(request)))
     teach_bundles(pipes[0], [Path(lora.source) for lora in as_loras([*(settled.loras or ()), *tags])])
@@ -30,7 +30,7 @@ def teach(pipes: Sequence[Pipeline], request: Request) -> None:
         with warnings.catch_warnings(action="ignore"):  # the drawing says them
             check_text(name, text, reading)
         pieces += all_pieces(text, name == "prompt", steps, reading)
-    for found in named_in(pieces, reading):
+    for found in named_in(pieces, reading, find):
         for pipe in pipes:
             found.teach(pipe.add_embedding)
 

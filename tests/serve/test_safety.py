@@ -247,6 +247,10 @@ def test_prompts_name_loras_and_are_logged_for_who_asks(models, tmp_path, tiny):
         body = QUICK | {"prompt": f"<lora:clay:0.7> {PROMPT}", "steps": 3, "cfg_scale": 4}
         found = picture(running.post("/generate/sd", body).json["images"][0]["image_b64"])
         assert same(found, tiny(PROMPT, steps=3, guidance_scale=4, seed=1, loras=[(models / "clay.safetensors", 0.7)]).images[0])
+        (running.log.parent / "clay.ckpt").write_bytes((models / "clay.safetensors").read_bytes())  # where the server works
+        for prompt in ("(embedding:clay.ckpt:1.1) x", "x [embedding:clay.ckpt]"):
+            answer = running.post("/generate/sd", body | {"prompt": prompt})
+            assert (answer.status, answer.json["detail"][0]["type"]) == (422, "model_not_found"), prompt
         for prompt in ("<lora:/etc/passwd:1> x", "<lora:evil:1> x", "<lo<lora:clay:0>ra:/etc/passwd:1> x", "<lora:clay:x> y"):
             assert running.post("/generate/sd", body | {"prompt": prompt}).status == 422, prompt
         assert running.lines("job")[0]["prompt"] == PROMPT

@@ -17,6 +17,7 @@ from minisd.errors import CheckpointError, UsageError
 from minisd.options import OPTIONS
 from minisd.request import Request
 from minisd.result import finish
+from minisd.workbench.teaching import teach
 
 FEW = {"steps": 2, "seed": 1, "width": 64, "height": 64}
 
@@ -208,3 +209,18 @@ def test_other_programs_read_them_in_the_parameters(pipe, lora, tmp_path):
     text = Image.open(tmp_path / "a.png").info["parameters"]
     assert text.splitlines()[0] == "a star <lora:clay style:0.5:0.8> <lora:clay style:1>"
     assert 'Lora hashes: "clay style: ' in text
+
+
+def test_words_inside_a_lora_are_forgotten_when_it_is_not_named(reduced_file, lora):
+    """Rows of a batch and requests of a server come one after the other, to one pipeline."""
+    save_file({**load_file(lora), "bundle_emb.clayish.emb_params": torch.randn(2, 64)}, lora)
+    pipe = minisd.load(reduced_file, device="cpu", dtype="float32")
+    before = pipe("clayish star", **FEW)
+    teach([pipe], Request("clayish star <lora:clay style:0>"))
+    assert list(pipe.embeddings) == ["clayish"]
+    within = pipe("clayish star", **FEW)
+    teach([pipe], Request("clayish star"))
+    assert not pipe.embeddings
+    after = pipe("clayish star", **FEW)
+    assert torch.equal(before.latents, after.latents)
+    assert not torch.equal(before.latents, within.latents)

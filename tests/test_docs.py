@@ -24,6 +24,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NOT_RUN = {  # lines of sh blocks, by how they begin, and why
     "python3 -m venv": "makes an environment and downloads; .ci/run runs both of these",
+    "minisd serve": "serves until it is ended; tests/serve runs it",
 }
 SIZE = {"modelspec.resolution": "64x64"}  # what the stand-ins draw at where nobody says
 
@@ -67,6 +68,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for half in ("encoder", "decoder"):
         shapes = {key.removeprefix(f"{half}:"): shape for key, shape in manifest("taesd").items() if key.startswith(half)}
         save_file(random_weights(shapes, 3), folder / f"taesd_{half}.safetensors")
+    (folder / "prompts.jsonl").write_text('{"id": 1, "prompt": "a red star"}\n{"id": 2, "prompt": "a blue ring", "seed": 7}\n')
     photo = Image.new("RGB", (64, 64), "blue")
     ImageDraw.Draw(photo).ellipse((20, 20, 44, 44), "red")
     photo.save(folder / "photo.jpg")

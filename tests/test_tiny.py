@@ -9,18 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from judge_tiny import KINDS, exam, judge, look, right
+from judge_tiny import KINDS, exam, examine_outlines, right
 from readme_pictures import cells
 from safetensors import safe_open
 from tiny_world import TRAINING, caption, draw, held_back, training_scene
 
 import minisd
+from minisd.batch.scores.judge import judge, look
 from minisd.diffusion.samplers import SAMPLERS
 from minisd.diffusion.spacings import SPACINGS
 from minisd.files.checkpoint import file_sha256
 from minisd.pictures.metadata import read_recipe
 
-LIT = Path(__file__).parents[1] / "weights" / "tiny-lit.safetensors"
+WEIGHTS = Path(__file__).parents[1] / "weights"
+LIT, OUTLINE = WEIGHTS / "tiny-lit.safetensors", WEIGHTS / "tiny-outline.safetensors"
 
 
 def test_the_judge_is_right_about_drawn_pictures():
@@ -78,14 +80,24 @@ def test_draws_what_the_prompt_says(tiny):
     assert sum(right(wanted, seen) for (wanted, _, _), seen in zip(questions, found, strict=True)) >= 9
 
 
-@pytest.mark.parametrize(("kind", "least"), [("place", 9), ("half", 7)])
+@pytest.mark.parametrize(("kind", "least"), [("place", 15), ("half", 12)])
 def test_meets_places_and_half_said_prompts(tiny, kind, least):
-    """12 of 100 questions; of 100 it met 96 places and 80 half-said prompts."""
+    """20 of 100 questions; of 100 it met 98 places and 79 half-said prompts."""
     met = 0
-    for wanted, prompt, seed in exam(100, kind=kind)[::8][:12]:
+    for wanted, prompt, seed in exam(100, kind=kind)[::5]:
         seen = look(tiny(prompt, seed=seed).images[0])
         met += seen is not None and seen.place == wanted["place"] if kind == "place" else right(wanted, seen)
     assert met >= least
+
+
+def test_the_controlnet_draws_within_outlines(tiny):
+    """Prompts say the colours alone.  Of 100: place 99, size 93, shape 54, colours 93 (97 without it)."""
+    assert OUTLINE.stat().st_size <= 8e6
+    found = examine_outlines(tiny, str(OUTLINE), 8)
+    assert found["place"] >= 7
+    assert found["size"] >= 6
+    assert found["shape"] >= 2
+    assert found["colours"] >= found["without"] - 2
 
 
 @pytest.mark.parametrize("sampler", ["euler", "ddim"])

@@ -143,3 +143,7 @@ def test_every_variable_that_is_read_is_told():
             read |= set(re.findall(r"environ(?:\.get|\.setdefault)?[\[(]\"(\w+)\"", path.read_text()))
     assert len(read) > 8
     assert read - {"KINETO_LOG_LEVEL"} <= set(VARIABLES)  # which bench sets for itself
+
+
+def test_a_key_is_never_shown():
+    assert doctor.environment({"MINISD_API_KEY": "correct-horse", "OTHER": "x"}) == {"MINISD_API_KEY": "(set)"}

@@ -19,7 +19,7 @@ from .manifest import count
 from .progress import Errors, Progress, Tally, in_words
 from .rows import Row, RowError
 from .shards import Answer, Cut, Failed, Piece, Shard, Shards
-from .store import Folder, Store
+from .store import Store
 from .workers import Alone, Team, Workers, by_default
 
 PIECE = 8  # rows, on a CPU: few enough that the last ones are spread over all workers
@@ -95,7 +95,7 @@ class Run:
             done = True
         finally:
             with contextlib.ExitStack() as ends:
-                for end in (self.sweep, self.store.close, self.errors.flush, self.progress.close):
+                for end in (self.store.close, self.errors.flush, self.progress.close):
                     ends.callback(end)
                 last = self.team.close(at_once=not done)
         self.count(last)
@@ -144,10 +144,6 @@ class Run:
             shard = self.read.pop(number)
             if self.store.names(self.job.folder(number)):
                 pack(self.store, self.job, number, shard.ids)
-
-    def sweep(self) -> None:
-        if isinstance(self.store, Folder):
-            self.store.sweep()
 
 
 @dataclass

@@ -96,7 +96,9 @@ class Folder:
         """A folder that nobody else writes to; its name says whose it is."""
         if self.drafts is None:
             self.drafts = self.path / DRAFTS / f"{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
-            self.drafts.mkdir(parents=True)
+            while not self.drafts.exists():
+                with contextlib.suppress(FileNotFoundError):  # another has just removed the empty folder around it
+                    self.drafts.mkdir(parents=True)
         return self.drafts
 
     def sweep(self) -> None:
@@ -106,6 +108,8 @@ class Folder:
             pid = name.removeprefix(start).split("-")[0]
             if name.startswith(start) and pid.isdecimal() and not running(int(pid)):
                 shutil.rmtree(self.path / DRAFTS / name, ignore_errors=True)
+        with contextlib.suppress(OSError):  # others have theirs in it, or there is none
+            (self.path / DRAFTS).rmdir()
 
     def remove(self, name: str) -> None:
         with self.errors(name), contextlib.suppress(FileNotFoundError):
@@ -119,8 +123,7 @@ class Folder:
         if self.drafts is not None:
             shutil.rmtree(self.drafts, ignore_errors=True)
             self.drafts = None
-        with contextlib.suppress(OSError):  # others have theirs in it
-            (self.path / DRAFTS).rmdir()
+        self.sweep()
 
     @contextlib.contextmanager
     def errors(self, name: str) -> Iterator[None]:

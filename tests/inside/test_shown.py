@@ -111,7 +111,7 @@ def test_page_has_every_station_with_its_numbers(made):
         cells = [f"{step.timestep:.1f}", f"{step.sigma:.4g}"]
         assert f"<td>{cells[0]}</td><td>{cells[1]}</td>" in text
         assert f"<td>{float(step.denoised.min()):.2f}</td><td>{float(step.denoised.max()):.2f}</td>" in text
-    assert "def euler(" in text
+    assert "\n    for sigma, following in pairwise(sigmas):" in text
     assert len(text) < 5_000_000
 
 

@@ -87,6 +87,7 @@ SELDOM = {
     "test_blocks_run[docs/batch.md]": 0,
     "test_blocks_run[docs/drawing.md]": 0,
     "test_blocks_run[docs/files.md]": 0,
+    "test_blocks_run[docs/inside.md]": 0,
     "test_blocks_run[docs/python.md]": 0,
     "test_commands_that_are_ended_at_any_moment": 0,
     "test_compile_names_registers_spills_and_shared_memory": 0,

@@ -7,6 +7,7 @@ import inspect
 import io
 import json
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -225,7 +226,7 @@ def walk(made: Lecture) -> str:
         guidance=prose.GUIDANCE.format(scale=plan.scales[0]) if guided else "",
         sampler=escape(plan.sampler.label),
     )
-    code = f"<pre>{escape(inspect.cleandoc(inspect.getsource(run)))}</pre>"
+    code = f"<pre>{escape(textwrap.dedent(inspect.getsource(run)))}</pre>"
     return section(
         4,
         "Step by step",

@@ -176,7 +176,7 @@ def test_png_carries_what_made_it(tiny, tmp_path):
     lines = text.split("\n")
     assert "\n".join(lines[:2]) == prompt
     assert lines[2] == "Negative prompt: blue"
-    assert lines[3].startswith("Steps: 2, Sampler: Euler, CFG scale: 7.5, Seed: 9, Size: 64x64, Model hash: ")
+    assert lines[3].startswith("Steps: 2, Sampler: Euler, CFG scale: 6, Seed: 9, Size: 64x64, Model hash: ")
     assert f"Model hash: {recipe['model_sha256'][:10]}, Model: tiny, RNG: CPU, Version: minisd {minisd.__version__}" in lines[3]
     assert recipe == result.metadata[0] == read_recipe(path)
 

@@ -176,7 +176,7 @@ def native_guidance(metadata: Mapping[str, str], path: Path) -> float:
     if stated is None:
         return 7.5
     if re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,3})?", stated):
-        return float(stated)
+        return float(stated) if "." in stated else int(stated)
     found = f"{shown(path.name, 100)}: its metadata say {OWN_GUIDANCE} = {shown(stated, 40)}"
     warnings.warn(f"{found}, which is no number from 0 to 99: taking 7.5 instead", stacklevel=4)
     return 7.5

@@ -38,6 +38,7 @@ Model = str | os.PathLike[str] | None  # path or name of a checkpoint; None: the
 NAMES = ("model", *AXES)  # of what may be compared
 EXPECTED = {"lora": "names and strengths, such as clay:0.5"}
 LEFT_OPEN = ("width", "height", "spacing")  # options that every checkpoint and sampler settles for itself where nobody does
+GUIDANCE = "guidance_scale"  # likewise, but for comparisons that were made before it was
 FAILED = {NonFiniteError: "NaN", OutOfMemoryError: "out of memory"}  # what stands in the place of a picture
 
 
@@ -299,7 +300,7 @@ def recipe_of(cells: Cells, first: Mapping[str, Any]) -> dict[str, Any]:
         for name, axis in (("x", cells.x), ("y", cells.y))
     }
     models = [file_facts("model", open_checkpoint(path)) for path in dict.fromkeys(cells.models)]
-    asked = {name: getattr(cells.requests[0], name) for name in LEFT_OPEN}
+    asked = {name: getattr(cells.requests[0], name) for name in (*LEFT_OPEN, GUIDANCE)}
     if "lora" in (cells.x.name, cells.y.name):  # what is the same in all
         first = dict(first) | {"loras": [*first["loras"]]}
         del first["loras"][len(cells.requests[0].loras or ()) - 1]
@@ -320,6 +321,7 @@ def cells_again(recipe: Mapping[str, Any]) -> Cells:
         ]
         given = [(compared[name]["name"], compared[name]["values"]) for name in ("x", "y")]
         asked = {name: compared["asked"][name] for name in LEFT_OPEN}
+        asked |= {name: value for name, value in compared["asked"].items() if name == GUIDANCE}
     except (KeyError, TypeError):
         raise UsageError("the picture's minisd chunk is not that of a comparison") from None
     models = [None if file["model_path"] is None else str(file["model_path"]) for file in files] or [None]

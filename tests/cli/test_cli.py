@@ -324,6 +324,7 @@ def test_bash_completes(capsys):
     assert completed("inspect", "--t") == ["--tree"]
     assert set(completed("a castle", "--s")) == {
         "--steps",
+        "--style",
         "--sampler",
         "--sampler-options",
         "--schedule",

@@ -46,7 +46,7 @@ def test_facts(home, monkeypatch):
     assert (found["minisd"], found["torch"]) == (minisd.__version__, torch.__version__)
     assert found["device"]["cores"] >= 1
     assert found["models"][0] == {"folder": "~/models", "files": 2}
-    assert found["models"][-1]["files"] == 2  # the box
+    assert found["models"][-1]["files"] == 3  # the box
     assert found["caches"] == {"minisd_bytes": 1000, "Triton_bytes": 0}
     assert found["disk"]["cache"] == "~/cache/minisd"
     assert 0 < found["memory"]["free_bytes"] < found["memory"]["all_bytes"]

@@ -84,4 +84,4 @@ def test_only_an_extra_asks_for_triton():
     extras = project["optional-dependencies"]
     assert not [each for each in project["dependencies"] if "triton" in each]
     assert extras["kernels"] == ["triton>=3.6; sys_platform == 'linux'"]
-    assert "minisd[kernels,control]" in extras["test"]
+    assert "minisd[kernels,control,server,parquet,ray]" in extras["test"]

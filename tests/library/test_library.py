@@ -31,7 +31,7 @@ CONV = "model.diffusion_model.input_blocks.0.0.weight"
 SD1 = {CONV: (32, 4, 3, 3), "first_stage_model.x": (2,), "cond_stage_model.transformer.x": (2,)}
 VAE = {"decoder.conv_in.weight": (8, 4, 3, 3), "encoder.conv_in.weight": (8, 3, 3, 3)}
 LORA = {"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight": (4, 2048)}
-BOX = {"tiny", "tiny-lit"}
+BOX = {"tiny", "tiny-lit", "tiny-outline"}
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def listed() -> dict[str, str]:
 
 
 def test_an_empty_machine_has_the_box():
-    assert [model.name for model in list_models()] == ["tiny", "tiny-lit"]
+    assert [model.name for model in list_models()] == ["tiny", "tiny-lit", "tiny-outline"]
     assert resolve("tiny") == tiny_checkpoint()
     assert searched() == []
 
@@ -295,7 +295,7 @@ def test_two_hundred_checkpoints_and_a_second_time(capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out) == first
     assert opened == []
     names = [model["name"] for model in first["models"]]
-    assert names == [f"mix{i:03}" for i in range(200)] + ["tiny", "tiny-lit"]
+    assert names == [f"mix{i:03}" for i in range(200)] + sorted(BOX)
     entry = first["models"][0]
     assert entry == {
         "name": "mix000",
@@ -408,7 +408,7 @@ def test_the_kind_that_is_wanted_decides():
         "models/loras",
         "models/vae",
     ]
-    assert [model.name for model in list_models()] == ["mix", "tiny", "tiny-lit", "mix", "mix"]
+    assert [model.name for model in list_models()] == ["mix", "tiny", "tiny-lit", "mix", "tiny-outline", "mix"]
     put("models/only.safetensors", LORA)
     with pytest.raises(CheckpointError, match="this looks like a LoRA"):
         minisd.load("only")

@@ -86,7 +86,7 @@ def test_a_controlnet_unit(client, small, models, photo):
         assert "Control Mode: ControlNet is more important" in found.info["infotexts"][0]
     finally:
         client.util_set_model("tiny")
-    assert client.controlnet_model_list() == ["control_canny"]
+    assert client.controlnet_model_list() == ["control_canny", "tiny-outline"]
 
 
 @pytest.mark.slow

@@ -166,6 +166,7 @@ def test_starts_from_a_dropped_picture_and_paints_within_a_mask(open_page, photo
     page = open_page()
     drop(page, png(photo), "start")
     expect(page.locator("#mask")).to_be_visible()
+    page.locator("#mask").evaluate("(mask) => mask.scrollIntoView({ block: 'center' })")
     box = page.locator("#mask").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.mouse.down()

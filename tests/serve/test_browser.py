@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from serving import PROMPT, Server, png, until
+from serving import PROMPT, Server, png, serving, until
 
 playwright = pytest.importorskip("playwright.sync_api")
 axe = pytest.importorskip("axe_core_python")
@@ -202,6 +202,22 @@ def test_cancels_and_shows_errors(open_page, server):
     failed = [text for text in open_page.wrong if "status of 422" in text]
     assert open_page.wrong == failed  # Chromium's own lines of the two
     open_page.wrong.clear()
+
+
+def test_asks_once_for_the_key_and_keeps_it_in_this_tab(browser, tmp_path):
+    with serving(tmp_path / "here", MINISD_API_KEY="correct-horse-battery") as running:
+        page = browser.new_page()
+        page.goto(running.url)
+        for key in ("wrong-horse-battery", "correct-horse-battery"):
+            page.fill("#key-value", key)
+            page.get_by_role("button", name="Go on").click()
+            expect(page.locator("#key-wrong")).to_have_text("That is not this server’s key.")
+        draw(page)
+        page.reload()
+        draw(page)
+        expect(page.locator("#key")).to_be_hidden()
+        assert page.evaluate("[localStorage.length, document.cookie, sessionStorage.length]") == [0, "", 1]
+        page.context.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -87,7 +87,7 @@ export function keep(entry) {
   const button = element("button", { type: "button", ariaLabel: `Show: ${label}`, title: label, onclick: () => {
     show(entry);
     byId("stage").scrollIntoView({ block: "nearest" });
-  } }, image, ...(count ? [element("span", {}, count)] : []));
+  } }, image, ...(count ? [element("span", {}, `${Math.max(entry.columns.length, pictures.length)}`)] : []));
   byId("gallery").prepend(element("li", {}, button));
 }
 

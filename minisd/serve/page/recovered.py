@@ -26,7 +26,7 @@ FIELDS = ("prompt", "negative_prompt", "sampler", "spacing", "steps", "guidance_
 MORE = (
     "clip_skip", "eta", "sampler_options", "guidance_rescale", "like", "rng", "subseed", "subseed_strength", "ensd", "sde_noise",
     "batch_place", "emphasis", "plain_prompt", "zero_negative", "prompt_2", "negative_prompt_2", "original_size", "crop",
-    "target_size", "sigmas", "image_guidance_scale", "lora_rule", "lora_blocks",
+    "target_size", "image_guidance_scale", "lora_rule", "lora_blocks",
 )  # fmt: skip
 # What recipes always say, and what is so anyway where no rules of another program are asked for.
 USUAL = {"rng": "cpu", "emphasis": "original", "plain_prompt": False, "sde_noise": "independent"}
@@ -128,7 +128,13 @@ def lost(recipe: Mapping[str, Any]) -> list[str]:
         notes.append("it was made from another picture, which it does not carry: start from that one, too")
     if recipe.get("mask_sha256"):
         notes.append("it was painted within a mask, which it does not carry")
-    for name, what in (("controls", "ControlNets"), ("refiner", "a refiner"), ("vae", "another VAE"), ("own", "code of its own")):
+    for name, what in (
+        ("controls", "ControlNets"),
+        ("refiner", "a refiner"),
+        ("vae", "another VAE"),
+        ("own", "code of its own"),
+        ("sigmas", "levels of its own"),
+    ):
         if recipe.get(name):
             notes.append(f"it was made with {what}, which this page has not: {shown(named_in(recipe[name]), 80)}")
     return notes

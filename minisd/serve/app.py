@@ -22,6 +22,7 @@ from .dialects import DIALECTS, NAMES
 from .errors import RefusedError, answer, invalid
 from .guard import Guard
 from .metrics import ToLog
+from .page.routes import router as page
 from .service import Service
 from .settings import Settings
 
@@ -44,7 +45,7 @@ def create_app(service: Service) -> FastAPI:
         openapi_url=None if service.settings.public else "/openapi.json",
     )  # fmt: skip
     app.state.service = service
-    for router in DIALECTS:
+    for router in (page, *DIALECTS):
         app.include_router(router)
 
     @app.get("/healthz")

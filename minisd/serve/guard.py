@@ -25,6 +25,7 @@ Send = Callable[[Message], Awaitable[None]]
 ASGI = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 KEYLESS = ("/", "/healthz")  # the page holds no secret, and asks for the key
+PAGE = "/minisd/page/"  # its files
 UNGUESSABLE = ("/later/", "/uploads/")  # whose last part is a secret of its own: OctoAI's client sends no key there
 STREAMED = "/uploads/"  # whose endpoint reads the body itself
 HEADERS = [
@@ -100,7 +101,7 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != headers.get("host"):
             raise RefusedError(403, "origin: pages of other sites may not ask here", code="origin")
-        open_ = path in KEYLESS or path.startswith(UNGUESSABLE)
+        open_ = path in KEYLESS or path.startswith((PAGE, *UNGUESSABLE))
         if self.settings.key and not open_ and not same_key(headers.get("authorization", ""), self.settings.key):
             raise RefusedError(401, "authorization: expected the key of this server", code="invalid_api_key")
 

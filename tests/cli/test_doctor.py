@@ -81,7 +81,7 @@ def test_a_package_that_is_missing_or_broken_costs_its_lines_alone(package, tmp_
         found = json.loads(done.stdout)
         assert found[package] == said
         assert done.stderr == b""
-        assert (found["python"], found["models"][-1]["files"]) == (doctor.python(), 2)
+        assert (found["python"], found["models"][-1]["files"]) == (doctor.python(), 3)
 
 
 def test_no_home_no_cache_a_wrong_variable(monkeypatch):

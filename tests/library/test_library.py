@@ -66,7 +66,7 @@ def test_an_empty_machine_has_the_box():
 def test_what_was_searched_on_an_empty_machine_is_said_as_it_is(capsys):
     assert main(["models"]) == 0
     said = capsys.readouterr()
-    assert len(said.out.splitlines()) == 2
+    assert len(said.out.splitlines()) == 3
     assert said.err == "minisd: searched minisd's own folder alone: there is no ./models, and MINISD_MODELS names none\n"
     assert main(["models", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["searched"] == []
@@ -289,7 +289,7 @@ def test_two_hundred_checkpoints_and_a_second_time(capsys, monkeypatch):
     monkeypatch.setattr("minisd.library.names.identify", lambda path: opened.append(path) or identify(path))
     assert main(["models", "--json"]) == 0
     first = json.loads(capsys.readouterr().out)
-    assert len(opened) == 202
+    assert len(opened) == 203
     opened.clear()
     assert main(["models", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == first
@@ -317,7 +317,7 @@ def test_a_file_that_may_not_be_read_today_is_looked_at_again_tomorrow(monkeypat
         closed.setattr("os.access", lambda *_: False)
         closed.setattr("minisd.library.names.open_checkpoint", lambda _: (_ for _ in ()).throw(refused))
         assert {model.kind for model in list_models()} == {"other"}
-    assert {model.kind for model in list_models()} == {"checkpoint"}
+    assert {model.kind for model in list_models()} == {"checkpoint", "controlnet"}
 
 
 def test_listing_does_not_import_torch():
@@ -408,7 +408,7 @@ def test_the_kind_that_is_wanted_decides():
         "models/loras",
         "models/vae",
     ]
-    assert [model.name for model in list_models()] == ["mix", "tiny", "tiny-lit", "mix", "tiny-outline", "mix"]
+    assert [model.name for model in list_models()] == ["mix", "tiny", "tiny-lit", "mix", "mix", "tiny-outline"]
     put("models/only.safetensors", LORA)
     with pytest.raises(CheckpointError, match="this looks like a LoRA"):
         minisd.load("only")
@@ -442,7 +442,7 @@ def test_hostile_names_are_shown_escaped(capsys):
     shown = capsys.readouterr()
     assert all(line.isprintable() for line in (shown.out + shown.err).splitlines())
     assert r"evil\x1b[2J\rname\n\u202e\udcff" in shown.out
-    assert len(shown.out.splitlines()) == 4
+    assert len(shown.out.splitlines()) == 5
     assert main(["models", "--json"]) == 0
     assert [model["path"] for model in json.loads(capsys.readouterr().out)["models"]].count(str(path)) == 1
     with pytest.raises(CheckpointError) as error:

@@ -108,7 +108,9 @@ print(json.dumps({"drawn": tally.drawn, "already": tally.already, "seconds": tim
 """
 
 
-@pytest.mark.parametrize("count", [20_000, pytest.param(1_000_000, marks=pytest.mark.seldom)])
+@pytest.mark.parametrize(
+    "count", [pytest.param(20_000, marks=pytest.mark.slow), pytest.param(1_000_000, marks=pytest.mark.seldom)]
+)
 def test_many_rows_are_read_in_little_memory(tmp_path, count):
     """Nine of ten are there already: of a million less than 300 MB and 60 s (without what drawing takes)."""
     with open(tmp_path / "m.jsonl", "w") as file:

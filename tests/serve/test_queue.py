@@ -72,6 +72,7 @@ def test_one_that_waits_and_goes_away_is_never_drawn(server):
     assert len(server.lines("job")) == before + 2
 
 
+@pytest.mark.slow
 def test_an_end_lets_the_picture_in_the_making_be_finished(tmp_path):
     with serving(tmp_path / "here") as running, ThreadPoolExecutor(3) as threads:
         asked = [threads.submit(running.post, "/generate/sd", QUICK | {"steps": 60}) for _ in range(3)]

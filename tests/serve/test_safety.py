@@ -205,6 +205,7 @@ def test_pages_of_others_may_not_ask(server):
     assert server.ask("OPTIONS", "/generate/sd", Origin="http://evil.example").status == 403
 
 
+@pytest.mark.slow
 def test_others_need_the_key(tmp_path):
     command = [sys.executable, "-m", "minisd", "serve", "--port", "0", "--host", "0.0.0.0"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment(None, tmp_path), cwd=tmp_path)

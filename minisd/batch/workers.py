@@ -150,14 +150,15 @@ class Workers:
         return Worker(process, ours)
 
     def ask(self, what: str, row: Row) -> Any:
-        """Of one that has nothing to do; raises what it raises."""
-        worker = next(each for each in self.all if not each.open)
+        """Of one that has nothing to do, or of the one that takes its place if it dies; raises what it raises."""
+        number = next(i for i, each in enumerate(self.all) if not each.open)
+        worker = self.all[number]
         try:
             worker.pipe.send((what, row))
             kind, found = worker.pipe.recv()
         except (EOFError, OSError):
-            worker.process.join()
-            raise OutOfMemoryError(f"a worker {ended(worker.process)} before it drew anything") from None
+            self.buried(number, worker)  # raises after too many
+            return self.ask(what, row)
         if kind == "error":
             raise retold(found)
         return found

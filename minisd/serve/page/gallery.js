@@ -44,6 +44,11 @@ function pictureShown(entry, picture) {
   } }, image);
 }
 
+// An image may be loading it still.
+function release(url) {
+  setTimeout(() => URL.revokeObjectURL(url), 5000);
+}
+
 // A preview, or what it has become; drawn anew only where somebody looks at it.
 export function changed(entry) {
   if (entry === shown) show(entry, chosen);
@@ -51,7 +56,7 @@ export function changed(entry) {
 
 export function preview(entry, column, url) {
   const image = column.preview && shown === entry && byId("canvas").querySelector(".making");
-  if (column.preview) URL.revokeObjectURL(column.preview);
+  if (column.preview) release(column.preview);
   column.preview = url;
   if (image) image.src = url;
   else changed(entry);
@@ -60,7 +65,7 @@ export function preview(entry, column, url) {
 export function add(entry, column, said) {
   const bytes = Uint8Array.from(atob(said.png), (letter) => letter.charCodeAt(0));
   const blob = new Blob([bytes], { type: "image/png" });
-  if (column.preview) URL.revokeObjectURL(column.preview);
+  if (column.preview) release(column.preview);
   column.preview = null;
   column.pictures.push({ blob, url: URL.createObjectURL(blob), recipe: said.recipe, seed: said.seed, asked: entry.asked, model: column.model });
   changed(entry);
@@ -69,7 +74,7 @@ export function add(entry, column, said) {
 // Into the gallery, if there is anything of it.
 export function keep(entry) {
   for (const column of entry.columns) {
-    if (column.preview) URL.revokeObjectURL(column.preview);
+    if (column.preview) release(column.preview);
     column.preview = null;
   }
   const pictures = entry.columns.flatMap((column) => column.pictures);

@@ -14,6 +14,7 @@ LACK_OF_MEMORY = (
     "bad_alloc",  # C++, as torch hands it on
     "failed to map",
     "cannot map",
+    "without setting an exception",  # Python, where even that found no room
 )
 
 
@@ -70,7 +71,7 @@ def taken_apart(path: object) -> Iterator[None]:
 
 def is_lack_of_memory(error: BaseException) -> bool:
     """Whether this is one of the ways in which it is said: by Python, by the system, while a library is loaded, by torch."""
-    if isinstance(error, ImportError | RuntimeError):  # torch's own error for a GPU is a RuntimeError, too
+    if isinstance(error, ImportError | RuntimeError | SystemError):  # torch's own error for a GPU is a RuntimeError, too
         return any(words in str(error).lower() for words in LACK_OF_MEMORY)
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 

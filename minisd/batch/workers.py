@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import math
 import multiprocessing
 import os
 import signal
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import MinisdError, OutOfMemoryError, shown
+from ..errors import MinisdError, OutOfMemoryError, is_lack_of_memory, shown
 from .job import Job
 from .rows import Row
 from .shards import Answer, Failed, Piece
@@ -150,13 +151,16 @@ class Workers:
         return Worker(process, ours)
 
     def ask(self, what: str, row: Row) -> Any:
-        """Of one that has nothing to do, or of the one that takes its place if it dies; raises what it raises."""
+        """Of one that has nothing to do, or of the one that takes its place where somebody ends it; raises what it raises."""
         number = next(i for i, each in enumerate(self.all) if not each.open)
         worker = self.all[number]
         try:
             worker.pipe.send((what, row))
             kind, found = worker.pipe.recv()
         except (EOFError, OSError):
+            worker.process.join()
+            if worker.process.exitcode >= 0:
+                raise OutOfMemoryError(f"a worker {ended(worker.process)} before it drew anything") from None
             self.buried(number, worker)  # raises after too many
             return self.ask(what, row)
         if kind == "error":
@@ -282,6 +286,10 @@ def work(pipe: Connection, job: Job, number: int, parent: int) -> None:
         say("error", (error.exit_code, str(error)))
     except EOFError:
         pass
+    except Exception as error:  # in a library that could not be loaded, too
+        if not is_lack_of_memory(error):
+            raise
+        say("error", (OutOfMemoryError.exit_code, "out of memory in a worker"))
 
 
 def made(job: Job, number: int, say: Callable[[str, object], None]) -> Drawer:
@@ -329,9 +337,21 @@ def by_default(job: Job, size: int) -> int:
     """How many workers: one for each GPU, or as many as there are cores and memory for; size: bytes of the model's file."""
     if gpus() and str(job.loading.get("device") or "cuda").startswith("cuda"):
         return gpus() if job.loading.get("device") in (None, "cuda") else 1
+    if address_space() < 2 * (size + OWN_MEMORY):  # too little to load libraries with; this process says so in a line
+        return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
     return max(1, min(cores // job.threads, int(0.8 * memory) // (2 * size + OWN_MEMORY)))
+
+
+def address_space() -> float:
+    """Bytes that a process may take (ulimit -v)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.inf
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return math.inf if limit == resource.RLIM_INFINITY else limit
 
 
 def gpus() -> int:

@@ -46,12 +46,16 @@ def place(tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(tmp_path / folder))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with_recipe(tmp_path / "x.png", RECIPE | {"model_path": str(tiny_checkpoint())})
+    (tmp_path / "x.jsonl").write_text('{"id": "a", "prompt": "a star"}\n')
     return tmp_path
 
 
+def files_in(place: Path) -> dict[str, str]:
+    return {"model": str(tiny_checkpoint()), "picture": str(place / "x.png"), "manifest": str(place / "x.jsonl")}
+
+
 def started(command: Command, place: Path, code: str = CODE, **options) -> subprocess.Popen:
-    model, picture = str(tiny_checkpoint()), str(place / "x.png")
-    argv = [sys.executable, "-c", code, *call(command, {"model": model, "picture": picture})]
+    argv = [sys.executable, "-c", code, *call(command, files_in(place))]
     options = {"cwd": place / "work", "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     return subprocess.Popen(argv, **options)
 
@@ -83,8 +87,7 @@ REDIRECTIONS |= {f"full: {name}": text for name, text in FULL.items()}
 
 def redirected(command: Command, place: Path, how: str) -> None:
     script = f'"$@" {REDIRECTIONS[how]}; code=$?; exit $code'
-    model, picture = str(tiny_checkpoint()), str(place / "x.png")
-    argv = [sys.executable, "-c", CODE, *call(command, {"model": model, "picture": picture})]
+    argv = [sys.executable, "-c", CODE, *call(command, files_in(place))]
     done = subprocess.run(["sh", "-c", script, "sh", *argv], cwd=place / "work", capture_output=True, timeout=300, check=False)
     err = done.stderr.decode()
     assert done.returncode in DOCUMENTED, (done.returncode, err)

@@ -13,7 +13,7 @@ import re
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -191,11 +191,17 @@ def judged(code: int, out: str, err: str, data: bool = False) -> list[str]:
     return wrong
 
 
+def begun(names: Iterable[str]) -> set[str]:
+    """Of batches: what they go on from when they are started again."""
+    folders = [name.removesuffix("/job.json") for name in names if name.endswith("/job.json")]
+    return {f"{folder}{end}" for folder in folders for end in ("", "/job.json", "/errors.jsonl")}
+
+
 def left_behind(code: int, before: list[dict], after: list[dict]) -> list[str]:
     """Files that an error made, changed or removed, and drafts that anything left."""
     wrong = []
     for old, new in zip(before, after, strict=True):
-        made = sorted(set(new) - set(old) - {*FINISHED})
+        made = sorted(set(new) - set(old) - {*FINISHED} - begun(new))
         wrong += [f"left {name!r}" for name in made if code or "minisd-tmp" in name]
         if code:
             wrong += [f"changed {name!r}" for name, facts in old.items() if new.get(name) != facts]

@@ -7,7 +7,8 @@ import { ask, listen } from "./wire.js";
 
 const byId = (id) => document.getElementById(id);
 const KINDS = ["image/png", "image/jpeg", "image/webp"];
-let models = [], stopping = null;
+let models = [], stopping = null, opened;
+const ready = new Promise((resolve) => { opened = resolve; });  // the form knows what it may offer
 
 function say(text) {
   byId("status").textContent = text;
@@ -56,7 +57,10 @@ async function draw(fields, names, first = []) {
     say(`Done in ${seconds.toFixed(1)} seconds`);
   } catch (error) {
     if (error.name === "AbortError") say("Cancelled");
-    else fail(error);
+    else {
+      say("Not drawn");
+      fail(error);
+    }
   }
   stopping = null;
   gallery.keep(entry);
@@ -90,11 +94,13 @@ async function drawOne(entry, column, fields, i, all, signal) {
 }
 
 async function drawForm() {
+  await ready;
   const fields = { ...read(), ...(await startFields()) };
   await draw(fields, [fields.model]);
 }
 
 async function compareForm() {
+  await ready;
   const names = [...document.querySelectorAll("#compare-models input:checked")].map((box) => box.value);
   if (names.length < 2) fail({ message: "Tick two checkpoints or more to compare." });
   else await draw({ ...read(), ...(await startFields()) }, names);
@@ -202,6 +208,7 @@ async function begin() {
     const choices = await ask("/minisd/choices");
     ({ models } = choices);
     fill(choices);
+    opened();
     document.body.dataset.ready = "yes";
   } catch (error) {
     fail(error);

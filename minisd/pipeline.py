@@ -12,6 +12,7 @@ import os
 from collections.abc import Generator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -63,12 +64,10 @@ def load(
 ) -> Pipeline:
     """Opens a checkpoint and makes it ready to draw.
 
-    path: a single-file checkpoint (.safetensors or .ckpt) of SD 1.x, SD 2.x, SDXL or its refiner, or as a text the short name
-        of one in the library (library/names.py); without one, the tiny one in the box.
+    path: a checkpoint (.safetensors, .ckpt) of SD 1.x, 2.x, SDXL or its refiner, or its name in the library; else the tiny one.
     device: "cpu", "cuda", …; by default a GPU if there is one.
     dtype: float32, bfloat16 or float16; by default float16 on a GPU, bfloat16 on a CPU that computes it, else float32.
-    vae: a file whose VAE takes the place of the checkpoint's: a VAE alone, another checkpoint, or the tiny TAESD (whose two
-        halves may be two files).
+    vae: a file whose VAE takes the place of the checkpoint's: a VAE alone, another checkpoint, or TAESD (maybe in two files).
     prediction: "epsilon" or "v", what the network predicts, where the file says nothing of it or the wrong thing.
     zero_snr: whether it was trained with zero terminal SNR, likewise; only with prediction v.
     offload: keep the parts in main memory and bring each to the device while it works: slower, for a small GPU.
@@ -77,15 +76,13 @@ def load(
     strict: refuse a checkpoint with tensors that nothing asks for, instead of telling which they are.
     Raises CheckpointError (the files), UsageError (the other arguments), OutOfMemoryError.
     """
-    if fast is not None:
-        FLAG.check("fast", fast)
+    FLAG.check("fast", False if fast is None else fast)
     FLAG.check("strict", strict)
     where = to_device(device)
     kind = to_dtype(dtype, where)
     chosen()  # a wrong MINISD_KERNELS is told before anything is read
     checkpoint = said(open_checkpoint(resolve(path) if path is not None else tiny_checkpoint()), prediction, zero_snr)
-    if ema:
-        checkpoint = averaged(checkpoint)
+    checkpoint = averaged(checkpoint) if ema else checkpoint
     vae_files = [resolve(file, "vae") for file in ([vae] if isinstance(vae, str | os.PathLike) else vae or ())]
     with memory_errors():
         model, recognition = load_model(checkpoint, torch.device("cpu") if offload else where, kind, strict, vae_files)
@@ -194,6 +191,12 @@ class Pipeline:
                 drawn.add(latents, pictures, [recipe_of(plan, i, self, progress.way) for i in range(part.start, part.stop)])
         return drawn.whole()
 
+    def attention(self, *given: Any, **options: Any) -> Any:
+        """Draws one picture, and keeps where its pixels looked in the prompt: see `inside.maps.attention`."""
+        from .inside.maps import attention
+
+        return attention(self, *given, **options)
+
     @torch.no_grad()
     def preview(self, denoised: Tensor) -> list[Image.Image]:
         """What the finished pictures will look like, from `Step.denoised` (B, C, h, w): rough, at almost no cost."""
@@ -202,15 +205,13 @@ class Pipeline:
     @cached_property
     def previewer(self) -> Codec | LinearDecoder:
         """A tiny autoencoder if that is the VAE, else a linear map that is fitted to the VAE."""
-        tiny = isinstance(self.vae, TinyAutoencoder)
-        return self.codec if tiny else fit_decoder(self.codec.encode, self.vae.downscale)
+        return self.codec if isinstance(self.vae, TinyAutoencoder) else fit_decoder(self.codec.encode, self.vae.downscale)
 
     def set_loras(self, loras: Sequence[LoraLike], rule: str = "paper", partial: bool = False) -> None:
         """Layers these, and no others, on the weights from now on: paths or names, (path, strength), (path, strength, text
         strength) or `addons.wanted.Lora`.  [] gives the file's own weights back, to the bit; a new strength reads no file again.
 
-        rule, partial: as `lora_rule` and `lora_partial` of a request.  Raises CheckpointError, which says what does not fit, and
-        UsageError; the weights are untouched then.
+        rule, partial: `lora_rule`, `lora_partial` of a request.  Raises CheckpointError, UsageError; weights stay then.
         """
         self.stack.keep(Wanted(as_loras(loras), rule, partial))
 
@@ -226,11 +227,10 @@ class Pipeline:
     def replace_vae(self, *paths: str | os.PathLike[str]) -> None:
         """Encodes and decodes with the VAE of another file from now on (TAESD may be in two).  Raises CheckpointError."""
         files = [open_checkpoint(path) for path in paths]
-        home = next(self.vae.parameters()).device
-        vae = load_vae(files, self.vae.latent_channels, home, self.dtype)
+        vae = load_vae(files, self.vae.latent_channels, next(self.vae.parameters()).device, self.dtype)
         if vae.downscale != self.vae.downscale:
-            expected = f"expected a VAE whose latents are {self.vae.downscale} times smaller than the picture"
-            raise CheckpointError(files[0].path, f"{expected}, found {vae.downscale} times")
+            told = f"expected a VAE of latents {self.vae.downscale} times smaller than the picture, found {vae.downscale} times"
+            raise CheckpointError(files[0].path, told)
         self.engine.replace(self.vae, vae)
         self.model.first_stage_model, self.vae_files = vae, files
         self.codec = Codec(vae, self.recognition, self.device, self.dtype, self.engine)

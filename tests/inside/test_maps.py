@@ -35,7 +35,7 @@ def pipe() -> minisd.Pipeline:
 
 
 def test_words_of_a_pixel_sum_to_one(pipe):
-    found = attention(pipe, PROMPT, **QUICKLY)
+    found = pipe.attention(PROMPT, **QUICKLY)
     assert found.words == (START, "a", "red", "circle", "on", "blue", "background", END)
     assert len(found.maps) == sum(name.endswith("attn2") for name, _ in pipe.unet.named_modules())
     for maps in found.maps.values():

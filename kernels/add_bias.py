@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import MapShape, check, check_vector, expect, jit, tl
+from .checks import MapShape, check, check_vector, expect, jit, launcher, tl
 
 
 def reference(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
@@ -37,6 +37,7 @@ def add_bias_kernel(x, bias, residual, y, pixels, channels, ROWS: tl.constexpr, 
     tl.store(y + at, values.to(y.dtype.element_ty), mask=mask)
 
 
+@launcher
 def add_bias(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     """x + bias + residual: (B, C, H, W), (C,), (B, C, H, W), the maps dense and channels-last, as the result is, in x's dtype.
 

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .checks import check, descriptor, expect, jit, tl
+from .checks import check, descriptor, expect, jit, launcher, tl
 
 
 class Tile(NamedTuple):
@@ -140,6 +140,7 @@ def strides_of(name: str, x: Tensor) -> tuple[int, ...]:
     return (*strides[:3], 1)
 
 
+@launcher
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, tile: Tile | None = None) -> Tensor:
     """softmax(q k^T scale) v for each head; scale is D**-0.5 unless given.
 

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import MapShape, check, check_vector, expect, jit, pixels_of, tl
+from .checks import MapShape, check, check_vector, expect, jit, launcher, pixels_of, tl
 
 
 class Tile(NamedTuple):
@@ -195,6 +195,7 @@ def channel_span(width: int, groups: int) -> int:
     return max(aligned or [n * width for n in runs])
 
 
+@launcher
 def group_norm(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool = False, shift: Tensor | None = None,
     skip: Tensor | None = None, tile: Tile = TILE,

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check, check_vector, expect, jit, rows_of, tl
+from .checks import check, check_vector, expect, jit, launcher, rows_of, tl
 
 
 class Tile(NamedTuple):
@@ -71,6 +71,7 @@ def layer_norm_kernel(
     tl.store(y + row * channels + channel[None, :], values.to(y.dtype.element_ty), mask=mask)
 
 
+@launcher
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None, residual_bias: Tensor | None = None,
     tile: Tile | None = None,

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check, check_vector, descriptor, expect, jit, rows_of, tl
+from .checks import check, check_vector, descriptor, expect, jit, launcher, rows_of, tl
 from .geglu import geglu, gelu
 from .geglu import reference as geglu_reference
 
@@ -74,6 +74,7 @@ def linear_geglu_kernel(
     tl.store(out, (value * gelu(gate)).to(y.dtype.element_ty), mask=(rows < m)[:, None] & (columns < n)[None, :])
 
 
+@launcher
 def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, tile: Tile | None = None) -> Tensor:
     """geglu(linear(x)): x (..., K), weight (2*N, K), bias (2*N,) -> (..., N), contiguous; sums and activation in float32.
 

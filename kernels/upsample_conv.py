@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import MapShape, check, check_vector, expect, jit, pixels_of, tl
+from .checks import MapShape, check, check_vector, expect, jit, launcher, pixels_of, tl
 
 
 def phase_weights(weight: Tensor) -> Tensor:
@@ -89,6 +89,7 @@ def interleave_kernel(z, bias, y, height, width, channels, z_row, z_batch, ROWS:
     tl.store(y + pixel.to(tl.int64)[:, None] * channels + channel[None, :], values, mask=mask)
 
 
+@launcher
 def upsample_conv(x: Tensor, phases: Tensor, bias: Tensor | None = None) -> Tensor:
     """A 3x3 convolution with padding 1 of x at twice its size: x (B, C, H, W), phases (4*C', C, 2, 2) -> (B, C', 2*H, 2*W).
 

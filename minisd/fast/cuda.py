@@ -29,13 +29,12 @@ from ..files.model import StableDiffusion
 from ..models.clip import TextEncoder
 from ..models.unet import UNet
 from ..models.vae import AutoencoderKL
-from ..system.device import make_current
 from ..system.memory import free_memory
 from . import operations
 from .choice import chosen, kernels, wants
 from .decoder import FusedDecoder
 from .engine import Engine, Plain, moments
-from .graphs import KEPT, NetworkRecorder, Recorder, Recording, addresses, record, versions
+from .graphs import KEPT, NetworkRecorder, Recorder, Recording, addresses, record, turn, versions
 from .tiling import decode_bytes
 from .unet import FusedUNet
 from .ways import Moment, Snapshot, Walk, Way, structure, touched, way
@@ -117,7 +116,6 @@ class Cuda:
         return way(walk, x, self.built[self.unet])
 
     def walk(self, walk: Walk, x: Tensor, noise: Noise) -> Iterator[Moment]:
-        make_current(x.device)
         taken, why = self.way(walk, x)
         if why:
             self.say(why if taken == "plain" else f"{why}; only the network is recorded")
@@ -169,7 +167,6 @@ class Cuda:
             assert calls is not None
             if held[1] is not context:
                 held[1:] = context, fused.keys_values(context)
-            make_current(x.device)
             return calls(x, t[:1], y, held[2])
 
         return predict
@@ -214,15 +211,15 @@ class Cuda:
                 del self.shapes[next(iter(self.shapes))]
 
     def run(self, fused: FusedUNet, buffers: Buffers, roles: Roles) -> None:
-        make_current(buffers.asked.device)
-        recording = buffers.recordings.get(roles)
-        if recording is not None:
-            recording.replay()
-            return
-        call(fused, buffers, roles)
-        if self.graphs and roles not in buffers.recordings:
-            others = (each for held in (buffers, *self.shapes.values()) for each in held.recordings.values())
-            buffers.recordings[roles] = record(lambda: call(fused, buffers, roles), others)
+        with turn(buffers.asked.device):
+            recording = buffers.recordings.get(roles)
+            if recording is not None:
+                recording.replay()
+                return
+            call(fused, buffers, roles)
+            if self.graphs and roles not in buffers.recordings:
+                others = (each for held in (buffers, *self.shapes.values()) for each in held.recordings.values())
+                buffers.recordings[roles] = record(lambda: call(fused, buffers, roles), others)
 
     def edited(
         self, walk: Walk, program: Program, history: Tensor, step: int, edits: Sequence[Tensor | None]
@@ -290,7 +287,6 @@ class Cuda:
 
     def recorder(self, network: nn.Module, make: Any) -> NetworkRecorder | None:
         """What records this network, unless somebody has touched it."""
-        make_current(next(network.parameters()).device)
         if network not in self.built:
             self.built[network] = structure(network)
         if network not in self.recorders:
@@ -387,7 +383,7 @@ def keep_pace(ahead: deque[Any], device: torch.device) -> None:
     if device.type != "cuda":
         return
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     ahead.append(event)
     if len(ahead) > AHEAD:
         ahead.popleft().synchronize()

@@ -22,7 +22,7 @@ from .checks import MapShape, check, check_vector, expect, jit, launcher, tl
 
 
 def reference(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-    return x + bias[:, None, None] + residual
+    return x + bias[:, None, None].to(x.dtype) + residual
 
 
 @jit(do_not_specialize=["pixels"])
@@ -68,7 +68,7 @@ def make(shape: MapShape, device: torch.device | str, dtype: torch.dtype) -> dic
         x = torch.randn(shape.batch, shape.channels, shape.size, shape.size, device=device, dtype=dtype)
         return x.to(memory_format=torch.channels_last)
 
-    return {"x": image(), "bias": torch.randn(shape.channels, device=device, dtype=dtype), "residual": image()}
+    return {"x": image(), "bias": torch.randn(shape.channels, device=device), "residual": image()}  # a sum, in float32
 
 
 def traffic(shape: MapShape, element_size: int) -> int:

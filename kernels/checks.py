@@ -37,7 +37,8 @@ def launcher(wrapper: Any) -> Any:
 
 
 __all__ = [
-    "FLOATS", "MapShape", "check", "check_vector", "descriptor", "expect", "jit", "launcher", "pixels_of", "rows_of", "tl", "view",
+    "FLOATS", "MapShape", "check", "check_vector", "descriptor", "expect", "jit", "launcher", "pixels_of", "rows_of", "tl",
+    "view",
 ]  # fmt: skip
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -182,11 +182,11 @@ def test_group_norm_of_slices(dtype):
 @pytest.mark.parametrize("channels", [320, 640, 768, 1024, 1280, 1536, 1, 33, 5000])
 @pytest.mark.parametrize("rows", [(1,), (2, 7)])
 def test_layer_norm(rows, channels, dtype):
-    x, residual, bias = rand(*rows, channels, dtype=dtype), rand(*rows, channels, dtype=dtype), rand(channels, dtype=dtype)
+    x = rand(*rows, channels, dtype=dtype)
     norm = {"weight": 1 + rand(channels, dtype=dtype) / 4, "bias": rand(channels, dtype=dtype), "eps": 1e-5}
     compare("layer_norm", {"x": x, **norm})
-    compare("layer_norm", {"x": x, "residual": residual, **norm})
-    compare("layer_norm", {"x": x, "residual": residual, "residual_bias": bias, **norm})
+    compare("layer_norm", {"x": x, "shift": rand(channels, dtype=dtype), **norm})
+    compare("layer_norm", {"x": x, "shift": rand(channels), **norm})  # as a sum of biases is
 
 
 @each_dtype
@@ -200,7 +200,7 @@ def test_layer_norm_of_slices():
     x = rand(16, 4, 96)
     norm = {"weight": rand(64), "bias": rand(64), "eps": 1e-5}
     compare("layer_norm", {"x": x[:, 1, 16:80], **norm})
-    compare("layer_norm", {"x": x[:, 1, :64], "residual": x[:, 2, 32:], **norm})
+    compare("layer_norm", {"x": x[:, 1, :64], "shift": rand(64), **norm})
 
 
 # --- geglu and linear_geglu -----------------------------------------------------------------------------------------------
@@ -643,7 +643,7 @@ def vector(size: int) -> Tensor:
 
 BASE: dict[str, Callable[[], dict[str, Any]]] = {
     "group_norm": lambda: group_norm_arguments(image(2, 64, 4, 4), shift=rand(2, 64)),
-    "layer_norm": lambda: {"x": rand(3, 64), "weight": rand(64), "bias": rand(64), "eps": 1e-5, "residual": rand(3, 64)},
+    "layer_norm": lambda: {"x": rand(3, 64), "weight": rand(64), "bias": rand(64), "eps": 1e-5, "shift": rand(64)},
     "attention": lambda: {"q": rand(1, 2, 9, 40), "k": rand(1, 2, 7, 40), "v": rand(1, 2, 7, 40)},
     "geglu": lambda: {"x": rand(3, 64)},
     "linear_geglu": lambda: {"x": rand(3, 32), "weight": rand(64, 32), "bias": rand(64)},
@@ -667,8 +667,7 @@ REFUSED: list[tuple[str, dict[str, Callable[[], Any]], str]] = [
     ("group_norm", {"skip": lambda: image(2, 64, 4, 4).half(), "weight": lambda: vector(128), "bias": lambda: vector(128)},
      r"skip: expected torch.float32, found torch.float16"),
     ("layer_norm", {"x": lambda: rand(64, 3).T}, r"x: expected rows evenly spaced .*, found shape \(3, 64\) with strides"),
-    ("layer_norm", {"residual": lambda: rand(4, 64)}, r"residual: expected shape \(3, 64\), found \(4, 64\)"),
-    ("layer_norm", {"residual": lambda: None, "residual_bias": lambda: vector(64)}, r"residual_bias: expected a residual"),
+    ("layer_norm", {"shift": lambda: rand(3, 64)}, r"shift: expected shape \(64\), found \(3, 64\)"),
     ("layer_norm", {"weight": lambda: vector(65)}, r"weight: expected shape \(64\), found \(65,\)"),
     ("attention", {"k": lambda: rand(1, 3, 7, 40)}, r"k: expected shape \(1, 2, any, 40\), found \(1, 3, 7, 40\)"),
     ("attention", {"v": lambda: rand(1, 2, 8, 40)}, r"v: expected shape \(1, 2, 7, 40\), found \(1, 2, 8, 40\)"),

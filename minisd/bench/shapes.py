@@ -48,10 +48,10 @@ def group_norm(
     return label, {"batch": x.shape[0], "channels": x.shape[1], "size": x.shape[2], "skip": more, "shift": shift is not None}
 
 
-def layer_norm(x: Tensor, *_: Any, residual: Tensor | None = None) -> tuple[str, Sizes]:
+def layer_norm(x: Tensor, *_: Any, shift: Tensor | None = None) -> tuple[str, Sizes]:
     rows, channels = x.numel() // x.shape[-1], x.shape[-1]
-    label = f"{channels}, {rows} rows" + (", residual" if residual is not None else "")
-    return label, {"rows": rows, "channels": channels, "residual": residual is not None}
+    label = f"{channels}, {rows} rows" + (", shift" if shift is not None else "")
+    return label, {"rows": rows, "channels": channels, "shift": shift is not None}
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, Sizes]:

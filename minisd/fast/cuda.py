@@ -31,7 +31,7 @@ from ..models.unet import UNet
 from ..models.vae import AutoencoderKL
 from ..system.memory import free_memory
 from . import operations
-from .choice import chosen, kernels, wants
+from .choice import chosen, kernels, settle_cudnn, wants
 from .decoder import FusedDecoder
 from .engine import Engine, Plain, moments
 from .graphs import KEPT, NetworkRecorder, Recorder, Recording, addresses, record, turn, versions
@@ -49,7 +49,7 @@ class Buffers:
 
     history: Tensor  # (R, B, C, h, w), float32: see diffusion/program.py
     asked: Tensor  # (B, C, h, w), float32: what the network is asked about next
-    model_input: Tensor  # (K*B, C', h, w), channels-last, in the network's dtype
+    model_input: Tensor  # (K*B, C', h, w), channels-last, in the network's dtype; beyond its channels, zeros
     table: Tensor  # (N, 4 + R), float32: see kernels/linear_step.py
     weights: Tensor  # (N, K, B), float32: the guide's
     shifts: Tensor  # (N, K*B or 1, sum of channels), float32: see FusedUNet.shifts
@@ -258,12 +258,12 @@ class Cuda:
         calls, rows = shape
         batch, here = len(conditioning.context), x.device
         assert self.fused is not None
-        wide, dtype = (batch, self.unet.in_channels, *x.shape[2:]), conditioning.context.dtype
+        wide, dtype = (batch, self.fused.conv_in.channels(here), *x.shape[2:]), conditioning.context.dtype
         masked = {"known": torch.zeros(x.shape, device=here), "mask": torch.zeros(len(x), 1, *x.shape[2:], device=here)}
         return Buffers(
             history=torch.zeros(rows, *x.shape, device=here),
             asked=torch.zeros(x.shape, device=here),
-            model_input=torch.empty(wide, dtype=dtype, memory_format=torch.channels_last, device=here),
+            model_input=torch.zeros(wide, dtype=dtype, device=here).to(memory_format=torch.channels_last),
             table=torch.zeros(calls, 4 + rows, device=here),
             weights=torch.zeros(calls, len(walk.conditioning), len(x), device=here),
             shifts=torch.zeros(calls, batch if conditioning.vector is not None else 1, len(self.fused.shift_bias), device=here),
@@ -338,7 +338,7 @@ def set_conditioning(buffers: Buffers, fused: FusedUNet, conditioning: Condition
     """The conditioning from the next call on."""
     buffers.keys_values.copy_(fused.keys_values(conditioning.context))
     if conditioning.extra is not None:
-        buffers.model_input[:, channels:].copy_(conditioning.extra)
+        buffers.model_input[:, channels : channels + conditioning.extra.shape[1]].copy_(conditioning.extra)
 
 
 def call(fused: FusedUNet, buffers: Buffers, roles: Roles) -> Tensor:
@@ -412,8 +412,11 @@ def engine(model: StableDiffusion, fast: bool | None = None) -> Engine:
         if said not in ("0", "1"):
             raise UsageError(f"MINISD_FAST: expected 0 or 1, found {said!r}")
         fast = said == "1"
-    if wants("group_norm", next(model.parameters()).device):  # which wants its maps so, as cuDNN does
+    here = next(model.parameters()).device
+    if here.type == "cuda":
+        settle_cudnn()
+    if wants("group_norm", here):  # which wants its maps so, as cuDNN does
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if not fast or next(model.parameters()).device.type != "cuda":
+    if not fast or here.type != "cuda":
         return Plain()
     return Cuda(model.unet, True, (*model.text_encoders, model.vae))

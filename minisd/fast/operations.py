@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from ..models import ops
+from ..models.unet import CrossAttention
 from .choice import kernels, takes
 
 Operation = Callable[..., Tensor]
@@ -31,10 +34,34 @@ def kernel_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool =
 def by_heads(attend: Operation) -> Operation:
     """An attention over (B, heads, L, d) as one over (B, L, heads*d)."""
 
+    @wraps(attend)
     def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
         return ops.joined_heads(attend(*ops.split_heads(heads, q, k, v)))
 
     return attention
+
+
+def attention_by(q: Tensor, k: Tensor, v: Tensor, heads: int) -> str:
+    """Who computes this attention: a kernel of ours, or which of PyTorch's own, by its name and, of cuDNN's, the version."""
+    taken = kernel_attention(q, k, v, heads)
+    if taken is not None:
+        return taken.__name__
+    found = SDPBackend(torch._fused_sdp_choice(*ops.split_heads(heads, q, k, v)))  # which a GPU's driver and libraries decide
+    version = f" {torch.backends.cudnn.version()}" if found == SDPBackend.CUDNN_ATTENTION else ""
+    return f"PyTorch's {found.name}{version}"
+
+
+def attentions_of(network: nn.Module) -> str:
+    """Who computes the attentions of a UNet here: one name for each width of head, 1024 queries of two pictures."""
+    said: dict[str, list[int]] = {}
+    for block in network.modules():
+        if isinstance(block, CrossAttention):
+            width = block.to_q.weight.shape[0]
+            q = torch.empty(2, 1024, width, device=block.to_q.weight.device, dtype=block.to_q.weight.dtype)
+            widths = said.setdefault(attention_by(q, q, q, block.heads), [])
+            if width // block.heads not in widths:
+                widths.append(width // block.heads)
+    return "; ".join(f"{name} for {', '.join(map(str, widths))} channels a head" for name, widths in said.items())
 
 
 def copyable(*tensors: Tensor) -> bool:
@@ -107,13 +134,17 @@ def channels_last(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + residual, and LayerNorm of it: (..., C) each."""
-    rows = even_rows(x) and even_rows(residual) and x.shape[-1] <= 16384
-    if takes("layer_norm", x, residual, weight, bias) and rows:
-        return kernels().layer_norm(x, weight, bias, eps, residual=residual)
-    total = x + residual
-    return total, F.layer_norm(total, x.shape[-1:], weight, bias, eps)
+def layer_norm(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm of x + shift: (..., C), (C,) -> (..., C)."""
+    if takes("layer_norm", x, shift, weight, bias) and even_rows(x) and x.shape[-1] <= 16384:
+        return kernels().layer_norm(x, weight, bias, eps, shift=shift)
+    return F.layer_norm(x if shift is None else x + shift.to(x.dtype), x.shape[-1:], weight, bias, eps)
+
+
+def add_linear(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """total += x weight^T, in place where total (..., N) is rows next to each other: x (..., K), weight (N, K) -> the sum."""
+    rows = total.reshape(-1, total.shape[-1])
+    return rows.addmm_(x.reshape(-1, x.shape[-1]), weight.T).view(total.shape)
 
 
 def even_rows(x: Tensor) -> bool:

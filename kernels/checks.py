@@ -37,8 +37,8 @@ def launcher(wrapper: Any) -> Any:
 
 
 __all__ = [
-    "FLOATS", "MapShape", "check", "check_vector", "descriptor", "expect", "jit", "launcher", "pixels_of", "rows_of", "tl",
-    "view",
+    "FLOATS", "MapShape", "capability", "check", "check_vector", "descriptor", "expect", "jit", "launcher", "pixels_of",
+    "rows_of", "tl", "view",
 ]  # fmt: skip
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -107,6 +107,17 @@ def pixels_of(name: str, x: Tensor) -> tuple[int, int]:
     b, c, height, width = x.shape
     pixels = view(name, x.permute(0, 2, 3, 1), (b, height * width, c), "channels-last memory (torch.channels_last)")
     return pixels.stride(1), pixels.stride(0)
+
+
+ABSENT: int | None = None  # the compute capability that is compiled for, where no GPU of it is here
+
+
+def capability(x: Tensor) -> int:
+    """The compute capability of the GPU that x is on, major and minor as one number; elsewhere that of an H100."""
+    if ABSENT is not None or not x.is_cuda:
+        return ABSENT or 90
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
 
 
 def descriptor(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]) -> Any:

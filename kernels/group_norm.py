@@ -52,12 +52,23 @@ WHOLE = 256  # pixels of a map that goes in one launch
 
 def reference(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool = False, shift: Tensor | None = None,
-    skip: Tensor | None = None,
+    skip: Tensor | None = None, known: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     x = x if shift is None else x + shift[:, :, None, None].to(x.dtype)
     x = x if skip is None else torch.cat([x, skip], dim=1)
     y = F.group_norm(x, groups, weight, bias, eps)
     return F.silu(y) if silu else y
+
+
+def chunk_moments(x: Tensor, groups: int, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Of x + shift: mean, and sum of the squared differences from it, of each group over each chunk: (B, chunks, groups)."""
+    b, channels, height, width = x.shape
+    _, chunk, _ = chunks_of(b, height * width, channels, groups)
+    wide = x if x.dtype == torch.float64 else x.float()
+    wide = wide if shift is None else wide + shift[:, None, None]
+    pieces = [piece.reshape(b, groups, -1) for piece in wide.flatten(2).split(chunk, dim=2)]
+    means = torch.stack([piece.mean(dim=2) for piece in pieces], dim=1)
+    return means, torch.stack([piece.var(dim=2, correction=0) * piece.shape[2] for piece in pieces], dim=1)
 
 
 @jit
@@ -77,6 +88,27 @@ def load_tile(x, skip, rows, row_mask, channels, mask, c1, x_row, skip_row):
         from_skip = row_mask[:, None] & (mask & (channels >= c1))[None, :]
         tile += tl.load(skip + rows[:, None] * skip_row + (channels - c1)[None, :], mask=from_skip, other=0.0)
     return tile
+
+
+@jit
+def of_groups(mean_c, m2_c, n, lanes, mask, width, BLOCK_G: tl.constexpr):
+    """Mean and M2 of each group from those of its channels, n numbers of each."""
+    member = (lanes[None, :] // width == tl.arange(0, BLOCK_G)[:, None]) & mask[None, :]  # [g, c]: channel c is in group g
+    first_mean = tl.sum(tl.where(member & (lanes[None, :] % width == 0), mean_c[None, :], 0.0), axis=1)
+    mean_g = first_mean + tl.sum(tl.where(member, mean_c[None, :] - first_mean[:, None], 0.0), axis=1) / width
+    apart = tl.where(member, mean_c[None, :] - mean_g[:, None], 0.0)
+    return mean_g, tl.sum(tl.where(member, m2_c[None, :], 0.0) + n * apart * apart, axis=1)
+
+
+@jit
+def store_chunk(means, m2s, mean_g, m2_g, block, batch, groups, width, span, BLOCK_G: tl.constexpr):
+    """Of the chunk that is this program's."""
+    slots = tl.arange(0, BLOCK_G)
+    group = block * (span // width) + slots
+    at = (batch * tl.num_programs(0) + tl.program_id(0)) * groups + group
+    group_mask = (slots < span // width) & (group < groups)
+    tl.store(means + at, mean_g, mask=group_mask)
+    tl.store(m2s + at, m2_g, mask=group_mask)
 
 
 @jit
@@ -107,14 +139,7 @@ def statistics(
     m2_c = tl.maximum(tl.sum(squares, axis=0) - sum_c * sum_c / n, 0.0)
     if shift is not None:
         pivot_c += tl.load(shift + channels, mask=mask & (channels < c1), other=0.0).to(tl.float32)
-    mean_c = pivot_c + sum_c / n
-
-    # From channels to groups: member[g, c] says that channel c is in group g.
-    member = (lanes[None, :] // width == tl.arange(0, BLOCK_G)[:, None]) & mask[None, :]
-    first_mean = tl.sum(tl.where(member & (lanes[None, :] % width == 0), mean_c[None, :], 0.0), axis=1)
-    mean_g = first_mean + tl.sum(tl.where(member, mean_c[None, :] - first_mean[:, None], 0.0), axis=1) / width
-    apart = tl.where(member, mean_c[None, :] - mean_g[:, None], 0.0)
-    return mean_g, tl.sum(tl.where(member, m2_c[None, :], 0.0) + n * apart * apart, axis=1)
+    return of_groups(pivot_c + sum_c / n, m2_c, n, lanes, mask, width, BLOCK_G)
 
 
 @jit
@@ -161,12 +186,7 @@ def partial_kernel(
     mean_g, m2_g = statistics(
         x, skip, shift, count, lanes, channels, mask, c1, width, span, x_row, skip_row, ROWS, BLOCK_C, BLOCK_G
     )
-    slots = tl.arange(0, BLOCK_G)
-    group = block * (span // width) + slots
-    at = (batch * tl.num_programs(0) + tl.program_id(0)) * groups + group
-    group_mask = (slots < span // width) & (group < groups)
-    tl.store(means + at, mean_g, mask=group_mask)
-    tl.store(m2s + at, m2_g, mask=group_mask)
+    store_chunk(means, m2s, mean_g, m2_g, block, batch, groups, width, span, BLOCK_G)
 
 
 @jit(do_not_specialize=["pixels", "chunk", "groups", "width", "span", "eps"])
@@ -251,13 +271,14 @@ def channel_span(width: int, groups: int) -> int:
 @launcher
 def group_norm(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool = False, shift: Tensor | None = None,
-    skip: Tensor | None = None, tile: Tile | None = None,
+    skip: Tensor | None = None, tile: Tile | None = None, known: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """GroupNorm of [x + shift, skip] over `groups` groups, then SiLU if asked for.
 
     x (B, C, H, W) and skip (B, C2, H, W) in channels-last memory (slices of the channels or of the batch too), weight and bias
     (C + C2,), shift (B, C) -> (B, C + C2, H, W), channels-last, in x's dtype.  Statistics are in float32.  tile: of the two
-    launches, which are taken for small maps as well then.
+    launches, which are taken for small maps as well then.  known: `chunk_moments` of x, from the kernel that wrote x
+    (add_bias.py, upsample_conv.py): then the second launch is all there is.
     ValueError for other shapes, dtypes, strides or devices.
     """
     check("x", x, (None, None, None, None))
@@ -279,10 +300,15 @@ def group_norm(
     y = torch.empty(b, c1 + c2, height, width_px, device=x.device, dtype=x.dtype, memory_format=torch.channels_last)
     given, strides = (weight, bias, y), (x_row, x_batch, skip_row, skip_batch, shift_batch)
     sizes = (height * width_px, c1, c2, (c1 + c2) // groups)
-    if tile is None and height * width_px <= WHOLE:
+    if known is not None:
+        expect(skip is None and tile is None, "known", "neither a skip nor a tile beside it", "one of them")
+        chunks = chunks_of(b, height * width_px, c1, groups)[2][0]
+        for moments in known:
+            check("known", moments, (b, chunks, groups), like=x, dtypes=(torch.float32,))
+    if tile is None and known is None and height * width_px <= WHOLE:
         launch_whole((x, skip, shift), given, groups, sizes, strides, (eps, silu))
     else:
-        launch_two((x, skip, shift), given, groups, sizes, strides, (eps, silu, tile or TILE))
+        launch_two((x, skip, shift), given, groups, sizes, strides, (eps, silu, tile or TILE, known))
     return y
 
 
@@ -295,28 +321,37 @@ def launch_whole(
     span = width * min(groups, 8 // gcd(width, 8))
     unit = 8 if span % 8 == 0 else 1
     block = max(64, 1 << (span - 1).bit_length())
-    blocking = {"UNIT": unit, "ROWS": max(1, 4096 // block), "BLOCK_C": block, "BLOCK_G": 8, "num_warps": 8}
+    sized = {"UNIT": unit, "ROWS": max(1, 4096 // block), "BLOCK_C": block, "BLOCK_G": 8, "num_warps": 8}
     grid = (ceil((c1 + c2) / span), len(inputs[0]))
-    whole_kernel[grid](*inputs, *given, pixels, c1, c2, width, span // unit, eps, *strides, SILU=silu, **blocking)
+    whole_kernel[grid](*inputs, *given, pixels, c1, c2, width, span // unit, eps, *strides, SILU=silu, **sized)
+
+
+def chunks_of(b: int, pixels: int, channels: int, groups: int, tile: Tile = TILE) -> tuple[int, int, tuple[int, int, int]]:
+    """Channels of a program, pixels of one, and the grid, over chunks of pixels, runs of whole groups and samples."""
+    span = channel_span(channels // groups, groups)
+    blocks = ceil(channels / span)
+    chunk = tile.rows * ceil(pixels / ceil(tile.programs / (b * blocks)) / tile.rows)
+    return span, chunk, (ceil(pixels / chunk), blocks, b)
+
+
+def blocking(span: int, width: int, tile: Tile = TILE) -> dict[str, int]:
+    block = {"UNIT": 8 if span % 8 == 0 else 1, "ROWS": tile.rows, "BLOCK_C": max(128, 1 << (span - 1).bit_length())}
+    return block | {"BLOCK_G": 16 if span // width <= 16 else 32, "num_warps": tile.warps}
 
 
 def launch_two(
     inputs: tuple[Any, ...], given: tuple[Tensor, ...], groups: int, sizes: tuple[int, ...], strides: tuple[int, ...],
-    how: tuple[float, bool, Tile],
+    how: tuple[float, bool, Tile, tuple[Tensor, Tensor] | None],
 ) -> None:  # fmt: skip
-    """Statistics of chunks of pixels, then their use, over the same grid."""
-    (pixels, c1, c2, width), (eps, silu, tile), b = sizes, how, len(inputs[0])
-    span = channel_span(width, groups)
-    unit = 8 if span % 8 == 0 else 1
-    blocks = ceil((c1 + c2) / span)
-    chunk = tile.rows * ceil(pixels / ceil(tile.programs / (b * blocks)) / tile.rows)
-    grid = (ceil(pixels / chunk), blocks, b)
-    moments = torch.empty(2, b, grid[0], groups, device=inputs[0].device, dtype=torch.float32).unbind(0)
-    numbers = (pixels, chunk, groups, c1, c2, width, span // unit)
-    blocking = {"UNIT": unit, "ROWS": tile.rows, "BLOCK_C": max(128, 1 << (span - 1).bit_length()), "num_warps": tile.warps}
-    blocking["BLOCK_G"] = 16 if span // width <= 16 else 32
-    partial_kernel[grid](*inputs, *moments, *numbers, *strides, **blocking)
-    apply_kernel[grid](*inputs, *moments, *given, *numbers, eps, *strides, SILU=silu, PARTS=64, **blocking)
+    """Statistics of chunks of pixels, where they are not known, then their use, over the same grid."""
+    (pixels, c1, c2, width), (eps, silu, tile, known) = sizes, how
+    span, chunk, grid = chunks_of(len(inputs[0]), pixels, c1 + c2, groups, tile)
+    block = blocking(span, width, tile)
+    numbers = (groups, c1, c2, width, span // block["UNIT"])
+    if known is None:
+        known = torch.empty(2, grid[2], grid[0], groups, device=inputs[0].device, dtype=torch.float32).unbind(0)
+        partial_kernel[grid](*inputs, *known, pixels, chunk, *numbers, *strides, **block)
+    apply_kernel[grid](*inputs, *known, *given, pixels, chunk, *numbers, eps, *strides, SILU=silu, PARTS=64, **block)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import ops, vae
+from ..models.layers import GroupNorm
 from . import operations
-from .unet import NarrowConv, ResBlock, Upsample, image, joined, normed, rows
+from .operations import Following
+from .unet import Known, NarrowConv, ResBlock, Upsample, image, joined, normed, rows
 
 
 class FusedDecoder:
@@ -23,6 +25,9 @@ class FusedDecoder:
         self.post_quant_conv, self.conv_in, self.conv_out = (NarrowConv(conv) for conv in ends)
         self.parts = [vae_layer(part) for part in (decoder.mid.block_1, decoder.mid.attn_1, decoder.mid.block_2, *parts)]
         self.shifts = self.biases()
+        norms = [first_norm(part) for part in self.parts[1:]] + [decoder.norm_out]
+        for part, norm in zip(self.parts, norms, strict=True):
+            part.after = Following(norm.num_groups) if norm else None
 
     def biases(self) -> list[Tensor]:
         """Of the first convolution of every block, in float32: what the norm after it adds."""
@@ -38,10 +43,15 @@ class FusedDecoder:
 
     def __call__(self, latents: Tensor) -> Tensor:  # (B, C, H/f, W/f) -> (B, 3, H, W)
         x = self.conv_in(self.post_quant_conv(latents))
-        shifts = iter(self.shifts)
+        shifts, known = iter(self.shifts), None
         for part in self.parts:
-            x = part(x, next(shifts).expand(len(x), -1)) if isinstance(part, ResBlock) else part(x)
-        return self.conv_out(normed(x, self.network.decoder.norm_out))
+            if isinstance(part, ResBlock):
+                x, known = part(x, next(shifts).expand(len(x), -1), known=known)
+            elif isinstance(part, Attention):
+                x, known = part(x, known)
+            else:
+                x, known = part(x)
+        return self.conv_out(normed(x, self.network.decoder.norm_out, known=known))
 
 
 class Attention:
@@ -49,16 +59,22 @@ class Attention:
 
     def __init__(self, block: vae.AttnBlock) -> None:
         self.block, self.qkv = block, joined(block.q, block.k, block.v)
+        self.after: Following | None = None
         self.bias, self.bias_out = torch.cat([block.q.bias, block.k.bias, block.v.bias]), block.proj_out.bias.float()
 
     def refresh(self) -> None:
         self.bias.copy_(torch.cat([self.block.q.bias, self.block.k.bias, self.block.v.bias]))
         self.bias_out.copy_(self.block.proj_out.bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        q, k, v = F.linear(rows(normed(x, self.block.norm)), self.qkv, self.bias).chunk(3, dim=-1)
+    def __call__(self, x: Tensor, known: Known) -> tuple[Tensor, Known]:
+        q, k, v = F.linear(rows(normed(x, self.block.norm, known=known)), self.qkv, self.bias).chunk(3, dim=-1)
         h = F.linear(ops.attention(q, k, v, heads=1), self.block.proj_out.weight.flatten(1))
-        return operations.add_bias(image(h, x), self.bias_out, x)
+        return operations.add_bias(image(h, x), self.bias_out, x, self.after)
+
+
+def first_norm(part: ResBlock | Attention | Upsample) -> GroupNorm | None:
+    """The norm that a part begins with, if it does."""
+    return part.norm1 if isinstance(part, ResBlock) else part.block.norm if isinstance(part, Attention) else None
 
 
 def vae_layer(module: nn.Module) -> ResBlock | Attention | Upsample:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from ..models.unet import CrossAttention
 from .choice import kernels, takes
 
 Operation = Callable[..., Tensor]
+FEW = 128  # keys that `cross_attention` is for: the kernel of `attention`, which has them in one tile then
 
 
 def kernel_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Operation | None:
@@ -25,7 +27,8 @@ def kernel_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool =
     half = q.dtype in (torch.float16, torch.bfloat16)
     if half and q.shape[-1] // heads > 256 and takes("wide_attention", *apart):
         return by_heads(kernels().wide_attention)
-    if takes("attention", *apart) and copyable(*apart):
+    few = k.shape[1] <= FEW and takes("cross_attention", *apart)
+    if (few or takes("attention", *apart)) and copyable(*apart):
         return by_heads(kernels().attention)
     by_rows = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[1] >= 1024
     return by_heads(attention_by_rows) if by_rows else None
@@ -46,7 +49,8 @@ def attention_by(q: Tensor, k: Tensor, v: Tensor, heads: int) -> str:
     taken = kernel_attention(q, k, v, heads)
     if taken is not None:
         return taken.__name__
-    found = SDPBackend(torch._fused_sdp_choice(*ops.split_heads(heads, q, k, v)))  # which a GPU's driver and libraries decide
+    q, k, v = ops.split_heads(heads, q, k, v)
+    found = SDPBackend(torch._fused_sdp_choice(q, k, v))  # which a GPU's driver and libraries decide
     version = f" {torch.backends.cudnn.version()}" if found == SDPBackend.CUDNN_ATTENTION else ""
     return f"PyTorch's {found.name}{version}"
 
@@ -64,8 +68,15 @@ def attentions_of(network: nn.Module) -> str:
     return "; ".join(f"{name} for {', '.join(map(str, widths))} channels a head" for name, widths in said.items())
 
 
+def has_copy_engine(x: Tensor) -> bool:
+    """Whether tensors there can be fetched by one: without, what is written for it is slower than PyTorch's own, and spills."""
+    return kernels().checks.capability(x) >= 90
+
+
 def copyable(*tensors: Tensor) -> bool:
-    """Whether tensors (B, heads, L, d) are laid out so that the copy engine can fetch them."""
+    """Whether tensors (B, heads, L, d) are laid out so that the copy engine can fetch them, where there is one."""
+    if not has_copy_engine(tensors[0]):
+        return False
     unit = 16 // tensors[0].element_size()
     strides = [stride for x in tensors for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
     aligned = all(x.shape[3] <= 512 and x.stride(3) == 1 and x.data_ptr() % 16 == 0 for x in tensors)
@@ -116,14 +127,17 @@ def group_norm(
     silu: bool = False,
     shift: Tensor | None = None,
     skip: Tensor | None = None,
+    known: Any = None,
 ) -> Tensor:
     """GroupNorm over [x + shift, skip], then SiLU where there is one.
 
     x (B, C, H, W), shift (B, C), skip (B, C2, H, W) -> (B, C + C2, H, W); from the kernel always channels-last.
+    known: what the kernel that wrote x said of it: see `add_bias`.
     """
     if takes("group_norm", x, weight, bias, shift, skip):
         skip = None if skip is None else channels_last(skip)
-        return kernels().group_norm(channels_last(x), groups, weight, bias, eps, silu, shift, skip)
+        more = {} if known is None else {"known": known}
+        return kernels().group_norm(channels_last(x), groups, weight, bias, eps, silu, shift, skip, **more)
     x = x if shift is None else x + shift[:, :, None, None].to(x.dtype)
     x = x if skip is None else torch.cat([x, skip], dim=1)
     return ops.group_norm(x, groups, weight, bias, eps, silu)
@@ -157,29 +171,52 @@ def even_rows(x: Tensor) -> bool:
 
 def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """geglu of a linear layer: x (..., K), weight (2*C, K), bias (2*C,) -> (..., C)."""
-    if takes("linear_geglu", x, weight, bias) and even_rows(x):
+    if takes("linear_geglu", x, weight, bias) and even_rows(x) and has_copy_engine(x):
         aligned = x.stride(-2) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0 and weight.is_contiguous()
         if aligned and weight.shape[1] * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0:
             return kernels().linear_geglu(x, weight, bias)
     return ops.geglu(F.linear(x, weight, bias))
 
 
-def add_bias(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-    """x + bias + residual: (B, C, H, W), (C,), (B, C, H, W) -> (B, C, H, W); x may be written over."""
+class Following(NamedTuple):
+    """A GroupNorm that reads a map next: its groups, and what it adds to the map, (C,)."""
+
+    groups: int
+    shift: Tensor | None = None
+
+
+def add_bias(x: Tensor, bias: Tensor, residual: Tensor, after: Following | None = None) -> tuple[Tensor, Any]:
+    """x + bias + residual: (B, C, H, W), (C,), (B, C, H, W) -> (B, C, H, W); x may be written over.
+
+    With it, for the norm that follows, what its kernel need not find out again, or None.
+    """
     dense = all(each.is_contiguous(memory_format=torch.channels_last) for each in (x, residual))
     if takes("add_bias", x, bias, residual) and dense:
-        return kernels().add_bias(x, bias, residual)
-    return x.add_(bias[:, None, None]).add_(residual)
+        if after and of_use(x.shape[2] * x.shape[3], x):
+            total, *known = kernels().add_bias(x, bias, residual, groups=after.groups, shift=after.shift)
+            return total, tuple(known)
+        return kernels().add_bias(x, bias, residual), None
+    return x.add_(bias[:, None, None]).add_(residual), None
 
 
-def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor, phases: Tensor | None) -> Tensor:
-    """A 3x3 convolution of x at twice its size: (B, C, H, W), (C', C, 3, 3), (C',) -> (B, C', 2*H, 2*W).
+def of_use(pixels: int, x: Tensor) -> bool:
+    """Whether the kernel of GroupNorm makes statistics in a launch of their own, for maps of so many pixels."""
+    return takes("group_norm", x) and pixels > kernels().KERNELS["group_norm"].WHOLE
+
+
+def upsample_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, phases: Tensor | None, after: Following | None = None
+) -> tuple[Tensor, Any]:
+    """A 3x3 convolution of x at twice its size: (B, C, H, W), (C', C, 3, 3), (C',) -> (B, C', 2*H, 2*W), and as `add_bias`.
 
     phases: kernels.phase_weights(weight), made once, for the kernel; None where it is not wanted.
     """
     if phases is not None and takes("upsample_conv", x, phases, bias):
-        return kernels().upsample_conv(channels_last(x), phases, bias)
-    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+        if after and of_use(4 * x.shape[2] * x.shape[3], x):
+            image, *known = kernels().upsample_conv(channels_last(x), phases, bias, groups=after.groups)
+            return image, tuple(known)
+        return kernels().upsample_conv(channels_last(x), phases, bias), None
+    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1), None
 
 
 def linear_step(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,9 @@ from ..models import ops, unet
 from ..models.layers import GroupNorm, LayerNorm
 from . import operations
 from .choice import kernels, wants
+from .operations import Following
+
+Known = Any  # the statistics of a map, of the kernel that wrote it for the norm that reads it; None: not known
 
 
 def joined(*layers: nn.Linear) -> Tensor:
@@ -47,8 +51,10 @@ def image(x: Tensor, like: Tensor) -> Tensor:
     return x.view(b, *like.shape[-2:], c).permute(0, 3, 1, 2)
 
 
-def normed(x: Tensor, norm: GroupNorm, shift: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
-    return operations.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, norm.silu, shift, skip)
+def normed(
+    x: Tensor, norm: GroupNorm, shift: Tensor | None = None, skip: Tensor | None = None, known: Known = None
+) -> Tensor:  # fmt: skip
+    return operations.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, norm.silu, shift, skip, known)
 
 
 class ResBlock:
@@ -59,18 +65,15 @@ class ResBlock:
     ) -> None:
         self.norm1, self.conv1, self.norm2, self.conv2, self.shortcut = norm1, conv1, norm2, conv2, shortcut
         self.following: Transformer | None = None  # whose bias is added in this block: see there
+        self.after: Following | None = None
         self.bias = self.biases()
 
     def biases(self) -> Tensor:
         """Of all that is added to the result, in float32."""
-        assert self.conv2.bias is not None
-        total = self.conv2.bias.float()
-        for bias in (
-            self.shortcut.bias if isinstance(self.shortcut, nn.Conv2d) else None,
-            self.following and self.following.bias,
-        ):
-            total = total if bias is None else total + bias
-        return total
+        added = [self.conv2.bias]
+        added += [self.shortcut.bias] if isinstance(self.shortcut, nn.Conv2d) else []
+        added += [self.following.bias] if self.following else []
+        return torch.stack([bias.float() for bias in added if bias is not None]).sum(dim=0)
 
     def refresh(self) -> None:
         """The weights were written to: what is kept of them is made again where it stands."""
@@ -78,37 +81,41 @@ class ResBlock:
             self.following.refresh()
         self.bias.copy_(self.biases())
 
-    def __call__(self, x: Tensor, shift: Tensor, skip: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W), skip (B, C2, H, W), shift (B, C_out): the bias of conv1 and what is added to it -> (B, C_out, H, W)."""
-        h = normed(x, self.norm1, skip=skip)
+    def __call__(
+        self, x: Tensor, shift: Tensor, skip: Tensor | None = None, known: Known = None
+    ) -> tuple[Tensor, Known]:  # fmt: skip
+        """x (B, C, H, W), skip (B, C2, H, W), shift (B, C_out): the bias of conv1 and what is added to it -> (B, C_out, H, W),
+        and what is known of it for `after`, the norm that reads it."""
+        h = normed(x, self.norm1, skip=skip, known=known)
         h = F.conv2d(h, self.conv1.weight, padding=1)
         h = normed(h, self.norm2, shift)
         h = F.conv2d(h, self.conv2.weight, padding=1)
         if isinstance(self.shortcut, nn.Identity):
-            return operations.add_bias(h, self.bias, x)
+            return operations.add_bias(h, self.bias, x, self.after)
         weight = self.shortcut.weight.flatten(1)
         straight = F.linear(rows(x), weight[:, : x.shape[1]])
         if skip is not None:
             straight = operations.add_linear(straight, rows(skip), weight[:, x.shape[1] :])
-        return operations.add_bias(h, self.bias, image(straight, h))
+        return operations.add_bias(h, self.bias, image(straight, h), self.after)
 
 
 class Upsample:
     def __init__(self, conv: nn.Conv2d) -> None:
         self.conv = conv
         self.phases: Tensor | None = None
+        self.after: Following | None = None
 
     def refresh(self) -> None:
         if self.phases is not None:
             self.phases.copy_(kernels().phase_weights(self.conv.weight))
 
-    def __call__(self, x: Tensor, size: torch.Size | None = None) -> Tensor:  # (B, C, H, W) -> (B, C, *size)
+    def __call__(self, x: Tensor, size: torch.Size | None = None) -> tuple[Tensor, Known]:  # (B, C, H, W) -> (B, C, *size)
         assert self.conv.bias is not None
         if size is not None and (size[0], size[1]) != (2 * x.shape[2], 2 * x.shape[3]):
-            return self.conv(F.interpolate(x, size=size, mode="nearest"))
+            return self.conv(F.interpolate(x, size=size, mode="nearest")), None
         if self.phases is None and wants("upsample_conv", x.device):
             self.phases = kernels().phase_weights(self.conv.weight)
-        return operations.upsample_conv(x, self.conv.weight, self.conv.bias, self.phases)
+        return operations.upsample_conv(x, self.conv.weight, self.conv.bias, self.phases, self.after)
 
 
 class NarrowConv:
@@ -159,8 +166,8 @@ class TransformerBlock:
 
     def biases(self) -> list[Tensor]:
         """Of what its three parts add to the stream."""
-        block = self.block
-        return [layer.bias.float() for layer in (block.attn1.to_out[0], block.attn2.to_out[0], block.ff.net[2])]  # type: ignore[operator]
+        layers = (self.block.attn1.to_out[0], self.block.attn2.to_out[0], self.block.ff.net[2])
+        return [layer.bias.float() for layer in layers]  # type: ignore[operator, misc]
 
     def __call__(self, x: Tensor, shifts: Sequence[Tensor | None], keys_values: Tensor) -> Tensor:
         """The stream x (B, L, C), which is written over; shifts: what each of the norms has still to add to it, (C,);
@@ -209,9 +216,11 @@ class Transformer:
         self.bias.copy_(self.biases())
         self.shift.copy_(-self.bias)
 
-    def __call__(self, x: Tensor, keys_values: Iterator[Tensor]) -> Tensor:  # (B, C, H, W), written over -> (B, C, H, W)
+    def __call__(
+        self, x: Tensor, keys_values: Iterator[Tensor], known: Known = None
+    ) -> Tensor:  # (B, C, H, W), written over -> (B, C, H, W)  # fmt: skip
         x = x if self.lent else x + self.bias[:, None, None].to(x.dtype)
-        h = self.proj_in(rows(normed(x, self.norm, self.shift.expand(len(x), -1))))
+        h = self.proj_in(rows(normed(x, self.norm, self.shift.expand(len(x), -1), known=known)))
         shifts = [None, *self.owed]
         for i, block in enumerate(self.blocks):
             h = block(h, shifts[3 * i :], next(keys_values))
@@ -237,6 +246,7 @@ def layers_of(block: nn.Module) -> list[Layer]:
     for before, after in pairwise(layers):
         if isinstance(before, ResBlock) and isinstance(after, Transformer):
             before.following, after.lent = after, True
+            before.after = Following(after.norm.num_groups, after.shift)
             before.bias = before.biases()
     return layers
 
@@ -322,13 +332,14 @@ def walk(
     block: Sequence[Layer], x: Tensor, shifts: Iterator[Tensor], prompt: Iterator[Tensor], skip: Tensor | None = None,
     size: torch.Size | None = None,
 ) -> Tensor:  # fmt: skip
+    known: Known = None
     for part in block:
         if isinstance(part, ResBlock):
-            x, skip = part(x, next(shifts), skip), None
+            (x, known), skip = part(x, next(shifts), skip), None
         elif isinstance(part, Transformer):
-            x = part(x, prompt)
+            x = part(x, prompt, known)
         elif isinstance(part, Upsample):
-            x = part(x, size)
+            x, _ = part(x, size)
         else:
             x = part(x)
     return x

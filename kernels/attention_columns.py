@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .attention import TILES, Tile, split, strides_of
-from .checks import check, descriptor, expect, jit, tl
+from .checks import check, descriptor, expect, jit, launcher, tl
 
 MOST = 128  # groups
 SINGLE = Tile(32, 16, 4, 1)  # float32 has no matrix units that are exact: right, not fast
@@ -79,6 +79,7 @@ def attention_columns_kernel(
     tl.store(place, total / heads, mask=(query < queries) & (word < count))
 
 
+@launcher
 def attention_columns(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """softmax(q k^T scale) v for each head, and of the weights the sums over groups of keys, in the mean over the heads.
 

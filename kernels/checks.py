@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, Self
 
 import torch
@@ -22,7 +24,22 @@ def jit(*functions: Any, **options: Any) -> Any:
     return triton.jit(*functions, **options) if triton else functions[0] if functions else lambda function: function
 
 
-__all__ = ["FLOATS", "MapShape", "check", "check_vector", "descriptor", "expect", "jit", "pixels_of", "rows_of", "tl", "view"]
+def launcher(wrapper: Any) -> Any:
+    """A wrapper whose tensors' device is the current one while it runs: Triton launches there, whatever the tensors say."""
+
+    @wraps(wrapper)
+    def launching(*given: Any, **named: Any) -> Any:
+        tensor = next((x for x in (*given, *named.values()) if isinstance(x, Tensor)), None)
+        with nullcontext() if tensor is None else torch.cuda.device_of(tensor):
+            return wrapper(*given, **named)
+
+    return launching
+
+
+__all__ = [
+    "FLOATS", "MapShape", "capability", "check", "check_vector", "descriptor", "expect", "jit", "launcher", "pixels_of",
+    "rows_of", "tl", "view",
+]  # fmt: skip
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -59,9 +76,6 @@ def check(
         expect(x.device == like.device, name, f"device {like.device}", x.device)
     else:
         expect(x.device.type in DEVICES, name, "a CUDA device (or TRITON_INTERPRET=1 before Triton is imported)", x.device)
-        if x.device.type == "cuda":  # Triton launches on the current device, whatever the tensors say
-            current = torch.device("cuda", torch.cuda.current_device())
-            expect(x.device == current, name, f"the current device {current} (torch.cuda.set_device)", x.device)
 
 
 def check_vector(name: str, x: Tensor, size: int, like: Tensor) -> None:
@@ -93,6 +107,17 @@ def pixels_of(name: str, x: Tensor) -> tuple[int, int]:
     b, c, height, width = x.shape
     pixels = view(name, x.permute(0, 2, 3, 1), (b, height * width, c), "channels-last memory (torch.channels_last)")
     return pixels.stride(1), pixels.stride(0)
+
+
+ABSENT: int | None = None  # the compute capability that is compiled for, where no GPU of it is here
+
+
+def capability(x: Tensor) -> int:
+    """The compute capability of the GPU that x is on, major and minor as one number; elsewhere that of an H100."""
+    if ABSENT is not None or not x.is_cuda:
+        return ABSENT or 90
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
 
 
 def descriptor(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]) -> Any:

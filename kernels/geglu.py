@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check, expect, jit, rows_of, tl
+from .checks import check, expect, jit, launcher, rows_of, tl
 
 
 class Tile(NamedTuple):
@@ -52,6 +52,7 @@ def geglu_kernel(x, y, rows, columns, x_row, ROWS: tl.constexpr, BLOCK: tl.const
     tl.store(y + row * columns + column, (value * gelu(gate)).to(y.dtype.element_ty), mask=mask)
 
 
+@launcher
 def geglu(x: Tensor, tile: Tile = TILE) -> Tensor:
     """(..., 2*C) -> (..., C), contiguous: the first half times the exact (erf) GELU of the second, made in float32.
 

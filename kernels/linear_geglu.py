@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check, check_vector, descriptor, expect, jit, rows_of, tl
+from .checks import capability, check, check_vector, descriptor, expect, jit, launcher, rows_of, tl
 from .geglu import geglu, gelu
 from .geglu import reference as geglu_reference
 
@@ -40,6 +40,7 @@ class Tile(NamedTuple):
 
 TALL = Tile(128, 128, 64, 8, 3)
 LOW = Tile(64, 128, 64, 4, 4)
+LATER = Tile(128, 64, 32, 8, 3)  # on GPUs after Hopper: what fits all of them
 SINGLE = Tile(64, 64, 32, 4, 3)  # float32
 
 
@@ -74,6 +75,7 @@ def linear_geglu_kernel(
     tl.store(out, (value * gelu(gate)).to(y.dtype.element_ty), mask=(rows < m)[:, None] & (columns < n)[None, :])
 
 
+@launcher
 def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, tile: Tile | None = None) -> Tensor:
     """geglu(linear(x)): x (..., K), weight (2*N, K), bias (2*N,) -> (..., N), contiguous; sums and activation in float32.
 
@@ -95,7 +97,8 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, tile: Ti
     half = x.element_size() == 2
     if tile is None:
         # The large layers make 640 or 1280 tiles of 128x128 for 132 SMs; where there are fewer, half as tall ones fit better.
-        tile = SINGLE if not half else TALL if m * n >= 640 * TALL.m * TALL.n else LOW
+        hopper = TALL if m * n >= 640 * TALL.m * TALL.n else LOW
+        tile = SINGLE if not half else hopper if capability(x) == 90 else LATER
     y = torch.empty(*x.shape[:-1], n, device=x.device, dtype=x.dtype)
     rows_x = descriptor(x, (m, k), (x_row, 1), (tile.m, tile.k))
     rows_w = descriptor(weight, (2 * n, k), (k, 1), (tile.n, tile.k))

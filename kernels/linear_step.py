@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check, expect, jit, tl, view
+from .checks import check, expect, jit, launcher, tl, view
 
 COLUMNS = ("row", "p", "q", "c_in")  # of the table; one coefficient for each row of the history comes after them
 
@@ -147,6 +147,7 @@ def linear_step_kernel(
         tl.store(model_input + at_in, scaled, mask=valid)
 
 
+@launcher
 def linear_step(
     history: Tensor, asked: Tensor, prediction: Tensor, weights: Tensor, table: Tensor, call: Tensor, model_input: Tensor,
     known: Tensor | None = None, mask: Tensor | None = None,

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import attention as narrow
-from .checks import check, expect, jit, tl
+from .checks import check, expect, jit, launcher, tl
 
 DTYPES = (torch.float16, torch.bfloat16)
 SCORES = 1 << 26  # numbers at once
@@ -72,6 +72,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b, out_dtype=torch.float32)
 
 
+@launcher
 def wide_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """softmax(q k^T scale) v for each head; scale is D**-0.5 unless given.
 

@@ -28,7 +28,7 @@ from .errors import CheckpointError, UsageError
 from .fast.choice import chosen
 from .fast.cuda import engine
 from .fast.ways import AsLoaded
-from .files.checkpoint import Checkpoint, open_checkpoint
+from .files.checkpoint import Checkpoint, hashed_ahead, open_checkpoint
 from .files.model import StableDiffusion, averaged, load_model, load_vae
 from .files.saving import save_model
 from .files.training import said
@@ -86,7 +86,7 @@ def load(
     vae_files = [resolve(file, "vae") for file in ([vae] if isinstance(vae, str | os.PathLike) else vae or ())]
     with memory_errors():
         model, recognition = load_model(checkpoint, torch.device("cpu") if offload else where, kind, strict, vae_files)
-        pipe = Pipeline(model, recognition, checkpoint, where, kind, fast)
+        pipe = Pipeline(model, recognition, hashed_ahead(checkpoint), where, kind, fast)
         if vae_files:
             pipe.replace_vae(*vae_files)
     return pipe
@@ -226,7 +226,7 @@ class Pipeline:
 
     def replace_vae(self, *paths: str | os.PathLike[str]) -> None:
         """Encodes and decodes with the VAE of another file from now on (TAESD may be in two).  Raises CheckpointError."""
-        files = [open_checkpoint(path) for path in paths]
+        files = [hashed_ahead(open_checkpoint(path)) for path in paths]
         vae = load_vae(files, self.vae.latent_channels, next(self.vae.parameters()).device, self.dtype)
         if vae.downscale != self.vae.downscale:
             told = f"expected a VAE of latents {self.vae.downscale} times smaller than the picture, found {vae.downscale} times"

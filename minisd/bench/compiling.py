@@ -111,7 +111,7 @@ def compiled(capability: int, dtype: str, names: Iterable[str] = (), cache: Path
 def main(capability: str, dtype: str, *names: str) -> None:
     """In the process of its own: a line of JSON for each variant."""
     checks, seen = kernels().checks, set()
-    checks.DEVICES = ("meta",)
+    checks.DEVICES, checks.ABSENT = ("meta",), int(capability)
 
     def tell(kernel: Any, seconds: float) -> None:
         if kernel.hash not in seen:

@@ -42,16 +42,17 @@ def group_norm(
     silu: bool,
     shift: Tensor | None = None,
     skip: Tensor | None = None,
+    known: Any = None,
 ) -> tuple[str, Sizes]:
     more = 0 if skip is None else skip.shape[1]
     label = f"{x.shape[1]}{f'+{more}' if more else ''}@{x.shape[2]}x{x.shape[3]}{', shift' if shift is not None else ''}"
     return label, {"batch": x.shape[0], "channels": x.shape[1], "size": x.shape[2], "skip": more, "shift": shift is not None}
 
 
-def layer_norm(x: Tensor, *_: Any, residual: Tensor | None = None) -> tuple[str, Sizes]:
+def layer_norm(x: Tensor, *_: Any, shift: Tensor | None = None) -> tuple[str, Sizes]:
     rows, channels = x.numel() // x.shape[-1], x.shape[-1]
-    label = f"{channels}, {rows} rows" + (", residual" if residual is not None else "")
-    return label, {"rows": rows, "channels": channels, "residual": residual is not None}
+    label = f"{channels}, {rows} rows" + (", shift" if shift is not None else "")
+    return label, {"rows": rows, "channels": channels, "shift": shift is not None}
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, Sizes]:
@@ -70,9 +71,10 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[str, Sizes]:
     return f"{k}->{n}, {m} rows", {"m": m, "k": k, "n": n}
 
 
-def feature_map(x: Tensor, *_: Any) -> tuple[str, Sizes]:
+def feature_map(x: Tensor, *_: Any, groups: int | None = None, shift: Tensor | None = None) -> tuple[str, Sizes]:
     batch, channels, height, width = x.shape
-    return f"{channels}@{height}x{width}", {"batch": batch, "channels": channels, "size": height}
+    label = f"{channels}@{height}x{width}{', statistics' if groups else ''}"
+    return label, {"batch": batch, "channels": channels, "size": height, "statistics": groups is not None}
 
 
 # From what a kernel is called with to a label and the fields of its Shape.

@@ -19,6 +19,7 @@ from ..diffusion.schedule import scaled_linear
 from ..fast import choice
 from ..fast.cuda import Cuda
 from ..fast.decoder import FusedDecoder
+from ..fast.operations import attentions_of
 from ..fast.unet import FusedUNet
 from ..fast.ways import Walk
 from ..models.unet import UNet
@@ -39,6 +40,7 @@ def bench_unet(report: Report, args: Any) -> None:
     side = model.latents if args.full else model.latents // 2
     report.table(title(report, f"{model.name} UNet step, batch 2, {side}x{side} latents"), COLUMNS)
     network, given = random_unet(model, clock.device, clock.dtype), step_input(model, side, clock.device, clock.dtype)
+    report.note(f"attention by {attentions_of(network)}")
     fused = FusedUNet(network)
     shift, keys_values = fused.shifts(given.t[:1], given.y)[0], fused.keys_values(given.context)
 
@@ -115,7 +117,8 @@ def decode_rows(report: Report, args: Any, side: int) -> None:
 
 
 def title(report: Report, what: str) -> str:
-    graph = "replayed CUDA graphs where not eager" if report.clock.is_cuda else "eager"
+    search = "on" if torch.backends.cudnn.benchmark else "off"
+    graph = f"replayed CUDA graphs where not eager, cudnn.benchmark {search}" if report.clock.is_cuda else "eager"
     meaning = "difference is relative to minisd without kernels, to ours is time over the first row's"
     return f"{what}, {name_of(report.clock.dtype)}, {graph}; {meaning}"
 
@@ -139,9 +142,10 @@ def own_rows(report: Report, fast: Run, plain: Run, lay_out: Callable[[], None],
                 own_row(
                     report, f"minisd, fused, {sign} {name}", ",".join(sorted(choice.AUTO ^ {name})), fast, lay_out, wanted, ours
                 )
-            torch.backends.cudnn.benchmark = True
-            own_row(report, "minisd, fused, cuDNN's own search", None, fast, lay_out, wanted, ours)
-            torch.backends.cudnn.benchmark = False
+            before = torch.backends.cudnn.benchmark
+            torch.backends.cudnn.benchmark = not before
+            own_row(report, f"minisd, fused, cudnn.benchmark {'off' if before else 'on'}", None, fast, lay_out, wanted, ours)
+            torch.backends.cudnn.benchmark = before
     report.add(FLOOR, time=counter.get_total_flops() / clock.matmul_rate)
     return ours, wanted
 

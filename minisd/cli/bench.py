@@ -182,7 +182,7 @@ def number_format(what: str, name: str | None, device: torch.device) -> torch.dt
 def bench(args: argparse.Namespace) -> int:
     from ..bench.report import Report, machine, pyplot
     from ..bench.timing import Clock
-    from ..fast.choice import chosen
+    from ..fast.choice import chosen, settle_cudnn
     from ..system.atomic import check_place
     from ..system.device import to_device
 
@@ -194,6 +194,7 @@ def bench(args: argparse.Namespace) -> int:
     chosen()
     device = to_device("cpu" if args.what == "compile" else args.device)
     dtype = number_format(args.what, args.dtype, device)
+    settle_cudnn()  # of ours and of the peers
     clock = Clock(device, dtype, args.repeats or (20 if device.type == "cuda" else 5))
     args.full, args.repeats = args.full or device.type == "cuda", clock.repeats
     report = Report(clock, args.json, args.debug)

@@ -123,6 +123,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def draw(args: argparse.Namespace) -> int:
     output = settled_output(args)
+    from ..fast.operations import attentions_of
     from ..pictures.grids import grid
     from ..pictures.image import save_png
     from ..pipeline import load
@@ -138,6 +139,8 @@ def draw(args: argparse.Namespace) -> int:
     look = Preview(pipe, args.preview) if args.preview else None
     steps = pipe.stream(request)
     tell_what_it_knows(args.prompt, pipe.checkpoint.path)
+    if args.debug:
+        print(f"minisd: attention by {attentions_of(pipe.unet)}", file=sys.stderr)
     try:
         result = with_bar(steps, look, hidden=None)
     except (Interrupted, MinisdError) as stop:

@@ -33,9 +33,13 @@ from ..errors import UsageError
 # pixels, where two matrix products and a softmax make 1.4 by computation).  The others are by computation, and these kernels
 # themselves are yet to be timed: `minisd bench kernels` and `minisd bench unet` do it.
 # Not in it: `attention`, because cuDNN's, which PyTorch chooses for up to 128 channels on a Hopper GPU, was measured at 258 (40
-# channels a head) and 444 TFLOP/s (64); `linear_geglu`, which must keep 80 % of cuBLAS's speed to pay.
-AUTO = frozenset({"group_norm", "layer_norm", "wide_attention", "geglu", "upsample_conv", "add_bias", "linear_step"})
-ALL = AUTO | {"attention", "linear_geglu"}
+# channels a head) and 444 TFLOP/s (64); `cross_attention`, the same kernel for a prompt's 77 keys alone, until it is timed beside
+# cuDNN's; `linear_geglu`, which must keep 80 % of cuBLAS's speed to pay.
+# `padded_conv` is no kernel of ours, but what cuDNN needs for one of its own: see fast/unet.py.
+AUTO = frozenset(
+    {"group_norm", "layer_norm", "wide_attention", "geglu", "upsample_conv", "padded_conv", "add_bias", "linear_step"}
+)
+ALL = AUTO | {"attention", "cross_attention", "linear_geglu"}
 
 
 class Choice(NamedTuple):
@@ -126,3 +130,17 @@ def takes(name: str, *tensors: Tensor | None) -> bool:
         return False
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     return not learns and all(x.numel() > 0 and x.dtype in (torch.float32, torch.float16, torch.bfloat16) for x in given)
+
+
+def settle_cudnn() -> None:
+    """What cuDNN does in all of this process: float32 with all of its digits, which it would convolve with three of; and with
+    MINISD_CUDNN_BENCHMARK=1 the fastest of its algorithms for each new shape, timed, where its own rules choose otherwise.
+
+    Raises UsageError for another value than 0, 1 or none.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    said = os.environ.get("MINISD_CUDNN_BENCHMARK")
+    if said not in (None, "", "0", "1"):
+        raise UsageError(f"MINISD_CUDNN_BENCHMARK: expected 0 or 1, found {said!r}")
+    if said:
+        torch.backends.cudnn.benchmark = said == "1"

@@ -29,13 +29,12 @@ from ..files.model import StableDiffusion
 from ..models.clip import TextEncoder
 from ..models.unet import UNet
 from ..models.vae import AutoencoderKL
-from ..system.device import make_current
 from ..system.memory import free_memory
 from . import operations
-from .choice import chosen, kernels, wants
+from .choice import chosen, kernels, settle_cudnn, wants
 from .decoder import FusedDecoder
 from .engine import Engine, Plain, moments
-from .graphs import KEPT, NetworkRecorder, Recorder, Recording, addresses, record, versions
+from .graphs import KEPT, NetworkRecorder, Recorder, Recording, addresses, record, turn, versions
 from .tiling import decode_bytes
 from .unet import FusedUNet
 from .ways import Moment, Snapshot, Walk, Way, structure, touched, way
@@ -50,7 +49,7 @@ class Buffers:
 
     history: Tensor  # (R, B, C, h, w), float32: see diffusion/program.py
     asked: Tensor  # (B, C, h, w), float32: what the network is asked about next
-    model_input: Tensor  # (K*B, C', h, w), channels-last, in the network's dtype
+    model_input: Tensor  # (K*B, C', h, w), channels-last, in the network's dtype; beyond its channels, zeros
     table: Tensor  # (N, 4 + R), float32: see kernels/linear_step.py
     weights: Tensor  # (N, K, B), float32: the guide's
     shifts: Tensor  # (N, K*B or 1, sum of channels), float32: see FusedUNet.shifts
@@ -117,7 +116,6 @@ class Cuda:
         return way(walk, x, self.built[self.unet])
 
     def walk(self, walk: Walk, x: Tensor, noise: Noise) -> Iterator[Moment]:
-        make_current(x.device)
         taken, why = self.way(walk, x)
         if why:
             self.say(why if taken == "plain" else f"{why}; only the network is recorded")
@@ -169,7 +167,6 @@ class Cuda:
             assert calls is not None
             if held[1] is not context:
                 held[1:] = context, fused.keys_values(context)
-            make_current(x.device)
             return calls(x, t[:1], y, held[2])
 
         return predict
@@ -214,15 +211,15 @@ class Cuda:
                 del self.shapes[next(iter(self.shapes))]
 
     def run(self, fused: FusedUNet, buffers: Buffers, roles: Roles) -> None:
-        make_current(buffers.asked.device)
-        recording = buffers.recordings.get(roles)
-        if recording is not None:
-            recording.replay()
-            return
-        call(fused, buffers, roles)
-        if self.graphs and roles not in buffers.recordings:
-            others = (each for held in (buffers, *self.shapes.values()) for each in held.recordings.values())
-            buffers.recordings[roles] = record(lambda: call(fused, buffers, roles), others)
+        with turn(buffers.asked.device):
+            recording = buffers.recordings.get(roles)
+            if recording is not None:
+                recording.replay()
+                return
+            call(fused, buffers, roles)
+            if self.graphs and roles not in buffers.recordings:
+                others = (each for held in (buffers, *self.shapes.values()) for each in held.recordings.values())
+                buffers.recordings[roles] = record(lambda: call(fused, buffers, roles), others)
 
     def edited(
         self, walk: Walk, program: Program, history: Tensor, step: int, edits: Sequence[Tensor | None]
@@ -261,12 +258,12 @@ class Cuda:
         calls, rows = shape
         batch, here = len(conditioning.context), x.device
         assert self.fused is not None
-        wide, dtype = (batch, self.unet.in_channels, *x.shape[2:]), conditioning.context.dtype
+        wide, dtype = (batch, self.fused.conv_in.channels(here), *x.shape[2:]), conditioning.context.dtype
         masked = {"known": torch.zeros(x.shape, device=here), "mask": torch.zeros(len(x), 1, *x.shape[2:], device=here)}
         return Buffers(
             history=torch.zeros(rows, *x.shape, device=here),
             asked=torch.zeros(x.shape, device=here),
-            model_input=torch.empty(wide, dtype=dtype, memory_format=torch.channels_last, device=here),
+            model_input=torch.zeros(wide, dtype=dtype, device=here).to(memory_format=torch.channels_last),
             table=torch.zeros(calls, 4 + rows, device=here),
             weights=torch.zeros(calls, len(walk.conditioning), len(x), device=here),
             shifts=torch.zeros(calls, batch if conditioning.vector is not None else 1, len(self.fused.shift_bias), device=here),
@@ -290,7 +287,6 @@ class Cuda:
 
     def recorder(self, network: nn.Module, make: Any) -> NetworkRecorder | None:
         """What records this network, unless somebody has touched it."""
-        make_current(next(network.parameters()).device)
         if network not in self.built:
             self.built[network] = structure(network)
         if network not in self.recorders:
@@ -342,7 +338,7 @@ def set_conditioning(buffers: Buffers, fused: FusedUNet, conditioning: Condition
     """The conditioning from the next call on."""
     buffers.keys_values.copy_(fused.keys_values(conditioning.context))
     if conditioning.extra is not None:
-        buffers.model_input[:, channels:].copy_(conditioning.extra)
+        buffers.model_input[:, channels : channels + conditioning.extra.shape[1]].copy_(conditioning.extra)
 
 
 def call(fused: FusedUNet, buffers: Buffers, roles: Roles) -> Tensor:
@@ -387,7 +383,7 @@ def keep_pace(ahead: deque[Any], device: torch.device) -> None:
     if device.type != "cuda":
         return
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     ahead.append(event)
     if len(ahead) > AHEAD:
         ahead.popleft().synchronize()
@@ -416,8 +412,11 @@ def engine(model: StableDiffusion, fast: bool | None = None) -> Engine:
         if said not in ("0", "1"):
             raise UsageError(f"MINISD_FAST: expected 0 or 1, found {said!r}")
         fast = said == "1"
-    if wants("group_norm", next(model.parameters()).device):  # which wants its maps so, as cuDNN does
+    here = next(model.parameters()).device
+    if here.type == "cuda":
+        settle_cudnn()
+    if wants("group_norm", here):  # which wants its maps so, as cuDNN does
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if not fast or next(model.parameters()).device.type != "cuda":
+    if not fast or here.type != "cuda":
         return Plain()
     return Cuda(model.unet, True, (*model.text_encoders, model.vae))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from threading import RLock
 from typing import Any
 
 import torch
@@ -29,9 +30,23 @@ def capture_stream(device: int) -> Any:
     return torch.cuda.Stream(device)
 
 
+LOCKS: dict[torch.device, Any] = {}
+
+
+@contextmanager
+def turn(device: torch.device) -> Iterator[None]:
+    """This thread's turn on a device, which is the current one meanwhile: graphs are made and launched on that.
+
+    The recordings of a device share a stream to record on, and memory for what they work in: two threads, as of a server, must
+    not record or replay at once, nor one of them replay before the other has copied a result.
+    """
+    with LOCKS.setdefault(device, RLock()), torch.cuda.device(device.index if device.type == "cuda" else -1):
+        yield
+
+
 @contextmanager
 def capture(graph: Any, pool: Any = None) -> Iterator[None]:
-    """torch.cuda.graph, with three precautions.
+    """torch.cuda.graph on the current device, with three precautions, and without giving all cached memory back to the driver.
 
     cuBLAS keeps its workspace by stream: without clearing, the memory of one graph would become that of all later ones, and be
     gone with the first (as inductor's cudagraph_trees.py does it).  What other threads do, a second model that is loaded for
@@ -40,9 +55,13 @@ def capture(graph: Any, pool: Any = None) -> Iterator[None]:
     stream = torch.cuda.current_stream()
     torch._C._cuda_clearCublasWorkspaces()
     try:
-        where = capture_stream(torch.cuda.current_device())
-        with torch.cuda.graph(graph, pool=pool, stream=where, capture_error_mode="thread_local"):
-            yield
+        torch.cuda.synchronize()
+        with torch.cuda.stream(capture_stream(torch.cuda.current_device())):
+            graph.capture_begin(*(() if pool is None else (pool,)), capture_error_mode="thread_local")
+            try:
+                yield
+            finally:
+                graph.capture_end()
     finally:
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.set_stream(stream)
@@ -63,18 +82,22 @@ def record(run: Callable[[], Tensor], others: Iterable[Recording | None]) -> Rec
 
     others: recordings that never run at the same time; the new one shares their memory, which lives as long as one of them.
     """
-    graph = torch.cuda.CUDAGraph()
     pool = next((other.graph.pool() for other in others if other), None)
-    try:
-        with memory_errors(), capture(graph, pool):
-            result = run()
-    except OutOfMemoryError:
-        warnings.warn("no memory to record a CUDA graph: going on without, which is slower", stacklevel=2)
-        return None
-    except RuntimeError as error:  # something that no graph takes, put there by somebody else
-        warnings.warn(f"going on without a CUDA graph, which is slower: {first_line(error)}", stacklevel=2)
-        return None
-    return Recording(graph, result)
+    for last in (False, True):
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with memory_errors(), capture(graph, pool):
+                result = run()
+            return Recording(graph, result)
+        except OutOfMemoryError:
+            if last:
+                warnings.warn("no memory to record a CUDA graph: going on without, which is slower", stacklevel=2)
+            else:
+                torch.cuda.empty_cache()  # which the allocator does by itself, but not while something is recorded
+        except RuntimeError as error:  # something that no graph takes, put there by somebody else
+            warnings.warn(f"going on without a CUDA graph, which is slower: {first_line(error)}", stacklevel=2)
+            break
+    return None
 
 
 class Recorder:
@@ -92,6 +115,10 @@ class Recorder:
 
     def __call__(self, *given: Tensor | None) -> Tensor:
         """function(*given), in memory of its own."""
+        with turn(next(x.device for x in given if x is not None)):
+            return self.result(*given)
+
+    def result(self, *given: Tensor | None) -> Tensor:
         key = (chosen(), *(None if x is None else (x.shape, x.dtype) for x in given))
         again = key in self.seen and key not in self.recordings and key not in self.refused
         if self.graphs and again and self.roomy(*given):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from ..models import ops
+from ..models.unet import CrossAttention
 from .choice import kernels, takes
 
 Operation = Callable[..., Tensor]
+FEW = 128  # keys that `cross_attention` is for: the kernel of `attention`, which has them in one tile then
 
 
 def kernel_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Operation | None:
@@ -22,7 +27,8 @@ def kernel_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool =
     half = q.dtype in (torch.float16, torch.bfloat16)
     if half and q.shape[-1] // heads > 256 and takes("wide_attention", *apart):
         return by_heads(kernels().wide_attention)
-    if takes("attention", *apart) and copyable(*apart):
+    few = k.shape[1] <= FEW and takes("cross_attention", *apart)
+    if (few or takes("attention", *apart)) and copyable(*apart):
         return by_heads(kernels().attention)
     by_rows = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[1] >= 1024
     return by_heads(attention_by_rows) if by_rows else None
@@ -31,14 +37,46 @@ def kernel_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool =
 def by_heads(attend: Operation) -> Operation:
     """An attention over (B, heads, L, d) as one over (B, L, heads*d)."""
 
+    @wraps(attend)
     def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
         return ops.joined_heads(attend(*ops.split_heads(heads, q, k, v)))
 
     return attention
 
 
+def attention_by(q: Tensor, k: Tensor, v: Tensor, heads: int) -> str:
+    """Who computes this attention: a kernel of ours, or which of PyTorch's own, by its name and, of cuDNN's, the version."""
+    taken = kernel_attention(q, k, v, heads)
+    if taken is not None:
+        return taken.__name__
+    q, k, v = ops.split_heads(heads, q, k, v)
+    found = SDPBackend(torch._fused_sdp_choice(q, k, v))  # which a GPU's driver and libraries decide
+    version = f" {torch.backends.cudnn.version()}" if found == SDPBackend.CUDNN_ATTENTION else ""
+    return f"PyTorch's {found.name}{version}"
+
+
+def attentions_of(network: nn.Module) -> str:
+    """Who computes the attentions of a UNet here: one name for each width of head, 1024 queries of two pictures."""
+    said: dict[str, list[int]] = {}
+    for block in network.modules():
+        if isinstance(block, CrossAttention):
+            width = block.to_q.weight.shape[0]
+            q = torch.empty(2, 1024, width, device=block.to_q.weight.device, dtype=block.to_q.weight.dtype)
+            widths = said.setdefault(attention_by(q, q, q, block.heads), [])
+            if width // block.heads not in widths:
+                widths.append(width // block.heads)
+    return "; ".join(f"{name} for {', '.join(map(str, widths))} channels a head" for name, widths in said.items())
+
+
+def has_copy_engine(x: Tensor) -> bool:
+    """Whether tensors there can be fetched by one: without, what is written for it is slower than PyTorch's own, and spills."""
+    return kernels().checks.capability(x) >= 90
+
+
 def copyable(*tensors: Tensor) -> bool:
-    """Whether tensors (B, heads, L, d) are laid out so that the copy engine can fetch them."""
+    """Whether tensors (B, heads, L, d) are laid out so that the copy engine can fetch them, where there is one."""
+    if not has_copy_engine(tensors[0]):
+        return False
     unit = 16 // tensors[0].element_size()
     strides = [stride for x in tensors for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
     aligned = all(x.shape[3] <= 512 and x.stride(3) == 1 and x.data_ptr() % 16 == 0 for x in tensors)
@@ -89,14 +127,17 @@ def group_norm(
     silu: bool = False,
     shift: Tensor | None = None,
     skip: Tensor | None = None,
+    known: Any = None,
 ) -> Tensor:
     """GroupNorm over [x + shift, skip], then SiLU where there is one.
 
     x (B, C, H, W), shift (B, C), skip (B, C2, H, W) -> (B, C + C2, H, W); from the kernel always channels-last.
+    known: what the kernel that wrote x said of it: see `add_bias`.
     """
     if takes("group_norm", x, weight, bias, shift, skip):
         skip = None if skip is None else channels_last(skip)
-        return kernels().group_norm(channels_last(x), groups, weight, bias, eps, silu, shift, skip)
+        more = {} if known is None else {"known": known}
+        return kernels().group_norm(channels_last(x), groups, weight, bias, eps, silu, shift, skip, **more)
     x = x if shift is None else x + shift[:, :, None, None].to(x.dtype)
     x = x if skip is None else torch.cat([x, skip], dim=1)
     return ops.group_norm(x, groups, weight, bias, eps, silu)
@@ -107,13 +148,17 @@ def channels_last(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + residual, and LayerNorm of it: (..., C) each."""
-    rows = even_rows(x) and even_rows(residual) and x.shape[-1] <= 16384
-    if takes("layer_norm", x, residual, weight, bias) and rows:
-        return kernels().layer_norm(x, weight, bias, eps, residual=residual)
-    total = x + residual
-    return total, F.layer_norm(total, x.shape[-1:], weight, bias, eps)
+def layer_norm(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm of x + shift: (..., C), (C,) -> (..., C)."""
+    if takes("layer_norm", x, shift, weight, bias) and even_rows(x) and x.shape[-1] <= 16384:
+        return kernels().layer_norm(x, weight, bias, eps, shift=shift)
+    return F.layer_norm(x if shift is None else x + shift.to(x.dtype), x.shape[-1:], weight, bias, eps)
+
+
+def add_linear(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """total += x weight^T, in place where total (..., N) is rows next to each other: x (..., K), weight (N, K) -> the sum."""
+    rows = total.reshape(-1, total.shape[-1])
+    return rows.addmm_(x.reshape(-1, x.shape[-1]), weight.T).view(total.shape)
 
 
 def even_rows(x: Tensor) -> bool:
@@ -126,29 +171,52 @@ def even_rows(x: Tensor) -> bool:
 
 def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """geglu of a linear layer: x (..., K), weight (2*C, K), bias (2*C,) -> (..., C)."""
-    if takes("linear_geglu", x, weight, bias) and even_rows(x):
+    if takes("linear_geglu", x, weight, bias) and even_rows(x) and has_copy_engine(x):
         aligned = x.stride(-2) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0 and weight.is_contiguous()
         if aligned and weight.shape[1] * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0:
             return kernels().linear_geglu(x, weight, bias)
     return ops.geglu(F.linear(x, weight, bias))
 
 
-def add_bias(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-    """x + bias + residual: (B, C, H, W), (C,), (B, C, H, W) -> (B, C, H, W); x may be written over."""
+class Following(NamedTuple):
+    """A GroupNorm that reads a map next: its groups, and what it adds to the map, (C,)."""
+
+    groups: int
+    shift: Tensor | None = None
+
+
+def add_bias(x: Tensor, bias: Tensor, residual: Tensor, after: Following | None = None) -> tuple[Tensor, Any]:
+    """x + bias + residual: (B, C, H, W), (C,), (B, C, H, W) -> (B, C, H, W); x may be written over.
+
+    With it, for the norm that follows, what its kernel need not find out again, or None.
+    """
     dense = all(each.is_contiguous(memory_format=torch.channels_last) for each in (x, residual))
     if takes("add_bias", x, bias, residual) and dense:
-        return kernels().add_bias(x, bias, residual)
-    return x.add_(bias[:, None, None]).add_(residual)
+        if after and of_use(x.shape[2] * x.shape[3], x):
+            total, *known = kernels().add_bias(x, bias, residual, groups=after.groups, shift=after.shift)
+            return total, tuple(known)
+        return kernels().add_bias(x, bias, residual), None
+    return x.add_(bias[:, None, None]).add_(residual), None
 
 
-def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor, phases: Tensor | None) -> Tensor:
-    """A 3x3 convolution of x at twice its size: (B, C, H, W), (C', C, 3, 3), (C',) -> (B, C', 2*H, 2*W).
+def of_use(pixels: int, x: Tensor) -> bool:
+    """Whether the kernel of GroupNorm makes statistics in a launch of their own, for maps of so many pixels."""
+    return takes("group_norm", x) and pixels > kernels().KERNELS["group_norm"].WHOLE
+
+
+def upsample_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, phases: Tensor | None, after: Following | None = None
+) -> tuple[Tensor, Any]:
+    """A 3x3 convolution of x at twice its size: (B, C, H, W), (C', C, 3, 3), (C',) -> (B, C', 2*H, 2*W), and as `add_bias`.
 
     phases: kernels.phase_weights(weight), made once, for the kernel; None where it is not wanted.
     """
     if phases is not None and takes("upsample_conv", x, phases, bias):
-        return kernels().upsample_conv(channels_last(x), phases, bias)
-    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+        if after and of_use(4 * x.shape[2] * x.shape[3], x):
+            image, *known = kernels().upsample_conv(channels_last(x), phases, bias, groups=after.groups)
+            return image, tuple(known)
+        return kernels().upsample_conv(channels_last(x), phases, bias), None
+    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1), None
 
 
 def linear_step(

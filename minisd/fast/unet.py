@@ -6,7 +6,7 @@ depends on the timestep or on the prompt alone is computed outside of the step (
     q, k and v come from one matrix product;
     the time embedding and the bias of the convolution before it are added inside the GroupNorm that follows;
     a skip connection is never concatenated: the norm reads both parts, and the 1x1 shortcut is two products that add up;
-    a residual sum is made by the LayerNorm that reads it.
+    a residual sum is made by the matrix product whose result is added, and its bias is left to the norms that follow.
 
 Feature maps are channels-last.  Joined matrices take no memory of their own: the modules' weights become views of them, so the
 modules work as before, and `state_dict` has the same keys and values.
@@ -15,6 +15,8 @@ modules work as before, and `state_dict` has the same keys and values.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,9 @@ from ..models import ops, unet
 from ..models.layers import GroupNorm, LayerNorm
 from . import operations
 from .choice import kernels, wants
+from .operations import Following
+
+Known = Any  # the statistics of a map, of the kernel that wrote it for the norm that reads it; None: not known
 
 
 def joined(*layers: nn.Linear) -> Tensor:
@@ -46,8 +51,10 @@ def image(x: Tensor, like: Tensor) -> Tensor:
     return x.view(b, *like.shape[-2:], c).permute(0, 3, 1, 2)
 
 
-def normed(x: Tensor, norm: GroupNorm, shift: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
-    return operations.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, norm.silu, shift, skip)
+def normed(
+    x: Tensor, norm: GroupNorm, shift: Tensor | None = None, skip: Tensor | None = None, known: Known = None
+) -> Tensor:  # fmt: skip
+    return operations.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, norm.silu, shift, skip, known)
 
 
 class ResBlock:
@@ -57,48 +64,98 @@ class ResBlock:
         self, norm1: GroupNorm, conv1: nn.Conv2d, norm2: GroupNorm, conv2: nn.Conv2d, shortcut: nn.Conv2d | nn.Identity
     ) -> None:
         self.norm1, self.conv1, self.norm2, self.conv2, self.shortcut = norm1, conv1, norm2, conv2, shortcut
-        if isinstance(shortcut, nn.Conv2d):
-            assert shortcut.bias is not None
-            assert conv2.bias is not None
-            self.bias = shortcut.bias + conv2.bias
+        self.following: Transformer | None = None  # whose bias is added in this block: see there
+        self.after: Following | None = None
+        self.bias = self.biases()
+
+    def biases(self) -> Tensor:
+        """Of all that is added to the result, in float32."""
+        added = [self.conv2.bias]
+        added += [self.shortcut.bias] if isinstance(self.shortcut, nn.Conv2d) else []
+        added += [self.following.bias] if self.following else []
+        return torch.stack([bias.float() for bias in added if bias is not None]).sum(dim=0)
 
     def refresh(self) -> None:
         """The weights were written to: what is kept of them is made again where it stands."""
-        if isinstance(self.shortcut, nn.Conv2d):
-            self.bias.copy_(self.shortcut.bias + self.conv2.bias)  # type: ignore[operator]
+        if self.following is not None:
+            self.following.refresh()
+        self.bias.copy_(self.biases())
 
-    def __call__(self, x: Tensor, shift: Tensor, skip: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W), skip (B, C2, H, W), shift (B, C_out): the bias of conv1 and what is added to it -> (B, C_out, H, W)."""
-        h = normed(x, self.norm1, skip=skip)
+    def __call__(
+        self, x: Tensor, shift: Tensor, skip: Tensor | None = None, known: Known = None
+    ) -> tuple[Tensor, Known]:  # fmt: skip
+        """x (B, C, H, W), skip (B, C2, H, W), shift (B, C_out): the bias of conv1 and what is added to it -> (B, C_out, H, W),
+        and what is known of it for `after`, the norm that reads it."""
+        h = normed(x, self.norm1, skip=skip, known=known)
         h = F.conv2d(h, self.conv1.weight, padding=1)
         h = normed(h, self.norm2, shift)
         h = F.conv2d(h, self.conv2.weight, padding=1)
         if isinstance(self.shortcut, nn.Identity):
-            assert self.conv2.bias is not None
-            return operations.add_bias(h, self.conv2.bias, x)
+            return operations.add_bias(h, self.bias, x, self.after)
         weight = self.shortcut.weight.flatten(1)
-        straight = F.linear(rows(x), weight[:, : x.shape[1]], self.bias)
+        straight = F.linear(rows(x), weight[:, : x.shape[1]])
         if skip is not None:
-            straight.view(-1, len(weight)).addmm_(rows(skip).flatten(0, 1), weight[:, x.shape[1] :].T)
-        return h.add_(image(straight, h))
+            straight = operations.add_linear(straight, rows(skip), weight[:, x.shape[1] :])
+        return operations.add_bias(h, self.bias, image(straight, h), self.after)
 
 
 class Upsample:
     def __init__(self, conv: nn.Conv2d) -> None:
         self.conv = conv
         self.phases: Tensor | None = None
+        self.after: Following | None = None
 
     def refresh(self) -> None:
         if self.phases is not None:
             self.phases.copy_(kernels().phase_weights(self.conv.weight))
 
-    def __call__(self, x: Tensor, size: torch.Size | None = None) -> Tensor:  # (B, C, H, W) -> (B, C, *size)
+    def __call__(self, x: Tensor, size: torch.Size | None = None) -> tuple[Tensor, Known]:  # (B, C, H, W) -> (B, C, *size)
         assert self.conv.bias is not None
         if size is not None and (size[0], size[1]) != (2 * x.shape[2], 2 * x.shape[3]):
-            return self.conv(F.interpolate(x, size=size, mode="nearest"))
+            return self.conv(F.interpolate(x, size=size, mode="nearest")), None
         if self.phases is None and wants("upsample_conv", x.device):
             self.phases = kernels().phase_weights(self.conv.weight)
-        return operations.upsample_conv(x, self.conv.weight, self.conv.bias, self.phases)
+        return operations.upsample_conv(x, self.conv.weight, self.conv.bias, self.phases, self.after)
+
+
+class NarrowConv:
+    """A convolution from or to a few channels.
+
+    cuDNN's kernels for the matrix units of a GPU want multiples of 8.  There (`padded_conv`) the weights, once, and what is
+    convolved are padded by zeros, and of the result the channels that count are a view.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        self.conv = conv
+        self.padded: tuple[Tensor, Tensor] | None = None
+
+    def channels(self, device: torch.device) -> int:
+        """How many of them it would like to be given."""
+        narrow = self.conv.in_channels
+        return -(-narrow // 8) * 8 if wants("padded_conv", device) else narrow
+
+    def refresh(self) -> None:
+        if self.padded is not None:
+            for held, new in zip(self.padded, self.wide(), strict=True):
+                held.copy_(new)
+
+    def wide(self) -> tuple[Tensor, Tensor]:
+        weight, bias = self.conv.weight, self.conv.bias
+        assert bias is not None
+        outputs, inputs = (-size % 8 for size in weight.shape[:2])
+        weight = F.pad(weight, (0, 0, 0, 0, 0, inputs, 0, outputs))
+        return weight.contiguous(memory_format=torch.channels_last), F.pad(bias, (0, outputs))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W), or with zeros beyond C as `channels` says -> (B, C', H, W)."""
+        if not wants("padded_conv", x.device):
+            return self.conv(x)
+        if self.padded is None:
+            self.padded = self.wide()
+        weight, bias = self.padded
+        if x.shape[1] < weight.shape[1]:
+            x = F.pad(x, (0, 0, 0, 0, 0, weight.shape[1] - x.shape[1]))
+        return F.conv2d(x, weight, bias, padding=self.conv.padding)[:, : self.conv.out_channels]
 
 
 class TransformerBlock:
@@ -107,38 +164,70 @@ class TransformerBlock:
         self.qkv = joined(block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
         self.proj: nn.Linear = block.ff.net[0].proj  # type: ignore[assignment, union-attr]
 
-    def __call__(self, x: Tensor, change: Tensor | None, keys_values: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, L, C), and what is still to be added to it, or nothing; keys_values (B, S, 2*C) -> the same two."""
+    def biases(self) -> list[Tensor]:
+        """Of what its three parts add to the stream."""
+        layers = (self.block.attn1.to_out[0], self.block.attn2.to_out[0], self.block.ff.net[2])
+        return [layer.bias.float() for layer in layers]  # type: ignore[operator, misc]
+
+    def __call__(self, x: Tensor, shifts: Sequence[Tensor | None], keys_values: Tensor) -> Tensor:
+        """The stream x (B, L, C), which is written over; shifts: what each of the norms has still to add to it, (C,);
+        keys_values (B, S, 2*C) -> the stream, without the biases of its parts."""
         block = self.block
-        x, h = add_norm(x, change, block.norm1)
-        q, k, v = F.linear(h, self.qkv).chunk(3, dim=-1)
-        x, h = add_norm(x, block.attn1.to_out(ops.attention(q, k, v, self.heads)), block.norm2)
-        k, v = keys_values.chunk(2, dim=-1)
-        x, h = add_norm(x, block.attn2.to_out(ops.attention(block.attn2.to_q(h), k, v, self.heads)), block.norm3)
-        return x, block.ff.net[2](operations.linear_geglu(h, self.proj.weight, self.proj.bias))
+        q, k, v = F.linear(layer_normed(x, block.norm1, shifts[0]), self.qkv).chunk(3, dim=-1)
+        x = operations.add_linear(x, ops.attention(q, k, v, self.heads), weight_of(block.attn1.to_out))
+        q, (k, v) = block.attn2.to_q(layer_normed(x, block.norm2, shifts[1])), keys_values.chunk(2, dim=-1)
+        x = operations.add_linear(x, ops.attention(q, k, v, self.heads), weight_of(block.attn2.to_out))
+        h = operations.linear_geglu(layer_normed(x, block.norm3, shifts[2]), self.proj.weight, self.proj.bias)
+        return operations.add_linear(x, h, block.ff.net[2].weight)  # type: ignore[arg-type]
 
 
-def add_norm(x: Tensor, change: Tensor | None, norm: LayerNorm) -> tuple[Tensor, Tensor]:
-    """x + change, and LayerNorm of it."""
-    if change is None:
-        return x, norm(x)
-    return operations.add_layer_norm(change, x, norm.weight, norm.bias, norm.eps)
+def weight_of(to_out: nn.Module) -> Tensor:
+    return to_out[0].weight  # type: ignore[index]
+
+
+def layer_normed(x: Tensor, norm: LayerNorm, shift: Tensor | None) -> Tensor:
+    return operations.layer_norm(x, shift, norm.weight, norm.bias, norm.eps)
 
 
 class Transformer:
+    """What it adds to its input comes with a bias, and with what its layer out of the stream makes of the biases in there.
+
+    The product that adds it cannot add them, too.  So the ResBlock before adds them to its result (`lent`), and the norm here,
+    which must not see them, takes them off again.
+    """
+
     def __init__(self, transformer: unet.SpatialTransformer) -> None:
         self.norm, self.proj_in, self.proj_out = transformer.norm, transformer.proj_in, transformer.proj_out
         self.blocks = [TransformerBlock(block) for block in transformer.transformer_blocks]  # type: ignore[arg-type]
+        self.lent = False
+        self.owed = self.collected()
+        self.bias = self.biases()
+        self.shift = -self.bias
 
-    def __call__(self, x: Tensor, keys_values: Iterator[Tensor]) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        h, change = self.proj_in(rows(normed(x, self.norm))), None
-        for block in self.blocks:
-            h, change = block(h, change, next(keys_values))
-        h = self.proj_out(h if change is None else change.add_(h))
-        return image(h, x).add_(x)
+    def collected(self) -> Tensor:
+        """The biases that the stream lacks after each part of each block, (3 * blocks, C), float32."""
+        return torch.stack([bias for block in self.blocks for bias in block.biases()]).cumsum(dim=0)
+
+    def biases(self) -> Tensor:
+        return self.proj_out.bias.float() + self.proj_out.weight.flatten(1).float() @ self.owed[-1]
+
+    def refresh(self) -> None:
+        self.owed.copy_(self.collected())
+        self.bias.copy_(self.biases())
+        self.shift.copy_(-self.bias)
+
+    def __call__(
+        self, x: Tensor, keys_values: Iterator[Tensor], known: Known = None
+    ) -> Tensor:  # (B, C, H, W), written over -> (B, C, H, W)  # fmt: skip
+        x = x if self.lent else x + self.bias[:, None, None].to(x.dtype)
+        h = self.proj_in(rows(normed(x, self.norm, self.shift.expand(len(x), -1), known=known)))
+        shifts = [None, *self.owed]
+        for i, block in enumerate(self.blocks):
+            h = block(h, shifts[3 * i :], next(keys_values))
+        return image(operations.add_linear(rows(x), h, self.proj_out.weight.flatten(1)), x)
 
 
-Layer = ResBlock | Transformer | Upsample | nn.Module
+Layer = ResBlock | Transformer | Upsample | NarrowConv | nn.Module
 
 
 def layer(module: nn.Module) -> Layer:
@@ -147,11 +236,19 @@ def layer(module: nn.Module) -> Layer:
         return ResBlock(*norms_and_convs, module.skip_connection)  # type: ignore[arg-type]
     if isinstance(module, unet.SpatialTransformer):
         return Transformer(module)
+    if isinstance(module, nn.Conv2d):
+        return NarrowConv(module)
     return Upsample(module.conv) if isinstance(module, unet.Upsample) else module
 
 
 def layers_of(block: nn.Module) -> list[Layer]:
-    return [layer(part) for part in block.children()]
+    layers = [layer(part) for part in block.children()]
+    for before, after in pairwise(layers):
+        if isinstance(before, ResBlock) and isinstance(after, Transformer):
+            before.following, after.lent = after, True
+            before.after = Following(after.norm.num_groups, after.shift)
+            before.bias = before.biases()
+    return layers
 
 
 class FusedTrunk:
@@ -173,6 +270,10 @@ class FusedTrunk:
     def layers(self) -> list[Layer]:
         return [part for block in self.down for part in block]
 
+    @property
+    def conv_in(self) -> NarrowConv:
+        return self.down[0][0]  # type: ignore[return-value]
+
     def biases(self) -> Tensor:
         """Of every ResBlock's first convolution and of its projection of the time embedding, summed."""
         pairs = zip(self.projections, self.resblocks, strict=True)
@@ -182,7 +283,7 @@ class FusedTrunk:
         """The weights were written to: what is kept of them is made again where it stands, so that recordings stay."""
         self.shift_bias.copy_(self.biases())
         for layer in self.layers:
-            if isinstance(layer, ResBlock | Upsample):
+            if isinstance(layer, ResBlock | Transformer | Upsample | NarrowConv):
                 layer.refresh()
 
     def shifts(self, t: Tensor, y: Tensor | None) -> Tensor:
@@ -204,11 +305,13 @@ class FusedUNet(FusedTrunk):
 
     def __init__(self, network: unet.UNet) -> None:
         super().__init__(network)
-        self.up, self.out = [layers_of(block) for block in network.output_blocks], network.out
+        self.up = [layers_of(block) for block in network.output_blocks]
+        self.norm_out: GroupNorm = network.out[0]  # type: ignore[assignment]
+        self.conv_out = NarrowConv(network.out[2])  # type: ignore[arg-type]
 
     @property
     def layers(self) -> list[Layer]:
-        return [part for block in (*self.down, *self.up) for part in block]
+        return [*(part for block in (*self.down, *self.up) for part in block), self.conv_out]
 
     def __call__(self, x: Tensor, shift: Tensor, keys_values: Tensor) -> Tensor:
         """x (B, C, H, W), shift (B or 1, sum of channels), a row of `shifts`, and `keys_values` -> (B, C', H, W)."""
@@ -222,20 +325,21 @@ class FusedUNet(FusedTrunk):
         for block in self.up:
             skip = skips.pop()
             x = walk(block, x, shifts, prompt, skip, skips[-1].shape[-2:] if skips else None)
-        return self.out(x)
+        return self.conv_out(normed(x, self.norm_out))
 
 
 def walk(
     block: Sequence[Layer], x: Tensor, shifts: Iterator[Tensor], prompt: Iterator[Tensor], skip: Tensor | None = None,
     size: torch.Size | None = None,
 ) -> Tensor:  # fmt: skip
+    known: Known = None
     for part in block:
         if isinstance(part, ResBlock):
-            x, skip = part(x, next(shifts), skip), None
+            (x, known), skip = part(x, next(shifts), skip), None
         elif isinstance(part, Transformer):
-            x = part(x, prompt)
+            x = part(x, prompt, known)
         elif isinstance(part, Upsample):
-            x = part(x, size)
+            x, _ = part(x, size)
         else:
             x = part(x)
     return x

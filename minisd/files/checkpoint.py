@@ -15,8 +15,11 @@ import os
 import re
 import struct
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import safetensors
@@ -224,17 +227,48 @@ def file_sha256(path: Path, stopped: Callable[[], bool] = bool) -> str:
     Remembered by path, size and time of change, because a large file takes seconds.  stopped: whether nobody wants to know any
     more, which ends it with an InterruptedError.
     """
-    known = known_sha256(path)
-    if known is None:
-        found = hashlib.sha256()
-        with open_regular(path) as file:
-            while piece := file.read(1 << 22):
-                if stopped():
-                    raise InterruptedError
-                found.update(piece)
-        name, known = state_of(path), found.hexdigest()
-        keep("sha256", known_hashes() | {name: known})
-    return known
+    ahead = AHEAD.get(state_of(path))
+    if ahead is None:
+        return known_sha256(path) or hashed(path, stopped)
+    while not wait([ahead], 0.2).done:
+        if stopped():
+            raise InterruptedError
+    return ahead.result()
+
+
+def hashed(path: Path, stopped: Callable[[], bool] = bool) -> str:
+    """The sha256 of a file that nobody has found out before, kept for the next."""
+    found = hashlib.sha256()
+    with open_regular(path) as file:
+        while piece := file.read(1 << 22):
+            if stopped():
+                raise InterruptedError
+            found.update(piece)
+    name, digest = state_of(path), found.hexdigest()
+    keep("sha256", known_hashes() | {name: digest})
+    return digest
+
+
+AHEAD: dict[str, Future[str]] = {}  # hashes that a thread of this process finds out, or has found out, by state
+
+
+def hashed_ahead(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint itself, whose hash a thread begins to find out: the recipe of a picture is what waits for it.
+
+    A file of 2 GB takes a second, for which the first picture would wait; hashlib lets go of the interpreter meanwhile.
+    """
+
+    def run() -> None:
+        try:
+            found.set_result(known_sha256(checkpoint.path) or hashed(checkpoint.path))
+        except Exception as error:  # told to whoever asks
+            found.set_exception(error)
+
+    found = Future[str]()
+    with suppress(OSError):  # the file is gone: then nobody is told its hash
+        if AHEAD.setdefault(state_of(checkpoint.path), found) is found:
+            Thread(target=run, name="hashes a checkpoint", daemon=True).start()  # which the end of the process does not wait for
+    return checkpoint
 
 
 def known_sha256(path: Path) -> str | None:

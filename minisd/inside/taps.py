@@ -25,7 +25,6 @@ from ..fast.ways import Moment, Walk, Way
 from ..models.clip import TextEncoder
 from ..models.vae import AutoencoderKL
 from ..pipeline import Pipeline
-from ..system.device import make_current
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +158,6 @@ class Watched(Plain):
         return "plain", "taps see the modules"
 
     def walk(self, walk: Walk, x: Tensor, noise: Noise) -> Iterator[Moment]:
-        make_current(x.device)
         denoise = walk.denoiser()
         return self.through(denoise, moments(walk, denoise, x, noise, "plain"))
 

@@ -202,7 +202,7 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 # Of the kernels' own lists: what stands for another size, another use or another model.
-ELSEWHERE = ("two chunks", "no guidance", "three prompts", "mask", "two calls", "8 pictures", "refiner", "no residual")
+ELSEWHERE = ("two chunks", "no guidance", "three prompts", "mask", "two calls", "8 pictures", "refiner", "first of a transformer")
 
 
 @pytest.mark.parametrize("model", ["SD 1.5", "SDXL"])

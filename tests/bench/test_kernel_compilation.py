@@ -11,6 +11,7 @@ import json
 import pytest
 
 from minisd.bench.compiling import capability_of, compiled, programs_per_sm
+from minisd.fast.choice import kernels
 
 HOPPER = capability_of("h100")
 THREAD_LIMIT = 255
@@ -35,6 +36,18 @@ def test_half_precision(dtype, tmp_path):
     assert len(dims) >= 5  # 40, 64, 80, 160, 512
     # Every variant is a wait on the first run of a machine: new ones need a reason.
     assert len(variants) <= 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", ["a100", "b200", "rtx5090"])
+def test_other_gpus(gpu, tmp_path):
+    """Every kernel that is taken there fits without spilling, those too that `auto` leaves out."""
+    capability = capability_of(gpu)
+    names = [name for name in kernels().KERNELS if capability >= 90 or name not in ("attention", "linear_geglu")]
+    for variant in compiled(capability, "float16", names, cache=tmp_path):
+        assert "error_text" not in variant, variant
+        assert variant["stack"] == 0, variant
+        assert programs_per_sm(variant, capability) >= 1, variant
 
 
 @pytest.mark.slow

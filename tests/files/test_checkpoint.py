@@ -7,6 +7,7 @@ import json
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from helpers import FULL, REDUCED, manifest, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 import minisd
-from minisd.files.checkpoint import Checkpoint, file_sha256, open_checkpoint
+from minisd.files import checkpoint as checkpoints
+from minisd.files.checkpoint import Checkpoint, file_sha256, hashed_ahead, open_checkpoint
 from minisd.files.entry import Entry
 from minisd.files.model import build
 from minisd.files.recognition import recognise
@@ -407,3 +409,33 @@ def test_what_nobody_thought_of_is_an_error_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr("minisd.files.checkpoint.read_safetensors", lambda *_: {}["\x1b[2J"])
     with pytest.raises(minisd.CheckpointError, match=r"x\.safetensors: .*KeyError: '\\x1b\[2J'"):
         open_checkpoint(path)
+
+
+def test_a_hash_that_a_thread_is_at_is_waited_for_and_found_out_once(tmp_path, monkeypatch):
+    """Loading begins it, the recipe of a picture asks for it."""
+    save_file({"w": torch.ones(3)}, tmp_path / "a.safetensors")
+    begun, go, usual, count = threading.Event(), threading.Event(), checkpoints.hashed, []
+
+    def slow(path, *stopped):
+        count.append(path)
+        begun.set()
+        assert go.wait(60)
+        return usual(path, *stopped)
+
+    monkeypatch.setattr(checkpoints, "hashed", slow)
+    opened = hashed_ahead(open_checkpoint(tmp_path / "a.safetensors"))
+    assert begun.wait(60)
+    with pytest.raises(InterruptedError):  # whoever no longer wants to know it does not wait
+        file_sha256(opened.path, lambda: True)
+    threading.Timer(0.05, go.set).start()
+    assert opened.sha256() == hashlib.sha256(opened.path.read_bytes()).hexdigest()
+    hashed_ahead(opened)
+    assert file_sha256(opened.path) == opened.sha256()
+    assert len(count) == 1
+
+
+def test_a_file_that_is_gone_is_hashed_for_nobody(tmp_path):
+    save_file({"w": torch.ones(3)}, tmp_path / "a.safetensors")
+    opened = open_checkpoint(tmp_path / "a.safetensors")
+    opened.path.unlink()
+    assert hashed_ahead(opened).sha256() is None

@@ -210,8 +210,8 @@ def compared(root, honest):
 
 
 def test_recipes(honest, compared, root):
-    made_again(recipe_in(Path(honest["picture"])), 23, root)
-    made_again(compared, 23, root)
+    made_again(recipe_in(Path(honest["picture"])), 60, root)
+    made_again(compared, 60, root)
 
 
 @pytest.mark.slow

@@ -349,9 +349,11 @@ def launch_two(
     block = blocking(span, width, tile)
     numbers = (groups, c1, c2, width, span // block["UNIT"])
     if known is None:
-        known = torch.empty(2, grid[2], grid[0], groups, device=inputs[0].device, dtype=torch.float32).unbind(0)
-        partial_kernel[grid](*inputs, *known, pixels, chunk, *numbers, *strides, **block)
-    apply_kernel[grid](*inputs, *known, *given, pixels, chunk, *numbers, eps, *strides, SILU=silu, PARTS=64, **block)
+        means, m2s = torch.empty(2, grid[2], grid[0], groups, device=inputs[0].device, dtype=torch.float32)
+        partial_kernel[grid](*inputs, means, m2s, pixels, chunk, *numbers, *strides, **block)
+    else:
+        means, m2s = known
+    apply_kernel[grid](*inputs, means, m2s, *given, pixels, chunk, *numbers, eps, *strides, SILU=silu, PARTS=64, **block)
 
 
 @dataclass(frozen=True)

@@ -398,7 +398,7 @@ def test_add_bias_with_statistics(size, mean, dtype):
     y, *known = kernels.add_bias(x, bias, residual, groups=32, shift=shift)
     assert torch.equal(y, kernels.add_bias(x, bias, residual))
     for found, true in zip(known, chunk_moments(y.double(), 32, shift.double()), strict=True):
-        assert relative_error(found, true) <= 2e-6
+        assert relative_error(found, true) <= 1e-5  # a mean of 300 in float32 leaves so much of squares about 1
     compare("group_norm", group_norm_arguments(y, shift=shift.expand(len(y), -1), silu=True), known=known)
 
 

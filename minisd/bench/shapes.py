@@ -71,10 +71,15 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[str, Sizes]:
     return f"{k}->{n}, {m} rows", {"m": m, "k": k, "n": n}
 
 
-def feature_map(x: Tensor, *_: Any, groups: int | None = None, shift: Tensor | None = None) -> tuple[str, Sizes]:
+def feature_map(x: Tensor, *_: Any, groups: int | None = None) -> tuple[str, Sizes]:
     batch, channels, height, width = x.shape
     label = f"{channels}@{height}x{width}{', statistics' if groups else ''}"
     return label, {"batch": batch, "channels": channels, "size": height, "statistics": groups is not None}
+
+
+def add_bias(x: Tensor, *_: Any, groups: int | None = None, shift: Tensor | None = None) -> tuple[str, Sizes]:
+    label, sizes = feature_map(x, groups=groups)
+    return label + (", shift" if shift is not None else ""), sizes | {"shift": shift is not None}
 
 
 # From what a kernel is called with to a label and the fields of its Shape.
@@ -86,7 +91,7 @@ SIZES: dict[str, Callable[..., tuple[str, Sizes]]] = {
     "geglu": geglu,
     "linear_geglu": linear_geglu,
     "upsample_conv": feature_map,
-    "add_bias": feature_map,
+    "add_bias": add_bias,
 }
 
 

@@ -196,7 +196,7 @@ def test_what_needs_a_copy_engine_goes_to_pytorch_where_there_is_none(capability
 
 
 @torch.no_grad()
-def test_who_computes_the_attention_is_said(calls):
+def test_who_computes_the_attention_is_said():
     unet = small_unet(SMALL["sd1"])
     with choice.using("torch"):
         assert re.fullmatch(r"PyTorch's [A-Z_]+( \d+)? for \d+(, \d+)* channels a head", operations.attentions_of(unet))

@@ -46,7 +46,8 @@ def group_norm(
 ) -> tuple[str, Sizes]:
     more = 0 if skip is None else skip.shape[1]
     label = f"{x.shape[1]}{f'+{more}' if more else ''}@{x.shape[2]}x{x.shape[3]}{', shift' if shift is not None else ''}"
-    return label, {"batch": x.shape[0], "channels": x.shape[1], "size": x.shape[2], "skip": more, "shift": shift is not None}
+    sizes = {"batch": x.shape[0], "channels": x.shape[1], "size": x.shape[2], "skip": more}
+    return label + ("" if silu else ", no SiLU"), sizes | {"shift": shift is not None, "silu": bool(silu)}
 
 
 def layer_norm(x: Tensor, *_: Any, shift: Tensor | None = None) -> tuple[str, Sizes]:

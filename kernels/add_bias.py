@@ -118,13 +118,14 @@ def add_bias(
 @dataclass(frozen=True)
 class Shape(MapShape):
     statistics: bool = False
+    shift: bool = False
 
 
 SHAPES = [
-    Shape("SD 1.5 320@64x64, statistics", 2, 320, 64, True),
+    Shape("SD 1.5 320@64x64, statistics", 2, 320, 64, True, True),
     *Shape.of("SD 1.5", 2, (1280, 8)),
     *Shape.of("SDXL", 2, (320, 128)),
-    Shape("SDXL 1280@32x32, statistics", 2, 1280, 32, True),
+    Shape("SDXL 1280@32x32, statistics", 2, 1280, 32, True, True),
     Shape("VAE 512@64x64, statistics", 1, 512, 64, True),
     *Shape.of("VAE", 1, (256, 512)),
     Shape("VAE 128@512x512, statistics", 1, 128, 512, True),
@@ -137,8 +138,9 @@ def make(shape: Shape, device: torch.device | str, dtype: torch.dtype) -> dict[s
         x = torch.randn(shape.batch, shape.channels, shape.size, shape.size, device=device, dtype=dtype)
         return x.to(memory_format=torch.channels_last)
 
-    bias = torch.randn(shape.channels, device=device)  # a sum, in float32
-    return {"x": image(), "bias": bias, "residual": image()} | ({"groups": 32} if shape.statistics else {})
+    bias, shift = (torch.randn(shape.channels, device=device) for _ in range(2))  # sums, in float32
+    arguments = {"x": image(), "bias": bias, "residual": image()} | ({"groups": 32} if shape.statistics else {})
+    return arguments | ({"shift": shift} if shape.shift else {})
 
 
 def traffic(shape: Shape, element_size: int) -> int:

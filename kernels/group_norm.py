@@ -148,11 +148,11 @@ def normalise(
     SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """Writes `count` pixels of y, by the mean and the reciprocal deviation of each group; following: their first tile."""
+    offset = tl.load(bias + channels, mask=mask, other=0.0).to(tl.float32)[None, :]
+    factor = tl.load(weight + channels, mask=mask, other=0.0).to(tl.float32)
     member = (lanes[None, :] // width == tl.arange(0, BLOCK_G)[:, None]) & mask[None, :]
     mean = tl.sum(tl.where(member, mean_g[:, None], 0.0), axis=0)[None, :]
-    scale = tl.sum(tl.where(member, rstd_g[:, None], 0.0), axis=0)
-    scale = (scale * tl.load(weight + channels, mask=mask, other=0.0).to(tl.float32))[None, :]
-    offset = tl.load(bias + channels, mask=mask, other=0.0).to(tl.float32)[None, :]
+    scale = (factor * tl.sum(tl.where(member, rstd_g[:, None], 0.0), axis=0))[None, :]
     if shift is not None:
         shift_c = tl.load(shift + channels, mask=mask & (channels < c1), other=0.0).to(tl.float32)
     rows = tl.arange(0, ROWS)
@@ -326,15 +326,17 @@ def launch_whole(
     whole_kernel[grid](*inputs, *given, pixels, c1, c2, width, span // unit, eps, *strides, SILU=silu, **sized)
 
 
-def chunks_of(b: int, pixels: int, channels: int, groups: int, tile: Tile = TILE) -> tuple[int, int, tuple[int, int, int]]:
+def chunks_of(b: int, pixels: int, channels: int, groups: int, tile: Tile | None = None) -> tuple[int, int, tuple[int, int, int]]:
     """Channels of a program, pixels of one, and the grid, over chunks of pixels, runs of whole groups and samples."""
+    tile = tile or TILE
     span = channel_span(channels // groups, groups)
     blocks = ceil(channels / span)
     chunk = tile.rows * ceil(pixels / ceil(tile.programs / (b * blocks)) / tile.rows)
     return span, chunk, (ceil(pixels / chunk), blocks, b)
 
 
-def blocking(span: int, width: int, tile: Tile = TILE) -> dict[str, int]:
+def blocking(span: int, width: int, tile: Tile | None = None) -> dict[str, int]:
+    tile = tile or TILE
     block = {"UNIT": 8 if span % 8 == 0 else 1, "ROWS": tile.rows, "BLOCK_C": max(128, 1 << (span - 1).bit_length())}
     return block | {"BLOCK_G": 16 if span // width <= 16 else 32, "num_warps": tile.warps}
 
@@ -349,23 +351,29 @@ def launch_two(
     block = blocking(span, width, tile)
     numbers = (groups, c1, c2, width, span // block["UNIT"])
     if known is None:
-        known = torch.empty(2, grid[2], grid[0], groups, device=inputs[0].device, dtype=torch.float32).unbind(0)
-        partial_kernel[grid](*inputs, *known, pixels, chunk, *numbers, *strides, **block)
-    apply_kernel[grid](*inputs, *known, *given, pixels, chunk, *numbers, eps, *strides, SILU=silu, PARTS=64, **block)
+        means, m2s = torch.empty(2, grid[2], grid[0], groups, device=inputs[0].device, dtype=torch.float32)
+        partial_kernel[grid](*inputs, means, m2s, pixels, chunk, *numbers, *strides, **block)
+    else:
+        means, m2s = known
+    apply_kernel[grid](*inputs, means, m2s, *given, pixels, chunk, *numbers, eps, *strides, SILU=silu, PARTS=64, **block)
 
 
 @dataclass(frozen=True)
 class Shape(MapShape):
     skip: int = 0
     shift: bool = False
+    silu: bool = True
 
 
 SHAPES = [
     Shape("SD 1.5 320@64x64", 2, 320, 64, shift=True),
+    Shape("SD 1.5 320@64x64, before a transformer", 2, 320, 64, shift=True, silu=False),
     Shape("SD 1.5 640+320@64x64", 2, 640, 64, skip=320),
     Shape("SD 1.5 640@32x32", 2, 640, 32, shift=True),
     Shape("SD 1.5 1280+640@32x32", 2, 1280, 32, skip=640),
     Shape("SD 1.5 1280@16x16", 2, 1280, 16, shift=True),
+    Shape("SD 1.5 1280@16x16, before a transformer", 2, 1280, 16, shift=True, silu=False),
+    Shape("SD 1.5 1280@8x8", 2, 1280, 8),
     Shape("SD 1.5 1280+1280@8x8", 2, 1280, 8, skip=1280),
     Shape("SD 2.1 320@96x96", 2, 320, 96, shift=True),
     Shape("SDXL 320@128x128", 2, 320, 128, shift=True),
@@ -374,6 +382,7 @@ SHAPES = [
     Shape("SDXL 1280@32x32", 2, 1280, 32, shift=True),
     *Shape.of("VAE", 1, (512, 64), (256, 512), (128, 512), (128, 1024)),
     Shape("VAE 128@512x512, shift", 1, 128, 512, shift=True),
+    Shape("VAE 512@64x64, before attention", 1, 512, 64, silu=False),
 ]
 
 
@@ -389,7 +398,7 @@ def make(shape: Shape, device: torch.device | str, dtype: torch.dtype) -> dict[s
         "weight": 1 + torch.randn(total, device=device, dtype=dtype) / 4,
         "bias": torch.randn(total, device=device, dtype=dtype) / 4,
         "eps": 1e-5,
-        "silu": True,
+        "silu": shape.silu,
         "shift": torch.randn(shape.batch, shape.channels, device=device) if shape.shift else None,  # a sum, in float32
         "skip": image(shape.skip) if shape.skip else None,
     }

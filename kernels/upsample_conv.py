@@ -161,7 +161,7 @@ def upsample_conv(
     if groups is not None:
         expect(channels % groups == 0, "groups", f"a divisor of the {channels} channels", groups)
         span, chunk, grid = chunks_of(b, 4 * height * width, channels, groups)
-        block = blocking(span, channels // groups)
+        block = blocking(span, channels // groups) | {"ROWS": 16}  # half of a chunk's step: addresses take registers here
         known = torch.empty(2, b, grid[0], groups, device=x.device, dtype=torch.float32).unbind(0)
         numbers = (height, width, chunk, groups, channels, channels // groups, span // block["UNIT"], z_row, z_batch)
         interleave_statistics_kernel[grid](z, bias, y, *known, *numbers, **block)

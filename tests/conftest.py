@@ -101,6 +101,8 @@ SELDOM = {
     "test_every_sampler_over_every_spacing_with_every_guidance": 3,
     "test_every_step_equals_the_plain_way": 2,
     "test_files": 2,
+    "test_group_norm_hostile_values": 2,
+    "test_group_norm_odd_shapes": 2,
     "test_group_norm_of_many_chunks": 3,
     "test_group_norm_over_a_skip_connection": 6,
     "test_group_norm_real_widths": 3,

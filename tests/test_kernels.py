@@ -27,7 +27,7 @@ from torch import Tensor
 from minisd import kernels
 from minisd.kernels import checks
 from minisd.kernels.attention import SMALLER, TILES
-from minisd.kernels.group_norm import TILE, chunk_moments
+from minisd.kernels.group_norm import TILE, Tile, chunk_moments
 from minisd.kernels.upsample_conv import phase_weights, plain, whole_weights
 
 DEVICE = "cpu" if checks.INTERPRETED else "cuda"
@@ -390,28 +390,34 @@ def test_add_bias_refuses_what_is_not_dense():
 # --- statistics by the kernel that writes ---------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several of them, each of several steps, also where a map is small."""
+    monkeypatch.setattr(kernels.KERNELS["group_norm"], "TILE", Tile(4, 9, 4))
+
+
 @each_dtype
-@pytest.mark.parametrize(("size", "mean"), [((2, 320, 5, 7), 0), ((1, 128, 70, 30), 2), ((1, 64, 40, 33), -300)])
-def test_add_bias_with_statistics(size, mean, dtype):
+@pytest.mark.parametrize(("size", "mean"), [((2, 320, 5, 7), 0), ((1, 128, 9, 5), 2), ((1, 64, 11, 3), -300)])
+def test_add_bias_with_statistics(size, mean, small_chunks, dtype):
     """Of what is written, rounded, and a shift that only the norm adds; the last chunk is short."""
     x, residual, bias, shift = image(*size, dtype=dtype) + mean, image(*size, dtype=dtype), rand(size[1]), rand(size[1])
     y, *known = kernels.add_bias(x, bias, residual, groups=32, shift=shift)
     assert torch.equal(y, kernels.add_bias(x, bias, residual))
     for found, true in zip(known, chunk_moments(y.double(), 32, shift.double()), strict=True):
-        assert relative_error(found, true) <= 2e-6
+        assert relative_error(found, true) <= 1e-5  # a mean of 300 in float32 leaves so much of squares about 1
     compare("group_norm", group_norm_arguments(y, shift=shift.expand(len(y), -1), silu=True), known=known)
 
 
 @each_dtype
-@pytest.mark.parametrize("shape", [(1, 32, 64, 17, 9), (2, 8, 320, 5, 3)])  # B, C, C', H, W
-def test_upsample_conv_with_statistics(shape, dtype):
+@pytest.mark.parametrize("shape", [(1, 32, 64, 5, 3), (2, 8, 320, 3, 2)])  # B, C, C', H, W
+def test_upsample_conv_with_statistics(shape, small_chunks, dtype):
     batch, c_in, c_out, height, width = shape
     x, phases = image(batch, c_in, height, width, dtype=dtype), phase_weights(rand(c_out, c_in, 3, 3, dtype=dtype))
     bias = rand(c_out, dtype=dtype) * 20
     y, *known = kernels.upsample_conv(x, phases, bias, groups=32)
     assert torch.equal(y, kernels.upsample_conv(x, phases, bias))
     for found, true in zip(known, chunk_moments(y.double(), 32), strict=True):
-        assert relative_error(found, true) <= 2e-6
+        assert relative_error(found, true) <= 1e-5
     compare("group_norm", group_norm_arguments(y), known=known)
 
 

@@ -33,8 +33,8 @@ from .report import Report
 CLASSES = {
     "attention": r"attention|attend|flash|fmha|sdpa|softmax|exponentials_kernel",
     "GEGLU": r"geglu|gelu",
-    "convolution": r"interleave_kernel|conv|fprop|dgrad",
-    "GroupNorm, SiLU": r"partial_kernel|apply_kernel|group_?norm|rowwisemoments|silu",
+    "convolution": r"interleave|conv|fprop|dgrad",
+    "GroupNorm, SiLU": r"partial_kernel|apply_kernel|whole_kernel|group_?norm|rowwisemoments|silu",
     "LayerNorm": r"layer_?norm",
     "linear": r"nvjet|gemm|gemv|cutlass|cublas|linear|\bmm\b|addmm|bmm|splitk",
     "sampler, guidance": r"linear_step",

@@ -46,7 +46,8 @@ def group_norm(
 ) -> tuple[str, Sizes]:
     more = 0 if skip is None else skip.shape[1]
     label = f"{x.shape[1]}{f'+{more}' if more else ''}@{x.shape[2]}x{x.shape[3]}{', shift' if shift is not None else ''}"
-    return label, {"batch": x.shape[0], "channels": x.shape[1], "size": x.shape[2], "skip": more, "shift": shift is not None}
+    sizes = {"batch": x.shape[0], "channels": x.shape[1], "size": x.shape[2], "skip": more}
+    return label + ("" if silu else ", no SiLU"), sizes | {"shift": shift is not None, "silu": bool(silu)}
 
 
 def layer_norm(x: Tensor, *_: Any, shift: Tensor | None = None) -> tuple[str, Sizes]:
@@ -71,10 +72,15 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[str, Sizes]:
     return f"{k}->{n}, {m} rows", {"m": m, "k": k, "n": n}
 
 
-def feature_map(x: Tensor, *_: Any, groups: int | None = None, shift: Tensor | None = None) -> tuple[str, Sizes]:
+def feature_map(x: Tensor, *_: Any, groups: int | None = None) -> tuple[str, Sizes]:
     batch, channels, height, width = x.shape
     label = f"{channels}@{height}x{width}{', statistics' if groups else ''}"
     return label, {"batch": batch, "channels": channels, "size": height, "statistics": groups is not None}
+
+
+def add_bias(x: Tensor, *_: Any, groups: int | None = None, shift: Tensor | None = None) -> tuple[str, Sizes]:
+    label, sizes = feature_map(x, groups=groups)
+    return label + (", shift" if shift is not None else ""), sizes | {"shift": shift is not None}
 
 
 # From what a kernel is called with to a label and the fields of its Shape.
@@ -86,7 +92,7 @@ SIZES: dict[str, Callable[..., tuple[str, Sizes]]] = {
     "geglu": geglu,
     "linear_geglu": linear_geglu,
     "upsample_conv": feature_map,
-    "add_bias": feature_map,
+    "add_bias": add_bias,
 }
 
 

@@ -6,7 +6,9 @@ depends on the timestep or on the prompt alone is computed outside of the step (
     q, k and v come from one matrix product;
     the time embedding and the bias of the convolution before it are added inside the GroupNorm that follows;
     a skip connection is never concatenated: the norm reads both parts, and the 1x1 shortcut is two products that add up;
-    a residual sum is made by the matrix product whose result is added, and its bias is left to the norms that follow.
+    a residual sum is made by the matrix product whose result is added, and its bias is left to the norms that follow;
+    the kernel that writes a map also makes the statistics for the norm that reads it;
+    convolutions from or to a few channels have zeros up to a multiple of 8.
 
 Feature maps are channels-last.  Joined matrices take no memory of their own: the modules' weights become views of them, so the
 modules work as before, and `state_dict` has the same keys and values.
@@ -216,9 +218,8 @@ class Transformer:
         self.bias.copy_(self.biases())
         self.shift.copy_(-self.bias)
 
-    def __call__(
-        self, x: Tensor, keys_values: Iterator[Tensor], known: Known = None
-    ) -> Tensor:  # (B, C, H, W), written over -> (B, C, H, W)  # fmt: skip
+    def __call__(self, x: Tensor, keys_values: Iterator[Tensor], known: Known = None) -> Tensor:
+        """x (B, C, H, W), which is written over, and what is known of it -> (B, C, H, W)."""
         x = x if self.lent else x + self.bias[:, None, None].to(x.dtype)
         h = self.proj_in(rows(normed(x, self.norm, self.shift.expand(len(x), -1), known=known)))
         shifts = [None, *self.owed]

@@ -237,16 +237,16 @@ def file_sha256(path: Path, stopped: Callable[[], bool] = bool) -> str:
 
 
 def hashed(path: Path, stopped: Callable[[], bool] = bool) -> str:
-    """The sha256 of a file that nobody has found out before, kept for the next."""
-    found = hashlib.sha256()
+    """The sha256 of a file that nobody has found out before, kept for the next unless another takes its place meanwhile."""
+    found, name = hashlib.sha256(), state_of(path)
     with open_regular(path) as file:
         while piece := file.read(1 << 22):
             if stopped():
                 raise InterruptedError
             found.update(piece)
-    name, digest = state_of(path), found.hexdigest()
-    keep("sha256", known_hashes() | {name: digest})
-    return digest
+    if state_of(path) == name:
+        keep("sha256", known_hashes() | {name: found.hexdigest()})
+    return found.hexdigest()
 
 
 AHEAD: dict[str, Future[str]] = {}  # hashes that a thread of this process finds out, or has found out, by state

@@ -226,8 +226,8 @@ def test_shapes_of_a_checkpoint_say_where_and_how_often(full_size):
     assert labels("attention")[:2] == ["UNet 8 x d=40, 4096 to 4096, 5 times", "UNet 8 x d=40, 4096 to 77, 5 times"]
     assert labels("wide_attention") == ["VAE 1 x d=512, 4096 to 4096, once"]
     norms = [same(shape) for shape in shapes_of("group_norm", full_size["SD 1.5"], torch.float16)]
-    assert {"batch": 2, "channels": 1280, "size": 32, "skip": 640, "shift": False} in norms
-    assert {"batch": 1, "channels": 128, "size": 512, "skip": 0, "shift": True} in norms  # of the decoder
+    assert {"batch": 2, "channels": 1280, "size": 32, "skip": 640, "shift": False, "silu": True} in norms
+    assert {"batch": 1, "channels": 128, "size": 512, "skip": 0, "shift": True, "silu": True} in norms  # of the decoder
     text = [shape for shape in shapes_of("layer_norm", full_size["SDXL"], torch.float16) if shape.label.startswith("text")]
     assert {shape.channels for shape in text} == {768, 1280}
 

@@ -34,8 +34,9 @@ def test_half_precision(dtype, tmp_path):
             assert programs_per_sm(variant, HOPPER) >= 3, variant  # what PROGRAMS in group_norm.py counts on
     dims = {variant["for"] for variant in variants if variant["kernel"] == "attention_kernel"}
     assert len(dims) >= 5  # 40, 64, 80, 160, 512
-    # Every variant is a wait on the first run of a machine: new ones need a reason.
-    assert len(variants) <= 32
+    # Every variant is a wait on the first run of a machine: new ones need a reason.  Ten are of `attention` and `linear_geglu`,
+    # which `auto` does not take; two are norms in one launch, and four writers that make statistics.
+    assert len(variants) <= 40
 
 
 @pytest.mark.slow

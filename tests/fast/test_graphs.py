@@ -6,7 +6,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import pytest
 import torch
@@ -78,6 +78,35 @@ def test_the_cache_is_emptied_only_where_recording_finds_no_memory(failures, mon
         recording = record(lambda: torch.zeros(1), ())
     assert (recording is None) == (failures == 2) == bool(said)
     assert len(emptied) == min(failures, 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has the real ones")
+@pytest.mark.parametrize(("pool", "fails"), [(None, False), ((1, 2), False), (None, True)])
+def test_what_a_capture_asks_of_pytorch(pool, fails, monkeypatch):
+    """It begins and ends, after an error too, and gives no cached memory back."""
+    said: list[object] = []
+
+    class Graph:
+        def capture_begin(self, *pool, capture_error_mode):
+            said.append(("begin", pool, capture_error_mode))
+
+        def capture_end(self):
+            said.append("end")
+
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: said.append("clear"), raising=False)
+    monkeypatch.setattr(graphs, "capture_stream", lambda device: "another")
+    monkeypatch.setattr("torch.cuda.current_stream", lambda: "usual")
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    monkeypatch.setattr("torch.cuda.set_stream", said.append)
+    monkeypatch.setattr("torch.cuda.stream", lambda stream: said.append(stream) or nullcontext())
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: pytest.fail("emptied"))
+    with pytest.raises(RuntimeError) if fails else nullcontext(), graphs.capture(Graph(), pool):
+        said.append("run")
+        if fails:
+            raise RuntimeError
+    begun = ("begin", () if pool is None else (pool,), "thread_local")
+    assert said == ["clear", "another", begun, "run", "end", "clear", "usual"]
 
 
 def test_a_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch):

@@ -434,6 +434,15 @@ def test_a_hash_that_a_thread_is_at_is_waited_for_and_found_out_once(tmp_path, m
     assert len(count) == 1
 
 
+def test_the_hash_of_a_file_that_is_replaced_meanwhile_is_not_that_of_the_new_one(tmp_path):
+    file, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file({"w": torch.ones(3)}, file)
+    save_file({"w": torch.ones(4)}, other)
+    wanted = hashlib.sha256(other.read_bytes()).hexdigest()
+    checkpoints.hashed(file, lambda: bool(other.exists() and other.replace(file)) and False)  # asked after the first piece
+    assert file_sha256(file) == wanted
+
+
 def test_a_file_that_is_gone_is_hashed_for_nobody(tmp_path):
     save_file({"w": torch.ones(3)}, tmp_path / "a.safetensors")
     opened = open_checkpoint(tmp_path / "a.safetensors")

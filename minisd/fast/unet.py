@@ -1,4 +1,4 @@
-"""The UNet and the VAE's decoder a second time, as a GPU likes them: the same weights and numbers, fewer and larger operations.
+"""The UNet a second time, as a GPU likes it: the same weights and numbers, fewer and larger operations.
 
 unet.py and vae.py are the definition; this file says only what is done differently, and tests hold the two together.  What
 depends on the timestep or on the prompt alone is computed outside of the step (`shifts`, `keys_values`).  Inside it
@@ -14,7 +14,7 @@ modules work as before, and `state_dict` has the same keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -150,16 +150,19 @@ def layer(module: nn.Module) -> Layer:
     return Upsample(module.conv) if isinstance(module, unet.Upsample) else module
 
 
-def layers_of(block: nn.Module) -> list[Layer]:
-    return [layer(part) for part in block.children()]
+Make = Callable[[nn.Module], Layer]
+
+
+def layers_of(block: nn.Module, make: Make) -> list[Layer]:
+    return [make(part) for part in block.children()]
 
 
 class FusedTrunk:
-    """Computes what `unet.Trunk` does, from its weights."""
+    """Computes what `unet.Trunk` does, from its weights.  make: the fused form of one of its layers."""
 
-    def __init__(self, network: unet.Trunk) -> None:
+    def __init__(self, network: unet.Trunk, make: Make = layer) -> None:
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.down = [layers_of(block) for block in (*network.input_blocks, network.middle_block)]
+        self.down = [layers_of(block, make) for block in (*network.input_blocks, network.middle_block)]
         self.resblocks = [module for module in network.modules() if isinstance(module, unet.ResBlock)]
         self.projections: list[nn.Linear] = [block.emb_layers[1] for block in self.resblocks]  # type: ignore[misc]
         self.shift = joined(*self.projections)
@@ -202,9 +205,9 @@ class FusedTrunk:
 class FusedUNet(FusedTrunk):
     """Computes what `unet.UNet` does, from its weights."""
 
-    def __init__(self, network: unet.UNet) -> None:
-        super().__init__(network)
-        self.up, self.out = [layers_of(block) for block in network.output_blocks], network.out
+    def __init__(self, network: unet.UNet, make: Make = layer) -> None:
+        super().__init__(network, make)
+        self.up, self.out = [layers_of(block, make) for block in network.output_blocks], network.out
 
     @property
     def layers(self) -> list[Layer]:

@@ -59,8 +59,8 @@ class Downsample:
 
 
 class TransformerBlock(fused.TransformerBlock):
-    def __call__(self, x: Tensor, change: Tensor | None, keys_values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x (B, L, C), keys_values (B, S, 2*C) -> (B, L, C), with nothing left to be added."""
+    def whole(self, x: Tensor, keys_values: Tensor) -> Tensor:
+        """x (B, L, C), keys_values (B, S, 2*C) -> (B, L, C)."""
         block = self.block
         q, k, v = linear(block.norm1(x), self.qkv).chunk(3, dim=-1)
         out: nn.Linear = block.attn1.to_out[0]  # type: ignore[assignment]
@@ -68,7 +68,7 @@ class TransformerBlock(fused.TransformerBlock):
         k, v = keys_values.chunk(2, dim=-1)
         q, out = linear(block.norm2(x), block.attn2.to_q.weight), block.attn2.to_out[0]  # type: ignore[assignment]
         x = linear(ops.attention(q, k, v, self.heads), out.weight, out.bias, add=x)
-        return self.feed_forward(x), None
+        return self.feed_forward(x)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """x (B, L, C) -> same, with its feed-forward added."""
@@ -87,7 +87,7 @@ class Transformer(fused.Transformer):
     def __call__(self, x: Tensor, keys_values: Iterator[Tensor]) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         h = linear(rows(normed(x, self.norm)), self.proj_in.weight.flatten(1), self.proj_in.bias)
         for block in self.blocks:
-            h, _ = block(h, None, next(keys_values))
+            h = block.whole(h, next(keys_values))
         return image(linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias, add=rows(x)), x)
 
 

@@ -207,7 +207,8 @@ class FusedUNet(FusedTrunk):
 
     def __init__(self, network: unet.UNet, make: Make = layer) -> None:
         super().__init__(network, make)
-        self.up, self.out = [layers_of(block, make) for block in network.output_blocks], network.out
+        self.up = [layers_of(block, make) for block in network.output_blocks]
+        self.out: Callable[[Tensor], Tensor] = network.out
 
     @property
     def layers(self) -> list[Layer]:

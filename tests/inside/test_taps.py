@@ -13,8 +13,8 @@ from families import SMALL
 from PIL import Image
 
 import minisd
+from minisd.fast.cpu.engine import Cpu
 from minisd.fast.cuda import Cuda
-from minisd.fast.engine import Plain
 from minisd.inside.taps import Watched, makes_value
 
 UNET = "model.diffusion_model"
@@ -176,8 +176,8 @@ def test_a_change_of_another_shape_is_told(tiny):
         pass
 
 
-def test_a_tap_is_told_of_by_no_warning_on_a_plain_engine(tiny):
-    assert isinstance(tiny.engine, Plain)
+def test_a_tap_is_told_of_by_no_warning_on_a_cpu(tiny):
+    assert isinstance(tiny.engine, Cpu)
     with warnings.catch_warnings(action="error"), minisd.tap(tiny, f"{UNET}.out"):
         assert isinstance(tiny.engine, Watched)
 

@@ -12,7 +12,7 @@ from ..choice import chosen
 from ..cuda import Cuda, decoder_recorder
 from ..unet import FusedUNet
 from ..ways import Walk, Way
-from .networks import decoder_layer, unet_layer
+from .networks import decoder_layer, last_layers, unet_layer
 
 
 class Cpu(Cuda):
@@ -25,7 +25,9 @@ class Cpu(Cuda):
         super().__init__(unet, False, others)  # type: ignore[arg-type]
 
     def fuse(self) -> FusedUNet:
-        return FusedUNet(self.unet, unet_layer)
+        fused = FusedUNet(self.unet, unet_layer)
+        fused.out = last_layers(self.unet.out)
+        return fused
 
     def way(self, walk: Walk, x: Tensor) -> tuple[Way, str]:
         if not chosen().auto:

@@ -149,7 +149,7 @@ def test_no_weight_is_held_twice():
 # --- the engine -----------------------------------------------------------------------------------------------------------------
 
 
-PICTURE = Image.new("RGB", (64, 64), (90, 120, 30))
+PICTURE = Image.radial_gradient("L").resize((64, 64)).convert("RGB")
 GIVEN = {"sd1-inpaint": {"init_image": PICTURE, "mask": Image.new("L", (64, 64), 255), "strength": 1.0}}
 GIVEN["sd1-edit"] = {"init_image": PICTURE}
 GIVEN["sdxl-inpaint"] = GIVEN["sd1-inpaint"]

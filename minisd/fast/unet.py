@@ -27,9 +27,14 @@ from .choice import kernels, wants
 
 
 def joined(*layers: nn.Linear) -> Tensor:
-    """The weights of layers with the same input one above the other; each layer's own becomes a view of it."""
-    weight = torch.cat([layer.weight.flatten(1) for layer in layers])
-    for layer, part in zip(layers, weight.split([len(layer.weight) for layer in layers]), strict=True):
+    """The weights of layers with the same input one above the other; each layer's own becomes a view of it.
+
+    Each is let go as soon as it is copied: those of SDXL for the prompt are a tenth of its file.
+    """
+    first, sizes = layers[0].weight.detach().flatten(1), [len(layer.weight) for layer in layers]
+    weight = first.new_empty(sum(sizes), first.shape[1])
+    for layer, part in zip(layers, weight.split(sizes), strict=True):
+        part.copy_(layer.weight.detach().flatten(1))
         layer.weight.data = part.view(layer.weight.shape)
     return weight
 

@@ -26,7 +26,7 @@ from .diffusion.denoiser import Conditioning, Network
 from .diffusion.spacings import spacing_named, visited
 from .errors import CheckpointError, UsageError
 from .fast.choice import chosen
-from .fast.cuda import engine
+from .fast.engines import engine
 from .fast.ways import AsLoaded
 from .files.checkpoint import Checkpoint, hashed_ahead, open_checkpoint
 from .files.model import StableDiffusion, averaged, load_model, load_vae

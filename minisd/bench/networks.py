@@ -101,7 +101,8 @@ def step_input(model: Published, side: int, device: torch.device, dtype: torch.d
     return StepInput(x, t, context, y, pooled, torch.tensor([numbers] * 2, device=device, dtype=dtype))
 
 
-def laid_out(module: Any, device: torch.device) -> Any:
-    """In channels-last memory where our kernels run, as the pipeline has it, elsewhere in PyTorch's own order."""
-    wanted = choice.wants("group_norm", device)
+def laid_out(module: Any, device: torch.device, fused: bool = False) -> Any:
+    """In channels-last memory where our kernels run, as the pipeline has it, and for the fused forms of a CPU; elsewhere in
+    PyTorch's own order."""
+    wanted = choice.wants("group_norm", device) or (fused and device.type == "cpu")
     return module.to(memory_format=torch.channels_last if wanted else torch.contiguous_format)

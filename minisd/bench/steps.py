@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,14 +18,15 @@ from ..diffusion.program import program
 from ..diffusion.samplers import SAMPLERS
 from ..diffusion.schedule import scaled_linear
 from ..fast import choice
+from ..fast.cpu.engine import Cpu
+from ..fast.cpu.networks import decoder_layer
 from ..fast.cuda import Cuda
 from ..fast.decoder import FusedDecoder
 from ..fast.operations import attentions_of
-from ..fast.unet import FusedUNet
 from ..fast.ways import Walk
-from ..models.unet import UNet
 from ..system.device import name_of
 from . import peers
+from .lab import runtimes
 from .networks import MODELS, StepInput, laid_out, random_unet, random_vae, step_input
 from .report import Report
 from .timing import Run, captured
@@ -41,7 +43,8 @@ def bench_unet(report: Report, args: Any) -> None:
     report.table(title(report, f"{model.name} UNet step, batch 2, {side}x{side} latents"), COLUMNS)
     network, given = random_unet(model, clock.device, clock.dtype), step_input(model, side, clock.device, clock.dtype)
     report.note(f"attention by {attentions_of(network)}")
-    fused = FusedUNet(network)
+    engine = Cuda(network, graphs=True) if clock.is_cuda else Cpu(network)
+    fused = engine.fuse()
     shift, keys_values = fused.shifts(given.t[:1], given.y)[0], fused.keys_values(given.context)
 
     def plain() -> Tensor:
@@ -50,19 +53,23 @@ def bench_unet(report: Report, args: Any) -> None:
     def fast() -> Tensor:
         return fused(given.x, shift, keys_values)
 
-    def laid() -> None:
-        laid_out(network, clock.device)
+    def laid(fused: bool) -> None:
+        laid_out(network, clock.device, fused)
 
     ours, wanted = own_rows(report, fast, plain, laid, args.ablate)
     with report.attempt("minisd, whole step as drawn"):
-        whole_step(report, network, given, ours)
+        laid(True)
+        whole_step(report, engine, given, ours)
     peers.bench(report, args.peers, lambda: peers.unet(model, network), peers.unet_call, given, ours, wanted)
+    if "openvino" in args.peers:
+        tensors = [x for x in (given.x, given.t, given.context, given.y) if x is not None]
+        runtimes.bench(report, network, lambda network, *given: network(*given), tensors, ours, wanted)
 
 
-def whole_step(report: Report, network: UNet, given: StepInput, ours: float) -> None:
-    """One of the steps that the pipeline replays: with the tables' rows, guidance and the sampler's update."""
-    clock = report.clock
-    engine = Cuda(network, graphs=clock.is_cuda)
+def whole_step(report: Report, engine: Cuda, given: StepInput, ours: float) -> None:
+    """One of the steps that the pipeline replays: with the tables' rows, guidance and the sampler's update; on a CPU the first
+    of a picture, with the prompt's keys and values."""
+    clock, network = report.clock, engine.unet
     halves = [
         Conditioning(context, vector=vector) for context, vector in zip(given.context.split(1), parts(given.y), strict=True)
     ]
@@ -78,6 +85,15 @@ def whole_step(report: Report, network: UNet, given: StepInput, ours: float) -> 
                 return
 
     first = clock.once(draw)
+    seconds = clock.replayed(one_call(engine)) if clock.is_cuda else clock.seconds(draw)
+    report.add("minisd, whole step as drawn", time=seconds, first=first, to_ours=seconds / ours)
+    if clock.is_cuda:
+        second = clock.once(draw)
+        report.add("minisd, 20 steps as drawn, a step", time=second / 20, to_ours=second / 20 / ours)
+
+
+def one_call(engine: Cuda) -> Run:
+    """The first call of what an engine has just drawn, again."""
     (buffers,) = engine.shapes.values()
 
     def again() -> None:
@@ -85,11 +101,7 @@ def whole_step(report: Report, network: UNet, given: StepInput, ours: float) -> 
         if engine.fused:
             engine.run(engine.fused, buffers, (0, 1))
 
-    seconds = clock.replayed(again) if clock.is_cuda else clock.seconds(again)
-    report.add("minisd, whole step as drawn", time=seconds, first=first, to_ours=seconds / ours)
-    if clock.is_cuda:
-        second = clock.once(draw)
-        report.add("minisd, 20 steps as drawn, a step", time=second / 20, to_ours=second / 20 / ours)
+    return again
 
 
 def parts(y: Tensor | None) -> Sequence[Tensor | None]:
@@ -106,14 +118,16 @@ def decode_rows(report: Report, args: Any, side: int) -> None:
     clock = report.clock
     report.table(title(report, f"VAE decoding {8 * side}x{8 * side} pixels"), COLUMNS)
     network = random_vae(clock.device, clock.dtype)
-    fused = FusedDecoder(network)
+    fused = FusedDecoder(network) if clock.is_cuda else FusedDecoder(network, decoder_layer)
     latents = torch.randn(1, 4, side, side, device=clock.device).to(clock.dtype)
 
-    def laid() -> None:
-        laid_out(network, clock.device)
+    def laid(fused: bool) -> None:
+        laid_out(network, clock.device, fused)
 
     ours, wanted = own_rows(report, lambda: fused(latents), lambda: network.decode(latents), laid, args.ablate)
     peers.bench(report, args.peers, lambda: peers.vae(network), peers.vae_call, latents, ours, wanted)
+    if "openvino" in args.peers:
+        runtimes.bench(report, network, lambda network, latents: network.decode(latents), [latents], ours, wanted)
 
 
 def title(report: Report, what: str) -> str:
@@ -123,7 +137,7 @@ def title(report: Report, what: str) -> str:
     return f"{what}, {name_of(report.clock.dtype)}, {graph}; {meaning}"
 
 
-def own_rows(report: Report, fast: Run, plain: Run, lay_out: Callable[[], None], ablate: bool) -> tuple[float, Tensor]:
+def own_rows(report: Report, fast: Run, plain: Run, lay: Callable[[bool], None], ablate: bool) -> tuple[float, Tensor]:
     """Rows for the fused and the plain form, kernels on and off, and for each kernel switched alone.
 
     Returns the seconds of the first, and what the plain form makes in PyTorch alone.
@@ -131,7 +145,8 @@ def own_rows(report: Report, fast: Run, plain: Run, lay_out: Callable[[], None],
     clock = report.clock
     with choice.using("torch"), FlopCounterMode(display=False) as counter:
         wanted = plain().clone()
-    ours = own_row(report, "minisd, fused", None, fast, lay_out, wanted, None)
+    ours = own_row(report, "minisd, fused", None, fast, partial(lay, True), wanted, None)
+    lay_out = partial(lay, False)
     own_row(report, "minisd, plain modules", None, plain, lay_out, wanted, ours)
     if clock.is_cuda:
         own_row(report, "minisd, fused, no kernels", "torch", fast, lay_out, wanted, ours)

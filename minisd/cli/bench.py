@@ -50,7 +50,7 @@ PARTS = {
     "samplers": ("lab.samplers", "bench"),
     "all": ("everything", "bench"),
 }
-PEERS = ("eager", "graph", "compiled")
+PEERS = ("eager", "graph", "compiled", "openvino")
 
 # Which parts take an option; those that are not named here all of them do.
 MEASURED = tuple(part for part in PARTS if part not in ("compile", "samplers", "lora", "serve"))
@@ -119,7 +119,7 @@ def add_kernels(made: argparse.ArgumentParser) -> None:
 def add_networks(made: argparse.ArgumentParser) -> None:
     made.add_argument("--model", choices=("sd15", "sd21", "sdxl"), help=f"{users('model')}: whose architecture (default: sd15)")
     made.add_argument("--checkpoint", metavar="FILE", help=f"{users('checkpoint')}: a file or its name, not random weights")
-    made.add_argument("--peers", type=peer_kinds, metavar="KINDS", help=f"{users('peers')}: some of eager,graph,compiled, or ''")
+    made.add_argument("--peers", type=peer_kinds, metavar="KINDS", help=f"{users('peers')}: some of {','.join(PEERS)}, or ''")
     made.add_argument("--ablate", action="store_true", help=f"{users('ablate')}: also each kernel switched alone")
 
 

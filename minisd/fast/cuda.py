@@ -12,7 +12,6 @@ plain way.  Text encoders and the VAE's decoder are recorded, too, from the seco
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,16 +23,14 @@ from torch import Tensor, nn
 
 from ..diffusion.denoiser import Affine, Call, Conditioning, Noise, Unet, checked, stacked
 from ..diffusion.program import Program
-from ..errors import UsageError
-from ..files.model import StableDiffusion
 from ..models.clip import TextEncoder
 from ..models.unet import UNet
 from ..models.vae import AutoencoderKL
 from ..system.memory import free_memory
 from . import operations
-from .choice import chosen, kernels, settle_cudnn, wants
-from .decoder import FusedDecoder
-from .engine import Engine, Plain, moments
+from .choice import chosen, kernels
+from .decoder import FusedDecoder, Make, vae_layer
+from .engine import moments
 from .graphs import KEPT, NetworkRecorder, Recorder, Recording, addresses, record, turn, versions
 from .tiling import decode_bytes
 from .unet import FusedUNet
@@ -130,12 +127,15 @@ class Cuda:
             self.said.add(why)
             warnings.warn(f"drawing slower than this device can: {why}", stacklevel=2)
 
+    def fuse(self) -> FusedUNet:
+        return FusedUNet(self.unet)
+
     def prepared(self) -> FusedUNet:
         """The fused network: made anew if weights were replaced; if they were written to, with what follows from them renewed."""
         if self.fused is None or self.weights[0] != addresses(self.unet):
             self.shapes.clear()
             with torch.inference_mode(False):  # or nobody could tell when they are written to
-                self.fused = fused = FusedUNet(self.unet)
+                self.fused = fused = self.fuse()
             self.network_calls = Recorder(lambda x, t, y, prompt: fused(x, fused.shifts(t, y)[0], prompt), self.graphs)
         elif self.weights[1] != versions(self.unet):
             self.fused.refresh()
@@ -389,34 +389,20 @@ def keep_pace(ahead: deque[Any], device: torch.device) -> None:
         ahead.popleft().synchronize()
 
 
-def decoder_recorder(network: AutoencoderKL, graphs: bool) -> NetworkRecorder:
-    """`AutoencoderKL.decode` at full speed, (B, C, h, w) -> (B, 3, H, W): fused, and recorded where there is memory to keep."""
+def decoder_recorder(network: AutoencoderKL, graphs: bool, make: Make = vae_layer) -> NetworkRecorder:
+    """`AutoencoderKL.decode` at full speed, (B, C, h, w) -> (B, 3, H, W): fused, and recorded where there is memory to keep.
+
+    make: the fused form of one of its layers.
+    """
 
     def roomy(latents: Tensor) -> bool:
         size = 4 * decode_bytes(network, latents)
         free = free_memory(latents.device, size)
         return free is not None and free >= size
 
-    return NetworkRecorder(network, lambda: FusedDecoder(network), graphs, roomy)
+    return NetworkRecorder(network, lambda: FusedDecoder(network, make), graphs, roomy)
 
 
 def text_recorder(encoder: TextEncoder, graphs: bool) -> NetworkRecorder:
     """A text encoder's hidden states, stacked: ids (B, 77) -> (layers, B, 77, D)."""
     return NetworkRecorder(encoder, lambda: lambda ids: torch.stack(encoder.hidden_states(ids)), graphs)
-
-
-def engine(model: StableDiffusion, fast: bool | None = None) -> Engine:
-    """What draws with a model; fast: False for the modules as they stand, None as MINISD_FAST (0 or 1) says."""
-    if fast is None:
-        said = os.environ.get("MINISD_FAST") or "1"
-        if said not in ("0", "1"):
-            raise UsageError(f"MINISD_FAST: expected 0 or 1, found {said!r}")
-        fast = said == "1"
-    here = next(model.parameters()).device
-    if here.type == "cuda":
-        settle_cudnn()
-    if wants("group_norm", here):  # which wants its maps so, as cuDNN does
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if not fast or here.type != "cuda":
-        return Plain()
-    return Cuda(model.unet, True, (*model.text_encoders, model.vae))

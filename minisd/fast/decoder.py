@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,47 +13,6 @@ from ..models.layers import GroupNorm
 from . import operations
 from .operations import Following
 from .unet import Known, NarrowConv, ResBlock, Upsample, image, joined, normed, rows
-
-
-class FusedDecoder:
-    """Computes what `vae.AutoencoderKL.decode` does, from its weights."""
-
-    def __init__(self, network: vae.AutoencoderKL) -> None:
-        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        decoder = network.decoder
-        steps = [step for level in reversed(decoder.up) for step in level.children()]
-        parts = [part for step in steps for part in (step if isinstance(step, nn.ModuleList) else [step])]
-        ends = (network.post_quant_conv, decoder.conv_in, decoder.conv_out)
-        self.post_quant_conv, self.conv_in, self.conv_out = (NarrowConv(conv) for conv in ends)
-        self.parts = [vae_layer(part) for part in (decoder.mid.block_1, decoder.mid.attn_1, decoder.mid.block_2, *parts)]
-        self.shifts = self.biases()
-        norms = [first_norm(part) for part in self.parts[1:]] + [decoder.norm_out]
-        for part, norm in zip(self.parts, norms, strict=True):
-            part.after = Following(norm.num_groups) if norm else None
-
-    def biases(self) -> list[Tensor]:
-        """Of the first convolution of every block, in float32: what the norm after it adds."""
-        blocks = (part for part in self.parts if isinstance(part, ResBlock))
-        return [block.conv1.bias.float() for block in blocks]  # type: ignore[union-attr]
-
-    def refresh(self) -> None:
-        """The weights were written to: what is kept of them is made again where it stands."""
-        for part in (self.post_quant_conv, self.conv_in, *self.parts, self.conv_out):
-            part.refresh()
-        for shift, new in zip(self.shifts, self.biases(), strict=True):
-            shift.copy_(new)
-
-    def __call__(self, latents: Tensor) -> Tensor:  # (B, C, H/f, W/f) -> (B, 3, H, W)
-        x = self.conv_in(self.post_quant_conv(latents))
-        shifts, known = iter(self.shifts), None
-        for part in self.parts:
-            if isinstance(part, ResBlock):
-                x, known = part(x, next(shifts).expand(len(x), -1), known=known)
-            elif isinstance(part, Attention):
-                x, known = part(x, known)
-            else:
-                x, known = part(x)
-        return self.conv_out(normed(x, self.network.decoder.norm_out, known=known))
 
 
 class Attention:
@@ -84,3 +45,47 @@ def vae_layer(module: nn.Module) -> ResBlock | Attention | Upsample:
         return Attention(module)
     assert isinstance(module, vae.Upsample)
     return Upsample(module.conv)
+
+
+Make = Callable[[nn.Module], ResBlock | Attention | Upsample]
+
+
+class FusedDecoder:
+    """Computes what `vae.AutoencoderKL.decode` does, from its weights.  make: the fused form of one of its layers."""
+
+    def __init__(self, network: vae.AutoencoderKL, make: Make = vae_layer) -> None:
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        decoder = network.decoder
+        steps = [step for level in reversed(decoder.up) for step in level.children()]
+        parts = [part for step in steps for part in (step if isinstance(step, nn.ModuleList) else [step])]
+        ends = (network.post_quant_conv, decoder.conv_in, decoder.conv_out)
+        self.post_quant_conv, self.conv_in, self.conv_out = (NarrowConv(conv) for conv in ends)
+        self.parts = [make(part) for part in (decoder.mid.block_1, decoder.mid.attn_1, decoder.mid.block_2, *parts)]
+        self.shifts = self.biases()
+        norms = [first_norm(part) for part in self.parts[1:]] + [decoder.norm_out]
+        for part, norm in zip(self.parts, norms, strict=True):
+            part.after = Following(norm.num_groups) if norm else None
+
+    def biases(self) -> list[Tensor]:
+        """Of the first convolution of every block, in float32: what the norm after it adds."""
+        blocks = (part for part in self.parts if isinstance(part, ResBlock))
+        return [block.conv1.bias.float() for block in blocks]  # type: ignore[union-attr]
+
+    def refresh(self) -> None:
+        """The weights were written to: what is kept of them is made again where it stands."""
+        for part in (self.post_quant_conv, self.conv_in, *self.parts, self.conv_out):
+            part.refresh()
+        for shift, new in zip(self.shifts, self.biases(), strict=True):
+            shift.copy_(new)
+
+    def __call__(self, latents: Tensor) -> Tensor:  # (B, C, H/f, W/f) -> (B, 3, H, W)
+        x = self.conv_in(self.post_quant_conv(latents))
+        shifts, known = iter(self.shifts), None
+        for part in self.parts:
+            if isinstance(part, ResBlock):
+                x, known = part(x, next(shifts).expand(len(x), -1), known=known)
+            elif isinstance(part, Attention):
+                x, known = part(x, known)
+            else:
+                x, known = part(x)
+        return self.conv_out(normed(x, self.network.decoder.norm_out, known=known))

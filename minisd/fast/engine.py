@@ -1,4 +1,4 @@
-"""Who computes: the modules as they stand, or what is fast on a device.  Nothing above `cuda.engine`, which chooses, knows
+"""Who computes: the modules as they stand, or what is fast on a device.  Nothing above engines.py, which chooses, knows
 which."""
 
 from __future__ import annotations

@@ -99,9 +99,21 @@ def attention_by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def kernel_group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, *how: float) -> Operation | None:
-    if not takes("group_norm", x, weight, bias):
-        return None
-    return lambda x, *others: kernels().group_norm(channels_last(x), *others)
+    if takes("group_norm", x, weight, bias):
+        return lambda x, *others: kernels().group_norm(channels_last(x), *others)
+    sums_squares = x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and not x.is_contiguous()
+    return centred_group_norm if sums_squares else None
+
+
+def centred_group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool = False) -> Tensor:
+    """ops.group_norm of x less about its mean, which changes nothing.
+
+    For channels-last maps on a CPU, where PyTorch takes the variance for the mean square less the squared mean: where the mean
+    is 100 times the deviation, as in pictures of one colour, 2.6e-3 off, and so 2e-7.  In bfloat16 rounding is more than that.
+    """
+    row = x[:, :, x.shape[2] // 2].reshape(len(x), groups, -1).mean(-1)  # the middle row of pixels
+    x = F.group_norm(x - row.repeat_interleave(x.shape[1] // groups, 1)[:, :, None, None], groups, weight, bias, eps)
+    return F.silu(x, inplace=not torch.is_grad_enabled()) if silu else x
 
 
 def kernel_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Operation | None:

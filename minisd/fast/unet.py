@@ -1,4 +1,4 @@
-"""The UNet and the VAE's decoder a second time, as a GPU likes them: the same weights and numbers, fewer and larger operations.
+"""The UNet a second time, as a GPU likes it: the same weights and numbers, fewer and larger operations.
 
 unet.py and vae.py are the definition; this file says only what is done differently, and tests hold the two together.  What
 depends on the timestep or on the prompt alone is computed outside of the step (`shifts`, `keys_values`).  Inside it
@@ -16,7 +16,7 @@ modules work as before, and `state_dict` has the same keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -34,9 +34,14 @@ Known = Any  # the statistics of a map, of the kernel that wrote it for the norm
 
 
 def joined(*layers: nn.Linear) -> Tensor:
-    """The weights of layers with the same input one above the other; each layer's own becomes a view of it."""
-    weight = torch.cat([layer.weight.flatten(1) for layer in layers])
-    for layer, part in zip(layers, weight.split([len(layer.weight) for layer in layers]), strict=True):
+    """The weights of layers with the same input one above the other; each layer's own becomes a view of it.
+
+    Each is let go as soon as it is copied: those of SDXL for the prompt are a tenth of its file.
+    """
+    first, sizes = layers[0].weight.detach().flatten(1), [len(layer.weight) for layer in layers]
+    weight = first.new_empty(sum(sizes), first.shape[1])
+    for layer, part in zip(layers, weight.split(sizes), strict=True):
+        part.copy_(layer.weight.detach().flatten(1))
         layer.weight.data = part.view(layer.weight.shape)
     return weight
 
@@ -76,6 +81,12 @@ class ResBlock:
         added += [self.shortcut.bias] if isinstance(self.shortcut, nn.Conv2d) else []
         added += [self.following.bias] if self.following else []
         return torch.stack([bias.float() for bias in added if bias is not None]).sum(dim=0)
+
+    def precede(self, transformer: Transformer) -> None:
+        """Its bias is added in this block: see there."""
+        self.following, transformer.lent = transformer, True
+        self.after = Following(transformer.norm.num_groups, transformer.shift)
+        self.bias = self.biases()
 
     def refresh(self) -> None:
         """The weights were written to: what is kept of them is made again where it stands."""
@@ -242,22 +253,23 @@ def layer(module: nn.Module) -> Layer:
     return Upsample(module.conv) if isinstance(module, unet.Upsample) else module
 
 
-def layers_of(block: nn.Module) -> list[Layer]:
-    layers = [layer(part) for part in block.children()]
+Make = Callable[[nn.Module], Layer]
+
+
+def layers_of(block: nn.Module, make: Make) -> list[Layer]:
+    layers = [make(part) for part in block.children()]
     for before, after in pairwise(layers):
         if isinstance(before, ResBlock) and isinstance(after, Transformer):
-            before.following, after.lent = after, True
-            before.after = Following(after.norm.num_groups, after.shift)
-            before.bias = before.biases()
+            before.precede(after)
     return layers
 
 
 class FusedTrunk:
-    """Computes what `unet.Trunk` does, from its weights."""
+    """Computes what `unet.Trunk` does, from its weights.  make: the fused form of one of its layers."""
 
-    def __init__(self, network: unet.Trunk) -> None:
+    def __init__(self, network: unet.Trunk, make: Make = layer) -> None:
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.down = [layers_of(block) for block in (*network.input_blocks, network.middle_block)]
+        self.down = [layers_of(block, make) for block in (*network.input_blocks, network.middle_block)]
         self.resblocks = [module for module in network.modules() if isinstance(module, unet.ResBlock)]
         self.projections: list[nn.Linear] = [block.emb_layers[1] for block in self.resblocks]  # type: ignore[misc]
         self.shift = joined(*self.projections)
@@ -304,11 +316,12 @@ class FusedTrunk:
 class FusedUNet(FusedTrunk):
     """Computes what `unet.UNet` does, from its weights."""
 
-    def __init__(self, network: unet.UNet) -> None:
-        super().__init__(network)
-        self.up = [layers_of(block) for block in network.output_blocks]
+    def __init__(self, network: unet.UNet, make: Make = layer) -> None:
+        super().__init__(network, make)
+        self.up = [layers_of(block, make) for block in network.output_blocks]
         self.norm_out: GroupNorm = network.out[0]  # type: ignore[assignment]
         self.conv_out = NarrowConv(network.out[2])  # type: ignore[arg-type]
+        self.out: Callable[[Tensor], Tensor] = self.last_layers
 
     @property
     def layers(self) -> list[Layer]:
@@ -326,6 +339,9 @@ class FusedUNet(FusedTrunk):
         for block in self.up:
             skip = skips.pop()
             x = walk(block, x, shifts, prompt, skip, skips[-1].shape[-2:] if skips else None)
+        return self.out(x)
+
+    def last_layers(self, x: Tensor) -> Tensor:
         return self.conv_out(normed(x, self.norm_out))
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..diffusion.denoiser import Call, Denoiser, Noise
 from ..errors import UsageError
+from ..fast.cpu.engine import Cpu
 from ..fast.engine import Engine, Plain, moments
 from ..fast.ways import Moment, Walk, Way
 from ..models.clip import TextEncoder
@@ -192,7 +193,7 @@ def watched(pipe: Pipeline) -> Iterator[Watched]:
     if isinstance(before, Watched):
         yield before
         return
-    if not isinstance(before, Plain):
+    if not isinstance(before, Plain | Cpu):
         warnings.warn("drawing slower than this device can: taps see the modules", stacklevel=5)
     pipe.engine = engine = Watched(before)
     try:

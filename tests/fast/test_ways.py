@@ -830,10 +830,6 @@ def test_without_memory_to_record_drawing_goes_on(files, monkeypatch):
         assert relative_error(found[-1].latents, wanted[-1].latents) <= LIMIT
 
 
-def test_on_a_cpu_everything_goes_the_plain_way(tiny):
-    assert isinstance(tiny.engine, Plain)
-
-
 def test_fast_can_be_turned_off(monkeypatch, files):
     monkeypatch.setenv("MINISD_FAST", "maybe")
     with pytest.raises(minisd.UsageError, match="MINISD_FAST: expected 0 or 1, found 'maybe'"):

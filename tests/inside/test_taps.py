@@ -13,8 +13,9 @@ from families import SMALL
 from PIL import Image
 
 import minisd
+from minisd.fast import choice
+from minisd.fast.cpu.engine import Cpu
 from minisd.fast.cuda import Cuda
-from minisd.fast.engine import Plain
 from minisd.inside.taps import Watched, makes_value
 
 UNET = "model.diffusion_model"
@@ -136,7 +137,8 @@ def test_the_unet_by_hand_belongs_to_no_step(tiny):
 
 
 def test_a_fast_pipeline_takes_the_plain_way_and_says_so(tiny):
-    plain, own = tiny("a star", **QUICKLY).latents, tiny.engine
+    with choice.using("torch"):
+        plain, own = tiny("a star", **QUICKLY).latents, tiny.engine
     tiny.engine = fast = Cuda(tiny.unet, False)
     try:
         with pytest.warns(UserWarning, match="slower.*taps"), minisd.tap(tiny, f"{UNET}.out") as values:
@@ -176,8 +178,8 @@ def test_a_change_of_another_shape_is_told(tiny):
         pass
 
 
-def test_a_tap_is_told_of_by_no_warning_on_a_plain_engine(tiny):
-    assert isinstance(tiny.engine, Plain)
+def test_a_tap_is_told_of_by_no_warning_on_a_cpu(tiny):
+    assert isinstance(tiny.engine, Cpu)
     with warnings.catch_warnings(action="error"), minisd.tap(tiny, f"{UNET}.out"):
         assert isinstance(tiny.engine, Watched)
 

@@ -1,1 +1,4 @@
-"""Experiments beside the benchmarks of speed.  Read analytic (scores that are known exactly), then samplers (their order)."""
+"""Experiments beside the benchmarks of speed.
+
+Read analytic (scores that are known exactly), then samplers (their order); runtimes (what others convert the networks to).
+"""

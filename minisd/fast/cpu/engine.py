@@ -1,0 +1,48 @@
+"""Who draws on a CPU: the fused networks, in every other way as the modules would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+
+from ...models.clip import TextEncoder
+from ...models.vae import AutoencoderKL
+from ..choice import chosen
+from ..cuda import Cuda, decoder_recorder
+from ..unet import FusedUNet
+from ..ways import Walk, Way
+from .networks import decoder_layer, last_layers, unet_layer
+
+
+class Cpu(Cuda):
+    """Draws with one model by the samplers' own generators: there is nothing to record, and no kernel to launch.
+
+    Where the modules as they stand are asked for (MINISD_KERNELS=torch), or kernels of ours (Triton's interpreter), they draw.
+    """
+
+    def __init__(self, unet: nn.Module, others: Iterable[nn.Module] = ()) -> None:
+        super().__init__(unet, False, others)  # type: ignore[arg-type]
+
+    def fuse(self) -> FusedUNet:
+        fused = FusedUNet(self.unet, unet_layer)
+        fused.out = last_layers(self.unet.out)
+        return fused
+
+    def way(self, walk: Walk, x: Tensor) -> tuple[Way, str]:
+        if not chosen().auto:
+            return "plain", "kernels are chosen by name"
+        taken, why = super().way(walk, x)
+        return ("plain" if taken == "plain" else "network"), why
+
+    def say(self, why: str) -> None:
+        """Nothing: what the modules take longer is no fault that somebody should mend."""
+
+    def read(self, encoder: TextEncoder, ids: Tensor) -> Sequence[Tensor]:
+        return encoder.hidden_states(ids)
+
+    def decode(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
+        if not chosen().auto:
+            return vae.decode(latents)
+        recorder = self.recorder(vae, lambda: decoder_recorder(vae, False, decoder_layer))
+        return recorder(latents) if recorder else vae.decode(latents)

@@ -1,0 +1,140 @@
+"""The layers of the UNet and of the VAE's decoder as a CPU likes them: the same weights and numbers.
+
+They take the places of those in fast/unet.py, whose networks put them together.  What differs: sums are made where the product
+before them is written, the time embedding is the bias of a convolution, and a feed-forward goes through the cache in pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...models import ops, unet, vae
+from ...models.layers import GroupNorm
+from .. import decoder
+from .. import unet as fused
+from ..unet import Known, image, rows
+from .operations import ROWS, conv3x3, geglu, linear
+
+
+def normed(x: Tensor, norm: GroupNorm) -> Tensor:
+    """GroupNorm, and SiLU where there is one, of a map whose channels are neighbours in memory; so is the result."""
+    return norm(x.contiguous(memory_format=torch.channels_last))
+
+
+def last_layers(out: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The UNet's last norm and convolution in float32: a bfloat16 answer would cost up to 1.4 dB of the picture."""
+
+    def predict(x: Tensor) -> Tensor:
+        norm, conv = out[0], out[2]  # type: ignore[index]
+        h = ops.group_norm(x.float(), norm.num_groups, norm.weight.float(), norm.bias.float(), norm.eps, norm.silu)
+        return F.conv2d(h, conv.weight.float(), conv.bias.float(), padding=1)
+
+    return predict
+
+
+class ResBlock(fused.ResBlock):
+    """Of the UNet or of the VAE."""
+
+    def precede(self, transformer: fused.Transformer) -> None:
+        """Nothing: a product here adds its own bias."""
+
+    def __call__(
+        self, x: Tensor, shift: Tensor, skip: Tensor | None = None, known: Known = None
+    ) -> tuple[Tensor, Known]:  # fmt: skip
+        """x (B, C, H, W), skip (B, C2, H, W), shift (B, C_out): the bias of conv1 and what is added to it -> (B, C_out, H, W)."""
+        x = x if skip is None else torch.cat([x, skip], dim=1)
+        shift = shift.to(x.dtype)
+        h = normed(x, self.norm1)
+        if len(shift) == 1 or shift.stride(0) == 0:  # the same for each picture
+            h = conv3x3(h, self.conv1.weight, shift[0])
+        else:
+            h = conv3x3(h, self.conv1.weight).add_(shift[:, :, None, None])
+        straight = x
+        if isinstance(self.shortcut, nn.Conv2d):
+            straight = image(linear(rows(x), self.shortcut.weight.flatten(1), self.shortcut.bias), x)
+        return conv3x3(normed(h, self.norm2), self.conv2.weight, self.conv2.bias, add=straight), None
+
+
+class Upsample(fused.Upsample):
+    def __call__(self, x: Tensor, size: torch.Size | None = None) -> tuple[Tensor, Known]:  # (B, C, H, W) -> (B, C, *size)
+        size = size or torch.Size(2 * side for side in x.shape[2:])
+        return conv3x3(F.interpolate(x, size=tuple(size), mode="nearest"), self.conv.weight, self.conv.bias), None
+
+
+class Downsample:
+    def __init__(self, conv: nn.Conv2d) -> None:
+        self.conv = conv
+
+    def __call__(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2))
+        return conv3x3(x, self.conv.weight, self.conv.bias, stride=2)
+
+
+class TransformerBlock(fused.TransformerBlock):
+    def whole(self, x: Tensor, keys_values: Tensor) -> Tensor:
+        """x (B, L, C), keys_values (B, S, 2*C) -> (B, L, C)."""
+        block = self.block
+        q, k, v = linear(block.norm1(x), self.qkv).chunk(3, dim=-1)
+        out: nn.Linear = block.attn1.to_out[0]  # type: ignore[assignment]
+        x = linear(ops.attention(q, k, v, self.heads), out.weight, out.bias, add=x)
+        k, v = keys_values.chunk(2, dim=-1)
+        q, out = linear(block.norm2(x), block.attn2.to_q.weight), block.attn2.to_out[0]  # type: ignore[assignment]
+        x = linear(ops.attention(q, k, v, self.heads), out.weight, out.bias, add=x)
+        return self.feed_forward(x)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """x (B, L, C) -> same, with its feed-forward added."""
+        norm, last = self.block.norm3, self.block.ff.net[2]
+        pieces = x.flatten(0, 1).split(max(256, ROWS // len(self.proj.weight)))
+        inner = (geglu(norm(piece), self.proj.weight, self.proj.bias) for piece in pieces)
+        out = [linear(h, last.weight, last.bias, piece) for h, piece in zip(inner, pieces, strict=True)]  # type: ignore[arg-type]
+        return (out[0] if len(out) == 1 else torch.cat(out)).view(x.shape)
+
+
+class Transformer(fused.Transformer):
+    def __init__(self, transformer: unet.SpatialTransformer) -> None:
+        self.norm, self.proj_in, self.proj_out = transformer.norm, transformer.proj_in, transformer.proj_out
+        self.wholes = [TransformerBlock(block) for block in transformer.transformer_blocks]  # type: ignore[arg-type]
+
+    def refresh(self) -> None:
+        """Nothing: all is read from the modules."""
+
+    def __call__(self, x: Tensor, keys_values: Iterator[Tensor], known: Known = None) -> Tensor:  # (B, C, H, W) -> same
+        h = linear(rows(normed(x, self.norm)), self.proj_in.weight.flatten(1), self.proj_in.bias)
+        for block in self.wholes:
+            h = block.whole(h, next(keys_values))
+        return image(linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias, add=rows(x)), x)
+
+
+def unet_layer(module: nn.Module) -> fused.Layer:
+    if isinstance(module, unet.ResBlock):
+        norms_and_convs = (module.in_layers[0], module.in_layers[2], module.out_layers[0], module.out_layers[3])
+        return ResBlock(*norms_and_convs, module.skip_connection)  # type: ignore[arg-type]
+    if isinstance(module, unet.SpatialTransformer):
+        return Transformer(module)
+    if isinstance(module, unet.Downsample):
+        return Downsample(module.op)  # type: ignore[return-value]
+    if isinstance(module, nn.Conv2d):
+        return fused.NarrowConv(module)
+    return Upsample(module.conv) if isinstance(module, unet.Upsample) else module
+
+
+class Attention(decoder.Attention):
+    """Of the VAE."""
+
+    def __call__(self, x: Tensor, known: Known = None) -> tuple[Tensor, Known]:
+        q, k, v = linear(rows(normed(x, self.block.norm)), self.qkv, self.bias).chunk(3, dim=-1)
+        out = self.block.proj_out
+        return image(linear(ops.attention(q, k, v, heads=1), out.weight.flatten(1), out.bias, add=rows(x)), x), None
+
+
+def decoder_layer(module: nn.Module) -> ResBlock | Attention | Upsample:
+    if isinstance(module, vae.ResnetBlock):
+        return ResBlock(module.norm1, module.conv1, module.norm2, module.conv2, module.nin_shortcut)
+    if isinstance(module, vae.AttnBlock):
+        return Attention(module)
+    assert isinstance(module, vae.Upsample)
+    return Upsample(module.conv)

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import UsageError
 from ..files.model import StableDiffusion
-from .choice import wants
+from .choice import chosen, wants
 from .cpu.engine import Cpu
 from .cuda import Cuda
 from .engine import Engine, Plain
@@ -22,7 +22,8 @@ def engine(model: StableDiffusion, fast: bool | None = None) -> Engine:
             raise UsageError(f"MINISD_FAST: expected 0 or 1, found {said!r}")
         fast = said == "1"
     device = next(model.parameters()).device
-    if wants("group_norm", device):  # which wants its maps so, as cuDNN does
+    on_cpu = fast and device.type == "cpu" and chosen().auto
+    if on_cpu or wants("group_norm", device):  # which wants its maps so, as cuDNN does; now, so that all draws round the same
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if not fast or device.type not in ("cuda", "cpu"):
         return Plain()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import minisd
 from minisd.cli import main
+from minisd.fast import choice
 from minisd.files.checkpoint import file_sha256
 from minisd.inside.sketches import apart, distance, parts_of, sketch
 from minisd.inside.traces import read_trace, trace
@@ -23,6 +24,13 @@ from minisd.text.tokenizer import tokenize
 PROMPT = "a red circle on a blue background"
 QUICKLY = {"steps": 3, "seed": 1, "width": 32, "height": 32}
 PUBLISHED = Path(__file__).with_name("tiny.trace.safetensors")  # float32, 4 steps; see `test_published_trace`
+
+
+@pytest.fixture(autouse=True)
+def by_the_modules():
+    """What looks inside draws the plain way, which is compared to the bit."""
+    with choice.using("torch"):
+        yield
 
 
 @pytest.fixture(scope="module")

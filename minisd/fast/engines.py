@@ -8,7 +8,7 @@ import torch
 
 from ..errors import UsageError
 from ..files.model import StableDiffusion
-from .choice import settle_cudnn, wants
+from .choice import chosen, settle_cudnn, wants
 from .cpu.engine import Cpu
 from .cuda import Cuda
 from .engine import Engine, Plain
@@ -24,7 +24,8 @@ def engine(model: StableDiffusion, fast: bool | None = None) -> Engine:
     device = next(model.parameters()).device
     if device.type == "cuda":
         settle_cudnn()
-    if wants("group_norm", device):  # which wants its maps so, as cuDNN does
+    on_cpu = fast and device.type == "cpu" and chosen().auto
+    if on_cpu or wants("group_norm", device):  # which wants its maps so, as cuDNN does; now, so that all draws round the same
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if not fast or device.type not in ("cuda", "cpu"):
         return Plain()

@@ -164,6 +164,14 @@ def test_every_family_is_drawn_as_by_the_modules(name, files):
     assert pipe.engine.fused is not None
 
 
+def test_a_picture_does_not_depend_on_what_was_drawn_before(pipe):
+    """The plain way and the encoder included, whose rounding follows the weights' order in memory."""
+    options = {"init_image": PICTURE, "strength": 0.9}
+    first = drawn(pipe, "torch", **options)
+    assert torch.equal(drawn(pipe, **options), drawn(pipe, **options))
+    assert torch.equal(drawn(pipe, "torch", **options), first)
+
+
 @torch.no_grad()
 def test_weights_written_to_are_in_the_next_picture(pipe):
     before = drawn(pipe)
@@ -192,7 +200,7 @@ def test_what_is_done_to_a_module_is_in_the_picture(pipe):
 def test_the_modules_draw_where_they_are_asked_to(files, pipe):
     plain = minisd.load(files["sd1"], device="cpu", dtype="float32", fast=False)
     assert type(plain.engine) is Plain
-    assert torch.equal(drawn(plain), drawn(pipe, "torch"))
+    assert relative_error(drawn(plain), drawn(pipe, "torch")) <= LIMIT  # whose weights lie in another order
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ...models.clip import TextEncoder
@@ -46,3 +47,6 @@ class Cpu(Cuda):
             return vae.decode(latents)
         recorder = self.recorder(vae, lambda: decoder_recorder(vae, False, decoder_layer))
         return recorder(latents) if recorder else vae.decode(latents)
+
+    def replace(self, old: nn.Module, new: nn.Module) -> None:
+        super().replace(old, new.to(memory_format=torch.channels_last))  # type: ignore[call-overload]

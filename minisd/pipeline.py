@@ -47,6 +47,7 @@ from .system.memory import memory_errors
 from .text.conditioner import Conditioner
 from .text.prompts import encode
 from .walks import Progress, check_refiner, check_words, course, in_parts, known_latents, start, trained_on, walk
+from .warmup.starting import compiling
 
 
 def load(
@@ -87,7 +88,7 @@ def load(
     if ema:
         checkpoint = averaged(checkpoint)
     vae_files = [resolve(file, "vae") for file in ([vae] if isinstance(vae, str | os.PathLike) else vae or ())]
-    with memory_errors():
+    with memory_errors(), compiling(checkpoint, where, kind, fast):
         model, recognition = load_model(checkpoint, torch.device("cpu") if offload else where, kind, strict, vae_files)
         pipe = Pipeline(model, recognition, checkpoint, where, kind, fast)
         if vae_files:
@@ -226,8 +227,7 @@ class Pipeline:
     def replace_vae(self, *paths: str | os.PathLike[str]) -> None:
         """Encodes and decodes with the VAE of another file from now on (TAESD may be in two).  Raises CheckpointError."""
         files = [open_checkpoint(path) for path in paths]
-        home = next(self.vae.parameters()).device
-        vae = load_vae(files, self.vae.latent_channels, home, self.dtype)
+        vae = load_vae(files, self.vae.latent_channels, next(self.vae.parameters()).device, self.dtype)
         if vae.downscale != self.vae.downscale:
             expected = f"expected a VAE whose latents are {self.vae.downscale} times smaller than the picture"
             raise CheckpointError(files[0].path, f"{expected}, found {vae.downscale} times")

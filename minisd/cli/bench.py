@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 EPILOG = """\
 what:
   kernels [NAME]   every kernel over the real shapes: time, rate, share of the ceiling, error, PyTorch's alternatives
-  compile [NAME]   what Triton makes of every kernel for a GPU that need not be there: registers, spills, shared memory
+  compile [NAME]   what Triton makes of every kernel for GPUs that need not be there: registers, spills, instructions, occupancy
   unet             one step of the UNet, kernels on and off, against diffusers
   vae              one picture decoded, the same
   image            prompt to pixels, and a cold process to the file on disk
@@ -39,12 +39,12 @@ the checkpoint hand to the kernel: the UNet with guidance, the VAE's decoder and
 """
 PARTS = {
     "kernels": ("kernels", "bench"),
-    "compile": ("compiling", "bench"),
+    "compile": ("machine.compiling", "bench"),
     "unet": ("steps", "bench_unet"),
     "vae": ("steps", "bench_vae"),
     "image": ("processes", "bench_image"),
     "load": ("processes", "bench_load"),
-    "roofline": ("roofline", "bench"),
+    "roofline": ("machine.roofline", "bench"),
     "lora": ("lab.loras", "bench"),
     "serve": ("lab.serving", "bench"),
     "samplers": ("lab.samplers", "bench"),
@@ -57,7 +57,7 @@ MEASURED = tuple(part for part in PARTS if part not in ("compile", "samplers", "
 TAKEN_BY = {
     "name": ("kernels", "compile"),
     "against": ("kernels",),
-    "shapes_of": ("kernels",),
+    "shapes_of": ("kernels", "compile"),
     "tiles": ("kernels",),
     "gpu": ("compile",),
     "model": ("unet", "image", "load", "roofline"),
@@ -113,7 +113,9 @@ def add_kernels(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--shapes-of", metavar="CHECKPOINT", help=f"{users('shapes_of')}: the shapes of this file's networks, from its header"
     )
-    made.add_argument("--gpu", metavar="NAME", help=f"{users('gpu')}: a100, h100, rtx4090, … or sm_NN (default: h100)")
+    made.add_argument(
+        "--gpu", metavar="NAME,…", help=f"{users('gpu')}: a100, h100, rtx4090, … or sm_NN, or several of them (default: h100)"
+    )
 
 
 def add_networks(made: argparse.ArgumentParser) -> None:

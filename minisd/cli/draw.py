@@ -123,6 +123,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def draw(args: argparse.Namespace) -> int:
     output = settled_output(args)
+    from ..warmup.starting import begin_early
+
+    begin_early(args.model, args.device, args.dtype, args.size)  # torch, which the next lines import, takes seconds
     from ..pictures.grids import grid
     from ..pictures.image import save_png
     from ..pipeline import load

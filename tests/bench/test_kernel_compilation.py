@@ -10,7 +10,9 @@ import json
 
 import pytest
 
-from minisd.bench.compiling import capability_of, compiled, programs_per_sm
+from minisd.bench.machine.compiling import compiled
+from minisd.bench.machine.resources import programs_per_sm
+from minisd.warmup.absent import capability_of
 
 HOPPER = capability_of("h100")
 THREAD_LIMIT = 255

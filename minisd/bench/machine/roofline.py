@@ -24,10 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ..fast import choice, operations
-from ..fast.unet import FusedUNet
-from .networks import MODELS, laid_out, random_unet, step_input
-from .report import Report
+from ...fast import choice, operations
+from ...fast.unet import FusedUNet
+from ..networks import MODELS, laid_out, random_unet, step_input
+from ..report import Report
 
 # By the name of a kernel, or of PyTorch's operation; the first that matches counts.
 CLASSES = {

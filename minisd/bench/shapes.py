@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -131,20 +131,25 @@ class Calls:
     def begin(self, part: str) -> None:
         self.part = part
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
+    def watched(self) -> AbstractContextManager[None]:
         """Every kernel of `auto` and this one are asked for, as on a GPU."""
-        names = choice.AUTO | {self.name}
-        asked = {"wants": lambda name, device: name in names, "kernels": lambda: self}
-        places = [(module, name) for module in (choice, operations, fused_networks) for name in asked if name in vars(module)]
-        before = [vars(module)[name] for module, name in places]
-        for module, name in places:
-            vars(module)[name] = asked[name]
-        try:
-            yield
-        finally:
-            for (module, name), value in zip(places, before, strict=True):
-                vars(module)[name] = value
+        return in_the_place_of_kernels(lambda real: self, self.name)
+
+
+@contextmanager
+def in_the_place_of_kernels(make: Callable[[Any], Any], *more: str) -> Iterator[None]:
+    """What `make` makes of minisd.kernels stands in its place, and is asked for whatever `auto` takes on a GPU, and more."""
+    names, stand_in = choice.AUTO | {*more}, make(choice.kernels())
+    asked = {"wants": lambda name, device: name in names, "kernels": lambda: stand_in}
+    places = [(module, name) for module in (choice, operations, fused_networks) for name in asked if name in vars(module)]
+    before = [vars(module)[name] for module, name in places]
+    for module, name in places:
+        vars(module)[name] = asked[name]
+    try:
+        yield
+    finally:
+        for (module, name), value in zip(places, before, strict=True):
+            vars(module)[name] = value
 
 
 def as_written(result: Tensor, x: Tensor) -> Tensor:

@@ -17,9 +17,10 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from .. import __path__ as package_path
@@ -64,10 +65,10 @@ def job_of(models: Iterable[dict[str, Any]], capability: int, processes: int | N
     return {"capability": capability, "processes": count, "models": list(models)}
 
 
-def started(module: str, job: Any, cache: Path | None = None) -> subprocess.Popen[str]:
-    """A module of ours in a process of its own, with a job on its standard input; cache: in the place of Triton's own."""
+def started(module: str, job: Any, caches: Mapping[str, Path] = MappingProxyType({})) -> subprocess.Popen[str]:
+    """A module of ours in a process of its own, with a job on its standard input; caches: other places, by their variables."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(cache)} if cache else {}
+    environment |= {name: str(folder) for name, folder in caches.items()}
     with tempfile.TemporaryFile("w+") as given:  # a pipe would be full before the other side has imported torch
         json.dump(job, given)
         given.seek(0)
@@ -91,10 +92,10 @@ def said(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
         process.stderr.close()
 
 
-def warm(job: dict[str, Any], cache: Path | None = None) -> Iterator[dict[str, Any]]:
+def warm(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Compiles what the models of a job launch: first how many variants there are, then what became of each, as it comes."""
     places = []
-    for each in said(started(f"{__package__}.worker", job, cache)):
+    for each in said(started(f"{__package__}.worker", job)):
         places.append(each.get("place", ""))
         yield each
     remember(job, places[1:])

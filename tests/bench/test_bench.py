@@ -20,7 +20,8 @@ import minisd
 from minisd.bench import everything, networks, peers, steps
 from minisd.bench.everything import summary
 from minisd.bench.machine import compiling
-from minisd.bench.machine.roofline import Watch, attention_by, class_of, spent_on_cpu
+from minisd.bench.machine.kinds import class_of
+from minisd.bench.machine.roofline import Watch, attention_by, spent_on_cpu
 from minisd.bench.report import Report, seconds_of, write_json
 from minisd.bench.shapes import shapes_of
 from minisd.bench.timing import Clock

@@ -79,7 +79,7 @@ class Started:
     def __init__(self, lines: list[dict[str, object]], fails: bool = False) -> None:
         self.lines, self.fails, self.jobs = lines, fails, []
 
-    def __call__(self, module, job, cache=None):
+    def __call__(self, module, job):
         self.jobs.append(job)
         code = "import sys, time\n" + "".join(f"print({json.dumps(json.dumps(line))})\n" for line in self.lines)
         code += "sys.exit('broken')" if self.fails else ""

@@ -88,7 +88,7 @@ def compiled(capability: int, dtype: str, names: Iterable[str] = (), cache: Path
 
 
 def of_job(job: dict[str, Any], cache: Path | None) -> Iterator[dict[str, Any]]:
-    return said(started(__name__, job, cache))
+    return said(started(__name__, job, {"TRITON_CACHE_DIR": cache} if cache else {}))
 
 
 def main() -> None:

@@ -304,6 +304,10 @@ OPTIONS = {
             "--rescue", None, FINER,
         ),
         Option(
+            "cfg_until", number(0, 1), 1.0, "0 to 1: guides this share of the steps, the first; the others take half the time",
+            "--cfg-until", "F", FINER,
+        ),
+        Option(
             "lora_partial", FLAG, False, "take of a LoRA what fits the checkpoint, where else it is refused",
             "--lora-partial", None, ADDONS,
         ),

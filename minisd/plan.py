@@ -125,6 +125,7 @@ def planned(request: Request, model: Capabilities) -> Plan:
     check_for_model(request, model)
     check_seconds(request, model, reading)
     check_noise(request)
+    check_until(request, sampler)
     spacing = spacing_of(request, model, sampler)
     init = open_picture("init_image", request.init_image) if request.init_image is not None else None
     width, height = picture_size(request, model, init)
@@ -252,6 +253,22 @@ def check_noise(request: Request) -> None:
         raise UsageError("latents and subseed_strength: expected one of the two, found both")
     if request.batch_place is not None and not request.batch_place[0] < request.batch_place[1] <= MAX_IMAGES:
         raise UsageError(f"batch_place: expected (i, B) with i < B <= {MAX_IMAGES}, found {request.batch_place}")
+
+
+def check_until(request: Request, sampler: Sampler) -> None:
+    """Guidance that ends before the steps do: what has none, or cannot do without, is told so."""
+    if request.cfg_until == 1:
+        return
+    scales = request.guidance_scale if isinstance(request.guidance_scale, tuple) else (request.guidance_scale,)
+    why = {
+        "guidance_scale 1, which is none": set(scales) == {1},
+        "a guide of one's own, which may look at call.step itself": request.guide is not None,
+        "guidance_rescale, which measures both answers": bool(request.guidance_rescale),
+        f"sampler {sampler.label!r}, which asks for the negative prompt at every step": sampler.pair,
+    }
+    for found, holds in why.items():
+        if holds:
+            raise UsageError(f"cfg_until: expected 1 beside {found}, found {request.cfg_until}")
 
 
 def origins_of(request: Request, seeds: Sequence[int]) -> list[Origin]:

@@ -1,7 +1,7 @@
 """GPUs by their data sheets, and what part of those figures work reaches.
 
-The shares are one model's: fitted to what prototypes of these networks took on an H200, and taken over for every other GPU as they
-are.  So a prediction is good for orders and for ratios, and no measurement.
+The shares are fitted to what prototypes of these networks took on an H200, and taken over for every other GPU as they are.  So a
+prediction is good for orders and for ratios, and no measurement.
 """
 
 from __future__ import annotations

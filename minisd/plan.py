@@ -126,6 +126,7 @@ def planned(request: Request, model: Capabilities) -> Plan:
     check_seconds(request, model, reading)
     check_noise(request)
     check_until(request, sampler)
+    check_cache(request)
     spacing = spacing_of(request, model, sampler)
     init = open_picture("init_image", request.init_image) if request.init_image is not None else None
     width, height = picture_size(request, model, init)
@@ -269,6 +270,12 @@ def check_until(request: Request, sampler: Sampler) -> None:
     for found, holds in why.items():
         if holds:
             raise UsageError(f"cfg_until: expected 1 beside {found}, found {request.cfg_until}")
+
+
+def check_cache(request: Request) -> None:
+    for name in ("controls", "rescue"):
+        if request.cache > 1 and getattr(request, name):
+            raise UsageError(f"cache: expected 1 beside {name}, which looks into every block of the UNet, found {request.cache}")
 
 
 def origins_of(request: Request, seeds: Sequence[int]) -> list[Origin]:

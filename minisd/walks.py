@@ -22,6 +22,7 @@ from .diffusion.samplers import SAMPLERS, Sampler
 from .diffusion.schedule import TRAINING_STEPS, Continuous, Schedule, scaled_linear, zero_terminal
 from .diffusion.worlds import RULES, Wanted, schedule_of
 from .errors import UsageError
+from .fast.cached import Reusing
 from .fast.engine import moments
 from .fast.ways import Moment, Walk
 from .models.family import REFINER, UNET, Training
@@ -212,8 +213,10 @@ class Progress:
         return None
 
     def unet(self) -> Unet:
-        """Of the walk that begins: the pipeline's own, or one whose blocks are rescued where they overflow."""
+        """Of the walk that begins: the pipeline's own, or one whose blocks are rescued where they overflow, or reused."""
         own = self.leg.pipe.network.unet
+        if self.plan.request.cache > 1:
+            return Reusing(self.leg.pipe.unet, self.plan.request.cache)
         if not self.plan.request.rescue:
             return own
         return self.rescuing.setdefault(own, Rescuing(self.leg.pipe.unet))

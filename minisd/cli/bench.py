@@ -24,6 +24,7 @@ what:
   load             a checkpoint from the page cache to the device
   lora             a LoRA into the weights, another strength, off again, beside diffusers with peft
   serve            what minisd serve adds: start to first picture, to an answer, to the pictures in a second
+  accuracy         what number formats, fp8 and shortcuts (--cfg-until, --cache) cost in pictures and layers, against float32
   samplers         what every sampler converges to, how fast, and how far it is at 10, 20 and 40 calls of the network
   roofline         where a step spends its time, and what is left to win; --device h200, …: predicted for a GPU that is not there
   all              every figure, the most wanted first, in at most --minutes, then those that matter most; needs --json
@@ -49,13 +50,14 @@ PARTS = {
     "roofline": ("machine.roofline", "bench"),
     "lora": ("lab.loras", "bench"),
     "serve": ("lab.serving", "bench"),
+    "accuracy": ("lab.accuracy", "bench"),
     "samplers": ("lab.samplers", "bench"),
     "all": ("everything", "bench"),
 }
 PEERS = ("eager", "graph", "compiled")
 
 # Which parts take an option; those that are not named here all of them do.
-MEASURED = tuple(part for part in PARTS if part not in ("compile", "samplers", "lora", "serve"))
+MEASURED = tuple(part for part in PARTS if part not in ("compile", "accuracy", "samplers", "lora", "serve"))
 TAKEN_BY = {
     "name": ("kernels", "compile"),
     "against": ("kernels",),
@@ -63,13 +65,13 @@ TAKEN_BY = {
     "tiles": ("kernels",),
     "gpu": ("compile",),
     "model": ("unet", "image", "start", "load", "roofline"),
-    "checkpoint": ("image", "start", "load", "samplers"),
+    "checkpoint": ("image", "start", "load", "accuracy", "samplers"),
     "peers": ("unet", "vae", "image", "load", "lora"),
     "ablate": ("unet", "vae"),
     "minutes": ("all",),
-    "full": MEASURED,
+    "full": (*MEASURED, "accuracy"),
     "repeats": (*(part for part in MEASURED if part != "start"), "lora", "serve"),
-    "device": (*MEASURED, "samplers", "lora", "serve"),
+    "device": (*MEASURED, "accuracy", "samplers", "lora", "serve"),
     "plot": (*MEASURED, "samplers", "lora"),
 }
 DEFAULTS: dict[str, Any] = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..models.unet import UNet
 
-SHALLOW = 1  # input blocks, and as many output blocks, that every call computes: with 2 or 3 pictures were no nearer
+SHALLOW = 1  # input blocks, and as many output blocks, that every call computes: the paper's shallowest branch
 
 
 class Reusing(nn.Module):

@@ -127,3 +127,37 @@ def test_instructions_are_counted_by_kind():
     variant = {"registers": 40, "warps": 4, "shared": 0}
     assert programs_per_sm(variant, 90) == 12
     assert occupancy(variant, 90) == 0.75
+
+
+def test_accuracy_counts_decibels_and_arithmetic(tiny, monkeypatch):
+    import numpy as np
+
+    from minisd.bench.lab import accuracy
+    from minisd.request import Request
+
+    white = np.full((4, 4, 3), 255.0)
+    assert accuracy.psnr(white, white) == 99
+    assert accuracy.psnr(white, white - 255) == pytest.approx(0)
+    assert accuracy.psnr(white, white - 2.55) == pytest.approx(40)
+    small = {"width": 32, "height": 32, "steps": 2, "seed": 1}
+    whole, half = (accuracy.work(tiny, Request("a", **small, guidance_scale=scale)) for scale in (4.0, 1.0))
+    assert half < 0.6 * whole  # half the UNet's, and all of the text encoder's
+
+
+@pytest.mark.slow
+def test_accuracy_of_the_tiny_checkpoint(tmp_path, monkeypatch):
+    from minisd.bench.lab import accuracy
+
+    one = accuracy.requests_for
+    monkeypatch.setattr(accuracy, "requests_for", lambda pipe, full: one(pipe, full)[:1])
+    bench(parsed(["accuracy", "--device", "cpu", "--json", str(tmp_path / "x.json")]))
+    formats, shortcuts, layers = json.loads((tmp_path / "x.json").read_text())["tables"]
+    found = {row["label"]: row for row in (*formats["rows"], *shortcuts["rows"])}
+    assert found["bfloat16"]["PSNR_dB"] > found["--fp8 in bfloat16"]["PSNR_dB"] > 35
+    assert found["float16, emulated"]["PSNR_dB"] > 55
+    assert found["--fp8 in float32"]["UNet_MB"] < found["float32"]["UNet_MB"]
+    assert found["--cfg-until 0.5"]["work"] < found["--cfg-until 0.7"]["work"] < 1
+    assert found["--cache 3"]["work"] < found["--cache 2"]["work"] < 0.7
+    worst = {row["label"]: row for row in layers["rows"]}
+    assert worst["Linear"]["float16"] < worst["Linear"]["bfloat16"] < worst["Linear"]["fp8"] < 0.1
+    assert worst["Conv2d"]["fp8"] == 0

@@ -304,6 +304,14 @@ OPTIONS = {
             "--rescue", None, FINER,
         ),
         Option(
+            "cfg_until", number(0, 1), 1.0, "0 to 1: guides this share of the steps, the first; the others take half the time",
+            "--cfg-until", "F", FINER,
+        ),
+        Option(
+            "cache", whole(1, 20), 1, "the deep part of the UNet every N-th time alone (DeepCache): faster, and less exact",
+            "--cache", "N", FINER,
+        ),
+        Option(
             "lora_partial", FLAG, False, "take of a LoRA what fits the checkpoint, where else it is refused",
             "--lora-partial", None, ADDONS,
         ),
@@ -314,7 +322,14 @@ RECORDED = [option.name for option in OPTIONS.values() if option.recorded]
 RECIPE = {name: OPTIONS[name].stands_as or OPTIONS[name].kind for name in RECORDED}
 RECIPE |= dict.fromkeys(("prompt", "device", "dtype", "prediction", "task", "own_spacing"), TEXT)
 RECIPE |= dict.fromkeys(("model_path", "vae_path", "refiner_path"), TEXT)
-RECIPE |= {"embeddings": CONTROL_FACTS} | {"ema": FLAG, "zero_snr": FLAG, "vae_paths": TEXTS, "own": TEXTS, "changed": TEXT}
+RECIPE |= {"embeddings": CONTROL_FACTS} | {
+    "ema": FLAG,
+    "fp8": FLAG,
+    "zero_snr": FLAG,
+    "vae_paths": TEXTS,
+    "own": TEXTS,
+    "changed": TEXT,
+}
 AXES = {option.flag.removeprefix("--"): option for option in OPTIONS.values() if option.axis and option.flag}  # by their names
 
 # What the same things are called elsewhere, and what to do about it here.

@@ -48,6 +48,7 @@ from .system.memory import memory_errors
 from .text.conditioner import Conditioner
 from .text.prompts import encode
 from .walks import Progress, check_refiner, check_words, course, in_parts, known_latents, start, trained_on, walk
+from .warmup.starting import compiling
 
 
 def load(
@@ -84,7 +85,7 @@ def load(
     checkpoint = said(open_checkpoint(resolve(path) if path is not None else tiny_checkpoint()), prediction, zero_snr)
     checkpoint = averaged(checkpoint) if ema else checkpoint
     vae_files = [resolve(file, "vae") for file in ([vae] if isinstance(vae, str | os.PathLike) else vae or ())]
-    with memory_errors():
+    with memory_errors(), compiling(checkpoint, where, kind, fast):
         model, recognition = load_model(checkpoint, torch.device("cpu") if offload else where, kind, strict, vae_files)
         pipe = Pipeline(model, recognition, hashed_ahead(checkpoint), where, kind, fast)
         if vae_files:

@@ -112,8 +112,7 @@ def planned(request: Request, model: Capabilities) -> Plan:
         if request.seed is not None:
             raise UsageError("seed and seeds: expected a list in one of the two, found both")
         request = replace(request, seed=request.seeds, seeds="rising")
-    plain = {name: checked(name, getattr(request, name)) for name in OPTIONS if name != "negative_prompt"}
-    request = replace(request, **plain)
+    request = replace(request, **{name: checked(name, getattr(request, name)) for name in OPTIONS if name != "negative_prompt"})
     controls = as_controls(request.controls, "noise" if request.like == "comfyui" else "steps")
     request = replace(request, rng=dialect_named(request.rng), controls=controls)
     sampler, request = sampler_of(request)
@@ -125,6 +124,7 @@ def planned(request: Request, model: Capabilities) -> Plan:
     check_for_model(request, model)
     check_seconds(request, model, reading)
     check_noise(request)
+    check_shortcuts(request, sampler)
     spacing = spacing_of(request, model, sampler)
     init = open_picture("init_image", request.init_image) if request.init_image is not None else None
     width, height = picture_size(request, model, init)
@@ -252,6 +252,25 @@ def check_noise(request: Request) -> None:
         raise UsageError("latents and subseed_strength: expected one of the two, found both")
     if request.batch_place is not None and not request.batch_place[0] < request.batch_place[1] <= MAX_IMAGES:
         raise UsageError(f"batch_place: expected (i, B) with i < B <= {MAX_IMAGES}, found {request.batch_place}")
+
+
+def check_shortcuts(request: Request, sampler: Sampler) -> None:
+    """What is left out for speed: who has nothing to leave out, or cannot do without, is told so."""
+    for name in ("controls", "rescue"):
+        if request.cache > 1 and getattr(request, name):
+            raise UsageError(f"cache: expected 1 beside {name}, which looks into every block of the UNet, found {request.cache}")
+    if request.cfg_until == 1:
+        return
+    scales = request.guidance_scale if isinstance(request.guidance_scale, tuple) else (request.guidance_scale,)
+    why = {
+        "guidance_scale 1, which is none": set(scales) == {1},
+        "a guide of one's own, which may look at call.step itself": request.guide is not None,
+        "guidance_rescale, which measures both answers": bool(request.guidance_rescale),
+        f"sampler {sampler.label!r}, which asks for the negative prompt at every step": sampler.pair,
+    }
+    for found, holds in why.items():
+        if holds:
+            raise UsageError(f"cfg_until: expected 1 beside {found}, found {request.cfg_until}")
 
 
 def origins_of(request: Request, seeds: Sequence[int]) -> list[Origin]:

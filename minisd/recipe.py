@@ -15,6 +15,7 @@ from . import __version__
 from .addons.wanted import Lora, as_lora
 from .diffusion.denoiser import Conditioning, Timeline
 from .errors import UsageError, shown
+from .fast.float8 import is_float8
 from .files.checkpoint import Checkpoint, data_sha256, file_sha256
 from .library.names import resolve
 from .library.places import tiny_checkpoint
@@ -42,6 +43,8 @@ def recipe_of(plan: Plan, i: int, pipe: Pipeline, way: str) -> dict[str, Any]:
     if pipe.conditioner.added and (names := words_of(plan, i, pipe.conditioner.added[0])):
         files |= {"embeddings": [pipe.embeddings[name].facts() for name in names]}
     how: dict[str, Any] = {"ema": pipe.checkpoint.ema, "way": way, "task": pipe.recognition.task}
+    if is_float8(pipe.unet):
+        how["fp8"] = True
     if changed := pipe.as_loaded.changed():
         how["changed"] = changed
     if pipe.training.prediction in ("epsilon", "v"):

@@ -101,6 +101,8 @@ class Request:
     lora_partial: take of a LoRA what fits the checkpoint, where else it is refused.
     controls: ControlNets and T2I-Adapters, each with the picture that it is to follow: a list of `minisd.Control`.
     style: the name of one of library.styles, whose words go around prompt and negative prompt.
+    cfg_until: 0 … 1, the share of the steps, the first, that are guided; the others follow the prompt alone, in half the time.
+    cache: 1 … 20: the deep part of the UNet is computed at every cache-th call, and reused between (fast.cached).
     rescue: computes those blocks of the UNet in float32 that overflow in its own dtype; each is told.
     progress: show a bar.  transform: what the latents become after each step, Step -> (B, C, h, w).
     observe: is shown every call of the network: (call, x, estimates of x_0 by role).
@@ -157,6 +159,8 @@ class Request:
     controls: Sequence[Control] = ()
     style: str | None = None
     rescue: bool = False
+    cfg_until: float = 1.0
+    cache: int = 1
 
 
 def request_of(given: tuple[Any, ...], options: Mapping[str, Any]) -> Request:

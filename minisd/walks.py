@@ -13,8 +13,8 @@ from torch import Tensor
 from .addons.controls.acting import Active, activated, controlled
 from .codec import check_finite
 from .diffusion.brownian import brownian
-from .diffusion.denoiser import ClassifierFree, Conditioning, Guide, Known, Noise, Timeline, Unet
-from .diffusion.guides import Composed, Own, Rescaled, TextAndImage, part_role
+from .diffusion.denoiser import ClassifierFree, Conditioning, Guide, Known, Noise, Timeline, Unet, is_affine
+from .diffusion.guides import Composed, Own, Rescaled, TextAndImage, Until, part_role
 from .diffusion.levels import Levels, own_levels
 from .diffusion.noise import sources
 from .diffusion.program import Program, program
@@ -22,6 +22,7 @@ from .diffusion.samplers import SAMPLERS, Sampler
 from .diffusion.schedule import TRAINING_STEPS, Continuous, Schedule, scaled_linear, zero_terminal
 from .diffusion.worlds import RULES, Wanted, schedule_of
 from .errors import UsageError
+from .fast.cached import Reusing
 from .fast.engine import moments
 from .fast.ways import Moment, Walk
 from .models.family import REFINER, UNET, Training
@@ -56,6 +57,7 @@ class Leg:
     before: int  # calls of the network on the way here
     calls: int  # of the whole way, as A1111 counts them for what changes in a prompt
     controls: tuple[Active, ...] = ()
+    guided: int | None = None  # steps, the first; all of them where guidance does not end
 
     @property
     def steps(self) -> int | None:
@@ -83,7 +85,20 @@ def course(plan: Plan, base: Stations) -> list[Leg]:
     # The steps asked for, twice for samplers that ask twice a step, be it 2 N - 1 times (A1111 sd_samplers_kdiffusion.py).
     calls = steps * max(1, int(sum(asked) / max(1, sum(part.steps for _, part, _ in ways)) + 0.5))
     controls = activated(plan.request.controls, base, plan.width, plan.height)  # which a refiner knows nothing of
-    return [Leg(*each, sum(asked[:i]), calls, controls if each[0] is base else ()) for i, each in enumerate(ways)]
+    guided = guided_steps(plan, [found for *_, found in ways])
+    return [Leg(*each, sum(asked[:i]), calls, controls if each[0] is base else (), guided[i]) for i, each in enumerate(ways)]
+
+
+def guided_steps(plan: Plan, programs: Sequence[Program | None]) -> list[int | None]:
+    """How many steps of each leg are guided, where guidance ends before they do.  Raises UsageError."""
+    until = plan.request.cfg_until
+    if until == 1:
+        return [None] * len(programs)
+    steps = [len(found.done) for found in programs if found]
+    if len(steps) < len(programs):
+        raise UsageError(f"cfg_until: expected 1 with sampler {plan.sampler.label!r}, the number of whose steps nobody foretells")
+    left = round(until * sum(steps))
+    return [min(max(left - sum(steps[:i]), 0), count) for i, count in enumerate(steps)]
 
 
 def program_of(sampler: Sampler, options: dict[str, Any], sigmas: Tensor, shape: tuple[int, ...]) -> Program | None:
@@ -198,8 +213,10 @@ class Progress:
         return None
 
     def unet(self) -> Unet:
-        """Of the walk that begins: the pipeline's own, or one whose blocks are rescued where they overflow."""
+        """Of the walk that begins: the pipeline's own, or one whose blocks are rescued where they overflow, or reused."""
         own = self.leg.pipe.network.unet
+        if self.plan.request.cache > 1:
+            return Reusing(self.leg.pipe.unet, self.plan.request.cache)
         if not self.plan.request.rescue:
             return own
         return self.rescuing.setdefault(own, Rescuing(self.leg.pipe.unet))
@@ -228,6 +245,8 @@ def guidance(plan: Plan, part: slice, leg: Leg) -> tuple[Guide, list[Timeline]]:
     # Of each part of a prompt, of each picture.
     scales = [[scale * weight for scale, weight in zip(plan.scales[part], of_part, strict=True)] for of_part in weights]
     guide = own_guide(plan.request.guide, weights) if plan.request.guide is not None else usual_guide(plan, scales, roles)
+    if leg.guided is not None and is_affine(guide):
+        guide = Until(guide, leg.guided)
     if not guide.roles or guide.on not in ("estimate", "output"):
         raise UsageError(f"guide: expected roles, and to work on estimate or output, found {guide.roles} and {guide.on!r}")
     if plan.sampler.pair and "negative" not in guide.roles:
@@ -252,8 +271,8 @@ def usual_guide(plan: Plan, scales: list[list[float]], roles: dict[str, Timeline
     if all(len(set(each)) == 1 for each in scales):
         scales = [each[:1] for each in scales]
     scale = scales[0][0] if len(scales[0]) == 1 else tuple(scales[0])
-    if joined and ("image" in roles or request.guidance_rescale):
-        found = "a model that edits" if "image" in roles else "guidance_rescale"
+    if joined and ("image" in roles or request.guidance_rescale or request.cfg_until < 1):
+        found = "a model that edits" if "image" in roles else "guidance_rescale" if request.guidance_rescale else "cfg_until"
         raise UsageError(f"prompt: expected no AND beside {found}, which is a guidance of its own")
     if joined:
         return Composed(tuple(map(tuple, scales)))

@@ -36,6 +36,7 @@ LEVELS = [
     ["files"],
     ["fast", "library"],
     ["codec", "request", "result"],
+    ["warmup"],
     ["addons"],
     ["plan"],
     ["recipe", "walks"],

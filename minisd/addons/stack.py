@@ -92,6 +92,8 @@ class Stack:
         if wanted.rule not in RULES:
             raise UsageError(f"lora_rule: expected {' or '.join(RULES)}, found {wanted.rule!r}")
         keys = [*self.model.state_dict()]
+        if wanted.loras and any(hasattr(module, "weight_scale") for module in self.model.modules()):
+            raise UsageError("loras: expected none with fp8, whose weights are rounded: merge them into a file first")
         return [ready(self.open(lora.source), lora, self.family, keys, wanted.partial) for lora in wanted.loras]
 
     @torch.no_grad()

@@ -10,26 +10,21 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ..fast import choice, operations
 from ..fast import unet as fused_networks
-from ..fast.decoder import FusedDecoder
-from ..fast.unet import FusedUNet
 from ..files.checkpoint import open_checkpoint
-from ..files.model import StableDiffusion, build
+from ..files.model import build
 from ..files.recognition import recognise
 from ..library.names import resolve
-from ..models.unet import BasicTransformerBlock
+from ..warmup.networks import walk
 
-TOKENS = 77
 Sizes = dict[str, Any]
 
 
@@ -110,7 +105,7 @@ def shapes_of(name: str, checkpoint: str, dtype: torch.dtype) -> list[Any]:
     if name in SIZES:
         calls = Calls(name)
         with calls.watched():
-            walk(model, calls, side)
+            walk(model, (side, side), calls.begin)
         return [kind(label=f"{label}, {times(count)}", **dict(sizes)) for (label, sizes), count in calls.seen.items()]
     # The sampler's step is no network's: all that there is to it is the size of the latents.
     names = {field.name for field in fields(kind)}
@@ -141,51 +136,30 @@ class Calls:
 
         return call
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
+    def begin(self, part: str) -> None:
+        self.part = part
+
+    def watched(self) -> AbstractContextManager[None]:
         """Every kernel of `auto` and this one are asked for, as on a GPU."""
-        names = choice.AUTO | {self.name}
-        asked = {"wants": lambda name, device: name in names, "kernels": lambda: self}
-        places = [(module, name) for module in (choice, operations, fused_networks) for name in asked if name in vars(module)]
-        before = [vars(module)[name] for module, name in places]
-        for module, name in places:
-            vars(module)[name] = asked[name]
-        try:
-            yield
-        finally:
-            for (module, name), value in zip(places, before, strict=True):
-                vars(module)[name] = value
+        return in_the_place_of_kernels(lambda real: self, self.name)
+
+
+@contextmanager
+def in_the_place_of_kernels(make: Callable[[Any], Any], *more: str) -> Iterator[None]:
+    """What `make` makes of minisd.kernels stands in its place, and is asked for whatever `auto` takes on a GPU, and more."""
+    names, stand_in = choice.AUTO | {*more}, make(choice.kernels())
+    asked = {"wants": lambda name, device: name in names, "kernels": lambda: stand_in}
+    places = [(module, name) for module in (choice, operations, fused_networks) for name in asked if name in vars(module)]
+    before = [vars(module)[name] for module, name in places]
+    for module, name in places:
+        vars(module)[name] = asked[name]
+    try:
+        yield
+    finally:
+        for (module, name), value in zip(places, before, strict=True):
+            vars(module)[name] = value
 
 
 def as_written(result: Tensor, x: Tensor) -> Tensor:
     """As a kernel writes it: in the dtype of what it was given, and channels-last."""
     return result.to(x.dtype, memory_format=torch.channels_last if result.dim() == 4 else torch.preserve_format)
-
-
-class ChannelsLast(TorchFunctionMode):
-    """The meta device lays every convolution's result out in PyTorch's own order; a GPU does as with what it is given."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        return result.to(memory_format=torch.channels_last) if func is F.conv2d else result
-
-
-@torch.no_grad()
-def walk(model: StableDiffusion, calls: Calls, side: int) -> None:
-    """Calls each network once; side: of the latents."""
-    model.requires_grad_(False)
-    dtype, unet = next(model.parameters()).dtype, model.unet
-    width = next(block.attn2.to_k.in_features for block in unet.modules() if isinstance(block, BasicTransformerBlock))
-    with torch.device("meta"), ChannelsLast():
-        calls.part = "UNet"
-        fused = FusedUNet(unet)
-        vector = torch.empty(2, unet.vector_channels, dtype=dtype) if unet.vector_channels else None
-        shift = fused.shifts(torch.empty(1), vector)[0]
-        keys_values = fused.keys_values(torch.empty(2, TOKENS, width, dtype=dtype))
-        x = torch.empty(2, unet.in_channels, side, side, dtype=dtype).to(memory_format=torch.channels_last)
-        fused(x, shift, keys_values)
-        calls.part = "VAE"
-        FusedDecoder(model.vae)(x[:1, : model.vae.latent_channels].contiguous(memory_format=torch.channels_last))
-        calls.part = "text"
-        for encoder in model.text_encoders:
-            encoder.hidden_states(torch.empty(2, TOKENS, dtype=torch.long))

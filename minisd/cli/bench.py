@@ -16,15 +16,17 @@ if TYPE_CHECKING:
 EPILOG = """\
 what:
   kernels [NAME]   every kernel over the real shapes: time, rate, share of the ceiling, error, PyTorch's alternatives
-  compile [NAME]   what Triton makes of every kernel for a GPU that need not be there: registers, spills, shared memory
+  compile [NAME]   what Triton makes of every kernel for GPUs that need not be there: registers, spills, instructions, occupancy
   unet             one step of the UNet, kernels on and off, against diffusers
   vae              one picture decoded, the same
   image            prompt to pixels, and a cold process to the file on disk
+  start            the wait from a command to a picture on disk, entry by entry, with empty and with filled caches
   load             a checkpoint from the page cache to the device
   lora             a LoRA into the weights, another strength, off again, beside diffusers with peft
   serve            what minisd serve adds: start to first picture, to an answer, to the pictures in a second
+  accuracy         what number formats, fp8 and shortcuts (--cfg-until, --cache) cost in pictures and layers, against float32
   samplers         what every sampler converges to, how fast, and how far it is at 10, 20 and 40 calls of the network
-  roofline         where a step spends its time, and what is left to win
+  roofline         where a step spends its time, and what is left to win; --device h200, …: predicted for a GPU that is not there
   all              every figure, the most wanted first, in at most --minutes, then those that matter most; needs --json
 
 Ceilings (copy bandwidth, matrix product) and peers are measured in the same run.  On a CPU shapes are smaller (--full: not so)
@@ -39,35 +41,37 @@ the checkpoint hand to the kernel: the UNet with guidance, the VAE's decoder and
 """
 PARTS = {
     "kernels": ("kernels", "bench"),
-    "compile": ("compiling", "bench"),
+    "compile": ("machine.compiling", "bench"),
     "unet": ("steps", "bench_unet"),
     "vae": ("steps", "bench_vae"),
     "image": ("processes", "bench_image"),
+    "start": ("machine.ledger", "bench"),
     "load": ("processes", "bench_load"),
-    "roofline": ("roofline", "bench"),
+    "roofline": ("machine.roofline", "bench"),
     "lora": ("lab.loras", "bench"),
     "serve": ("lab.serving", "bench"),
+    "accuracy": ("lab.accuracy", "bench"),
     "samplers": ("lab.samplers", "bench"),
     "all": ("everything", "bench"),
 }
 PEERS = ("eager", "graph", "compiled", "openvino")
 
 # Which parts take an option; those that are not named here all of them do.
-MEASURED = tuple(part for part in PARTS if part not in ("compile", "samplers", "lora", "serve"))
+MEASURED = tuple(part for part in PARTS if part not in ("compile", "accuracy", "samplers", "lora", "serve"))
 TAKEN_BY = {
     "name": ("kernels", "compile"),
     "against": ("kernels",),
-    "shapes_of": ("kernels",),
+    "shapes_of": ("kernels", "compile"),
     "tiles": ("kernels",),
     "gpu": ("compile",),
-    "model": ("unet", "image", "load", "roofline"),
-    "checkpoint": ("image", "load", "samplers"),
+    "model": ("unet", "image", "start", "load", "roofline"),
+    "checkpoint": ("image", "start", "load", "accuracy", "samplers"),
     "peers": ("unet", "vae", "image", "load", "lora"),
     "ablate": ("unet", "vae"),
     "minutes": ("all",),
-    "full": MEASURED,
-    "repeats": (*MEASURED, "lora", "serve"),
-    "device": (*MEASURED, "samplers", "lora", "serve"),
+    "full": (*MEASURED, "accuracy"),
+    "repeats": (*(part for part in MEASURED if part != "start"), "lora", "serve"),
+    "device": (*MEASURED, "accuracy", "samplers", "lora", "serve"),
     "plot": (*MEASURED, "samplers", "lora"),
 }
 DEFAULTS: dict[str, Any] = {
@@ -113,7 +117,9 @@ def add_kernels(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--shapes-of", metavar="CHECKPOINT", help=f"{users('shapes_of')}: the shapes of this file's networks, from its header"
     )
-    made.add_argument("--gpu", metavar="NAME", help=f"{users('gpu')}: a100, h100, rtx4090, … or sm_NN (default: h100)")
+    made.add_argument(
+        "--gpu", metavar="NAME,…", help=f"{users('gpu')}: a100, h100, rtx4090, … or sm_NN, or several of them (default: h100)"
+    )
 
 
 def add_networks(made: argparse.ArgumentParser) -> None:
@@ -166,13 +172,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def number_format(what: str, name: str | None, device: torch.device) -> torch.dtype:
-    """Kernels are computed in Triton's interpreter on a CPU, which rounds float32 and float16 as a GPU does, and not bfloat16."""
+def number_format(what: str, name: str | None, device: torch.device, absent: bool = False) -> torch.dtype:
+    """Kernels are computed in Triton's interpreter on a CPU, which rounds float32 and float16 as a GPU does, and not bfloat16.
+
+    absent: for a GPU that is not there.
+    """
     import torch
 
     from ..system.device import to_dtype
 
-    if what == "compile":
+    if absent:
         return to_dtype(name or "float16", torch.device("cuda"))
     if what == "kernels" and device.type == "cpu":
         return torch.float16 if name == "float16" else to_dtype(name or "float32", device)
@@ -180,6 +189,7 @@ def number_format(what: str, name: str | None, device: torch.device) -> torch.dt
 
 
 def bench(args: argparse.Namespace) -> int:
+    from ..bench.machine.gpus import is_gpu
     from ..bench.report import Report, machine, pyplot
     from ..bench.timing import Clock
     from ..fast.choice import chosen, settle_cudnn
@@ -192,11 +202,12 @@ def bench(args: argparse.Namespace) -> int:
         if path:
             check_place(path)
     chosen()
-    device = to_device("cpu" if args.what == "compile" else args.device)
-    dtype = number_format(args.what, args.dtype, device)
+    absent = args.what == "compile" or (args.what == "roofline" and is_gpu(args.device))
+    device = to_device("cpu" if absent else args.device)
+    dtype = number_format(args.what, args.dtype, device, absent)
     settle_cudnn()  # of ours and of the peers
     clock = Clock(device, dtype, args.repeats or (20 if device.type == "cuda" else 5))
-    args.full, args.repeats = args.full or device.type == "cuda", clock.repeats
+    args.full, args.repeats = args.full or device.type == "cuda" or absent, clock.repeats
     report = Report(clock, args.json, args.debug)
     print("minisd bench on " + ", ".join(f"{name} {value}" for name, value in machine(clock).items()))
     if not args.full and args.what in MEASURED:

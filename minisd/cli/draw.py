@@ -64,6 +64,7 @@ def add_files(parser: argparse.ArgumentParser) -> None:
     )
     files.add_argument("--refiner", metavar="FILE", help="a second checkpoint that finishes what the first began")
     files.add_argument("--ema", action="store_true", help="draw with the moving average of the weights, where the file has it")
+    files.add_argument("--fp8", action="store_true", help="the UNet's linear layers in float8: half their memory, and less exact")
     files.add_argument("--strict", action="store_true", help="refuse a checkpoint with tensors that nothing asks for")
     add_training(files)
 
@@ -123,6 +124,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def draw(args: argparse.Namespace) -> int:
     output = settled_output(args)
+    from ..warmup.starting import begin_early
+
+    begin_early(args.model, args.device, args.dtype, args.size)  # torch, which the next lines import, takes seconds
+    from ..fast.float8 import in_float8
     from ..fast.operations import attentions_of
     from ..pictures.grids import grid
     from ..pictures.image import save_png
@@ -134,6 +139,8 @@ def draw(args: argparse.Namespace) -> int:
     common: dict[str, Any] = {"device": args.device, "dtype": args.dtype, "offload": args.offload, "strict": args.strict}
     pipe = load(args.model, vae=args.vae, prediction=args.prediction, zero_snr=args.zero_snr, ema=args.ema, **common)
     args.refiner = load(args.refiner, **common) if args.refiner else None
+    if args.fp8:
+        in_float8(pipe)
     request = request_of(args.prompt, args)
     teach([each for each in (pipe, args.refiner) if each], request)
     look = Preview(pipe, args.preview) if args.preview else None

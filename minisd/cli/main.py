@@ -22,7 +22,7 @@ from . import about, again, bench, draw, files, lora, models, serve
 from .inside import attend, explain, numerics, traces
 from .options import Parser, one_line, with_flags
 from .streams import careful_streams, ended_by_signals
-from .work import batch, score
+from .work import batch, score, warm
 
 CLOSED = 141  # as the shell counts SIGPIPE
 LEAST = 600 << 20  # bytes of address space: with less, the libraries that torch loads may end the process by themselves
@@ -92,6 +92,7 @@ COMMANDS = {
     "bench": Command(
         "WHAT", "how fast this machine draws, beside its limits and diffusers", bench.parser, bench.bench, bench.parsed
     ),
+    "warm": Command("[MODEL …]", "compile the kernels that models launch, before anybody draws", warm.parser, warm.warm),
     "samplers": Command(
         "", "which samplers there are, and what they are called elsewhere", about.samplers_parser, about.samplers
     ),

@@ -144,7 +144,7 @@ def check_distinct(outputs: Iterable[Path], inputs: Iterable[str | None]) -> Non
 # What Python calls an argument, and what the command line does.
 FLAGS = {option.name: option.flag for option in OPTIONS.values() if option.flag}
 LOADING, MERGING = ("device", "dtype", "prediction"), ("method", "base", "blocks", "density", "ratio", "name")
-ELSEWHERE = ("ray", "shard", "workers", "bound", "words", "layer")
+ELSEWHERE = ("ray", "shard", "workers", "bound", "words", "layer", "target", "jobs", "size")
 FLAGS |= {name: f"--{name}" for name in (*LOADING, *MERGING, *ELSEWHERE)}
 FLAGS |= {"from_step": "--from-step", "zero_snr": "--zero-snr", "axis": "--x, --y"}
 FLAGS |= {f"control_{name}": f"--control-{name}" for name in ("preprocess", "kind", "where", "range", "guess")}

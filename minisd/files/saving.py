@@ -63,8 +63,10 @@ NOTHING: Mapping[str, Future[str]] = {}
 def save_model(model: nn.Module, checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Path:
     """Writes a model that was loaded from a checkpoint, and perhaps changed since, with the file's metadata and markers.
 
-    Raises NonFiniteError if it holds NaN or infinity by now, and OutputError.
+    Raises NonFiniteError if it holds NaN or infinity by now, UsageError if it was rounded to float8 (--fp8), and OutputError.
     """
+    if any(hasattr(module, "weight_scale") for module in model.modules()):
+        raise UsageError("save: expected weights as the file has them, found float8 with scales; load it without fp8")
     tensors = model.state_dict()
     for key, value in tensors.items():
         if not value.isfinite().all():

@@ -42,7 +42,7 @@ class Side:
         """An input of the other side's as this side's module takes it."""
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        weight = next(module.parameters(), None)
+        weight = next((each for each in module.parameters() if each.dtype.itemsize > 1), None)  # float8 is for weights alone
         value = value.to(self.pipe.device, self.pipe.dtype if weight is None else weight.dtype)
         return rounded(module, (), value) if self.emulated else value
 

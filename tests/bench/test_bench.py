@@ -17,10 +17,12 @@ from families import SMALL
 from helpers import write_holes
 
 import minisd
-from minisd.bench import compiling, everything, networks, peers, steps
+from minisd.bench import everything, networks, peers, steps
 from minisd.bench.everything import summary
+from minisd.bench.machine import compiling
+from minisd.bench.machine.kinds import class_of
+from minisd.bench.machine.roofline import Watch, attention_by, spent_on_cpu
 from minisd.bench.report import Report, seconds_of, write_json
-from minisd.bench.roofline import Watch, attention_by, class_of, spent_on_cpu
 from minisd.bench.shapes import shapes_of
 from minisd.bench.timing import Clock
 from minisd.cli.bench import DEFAULTS, PARTS, TAKEN_BY, bench, parsed, parser
@@ -28,6 +30,7 @@ from minisd.fast import choice, operations
 from minisd.fast import unet as fused_networks
 from minisd.models import ops
 from minisd.models.family import UNET
+from minisd.warmup.absent import capability_of
 from minisd.workbench import blueprint
 
 
@@ -285,7 +288,7 @@ def test_compile_names_registers_spills_and_shared_memory(tmp_path):
 
 
 def test_what_does_not_compile_is_a_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiling, "compiled", lambda *_: iter([{"for": "geglu a", "error_text": "no"}]))
+    monkeypatch.setattr(compiling, "of_job", lambda *_: iter([{"for": "geglu a", "error_text": "no"}]))
     main(["compile", "geglu", "--json", str(tmp_path / "x.json")])
     assert rows(tmp_path / "x.json") == [{"label": "geglu a", "error_text": "no"}]
     main(["compile", "wide_attention", "--dtype", "float32", "--json", str(tmp_path / "x.json")])
@@ -309,7 +312,7 @@ def test_compile_needs_triton(monkeypatch):
     ("name", "capability"), [("h100", 90), ("H200", 90), ("sm_90", 90), ("RTX-4090", 89), ("a100", 80), ("sm_120", 120)]
 )
 def test_gpus_by_name(name, capability):
-    assert compiling.capability_of(name) == capability
+    assert capability_of(name) == capability
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -24,9 +24,9 @@ from ..index import Index
 FIELDS = ("prompt", "negative_prompt", "sampler", "spacing", "steps", "guidance_scale", "width", "height", "strength")
 # Options that the page has no fields for, but takes along.
 MORE = (
-    "clip_skip", "eta", "sampler_options", "guidance_rescale", "like", "rng", "subseed", "subseed_strength", "ensd", "sde_noise",
-    "batch_place", "emphasis", "plain_prompt", "zero_negative", "prompt_2", "negative_prompt_2", "original_size", "crop",
-    "target_size", "image_guidance_scale", "lora_rule", "lora_blocks",
+    "clip_skip", "eta", "sampler_options", "guidance_rescale", "cfg_until", "cache", "like", "rng", "subseed", "subseed_strength",
+    "ensd", "sde_noise", "batch_place", "emphasis", "plain_prompt", "zero_negative", "prompt_2", "negative_prompt_2",
+    "original_size", "crop", "target_size", "image_guidance_scale", "lora_rule", "lora_blocks",
 )  # fmt: skip
 # What recipes always say, and what is so anyway where no rules of another program are asked for.
 USUAL = {"rng": "cpu", "emphasis": "original", "plain_prompt": False, "sde_noise": "independent"}

@@ -2,7 +2,8 @@
 
 Work is counted on the plain model, operation by operation: its floating-point operations, and every operand and result that it
 reads or writes once.  Time is that of the fused form: on a GPU kernel by kernel, from the profiler, on a CPU operation by
-operation.  Both are sorted into the same few classes.
+operation.  Both are sorted into the same few classes.  What a known GPU was predicted to take stands beside what it takes, and
+for one that is not there (--device h200) alone: see prediction.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,28 +25,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ..fast import choice, operations
-from ..fast.unet import FusedUNet
-from .networks import MODELS, laid_out, random_unet, step_input
-from .report import Report
-
-# By the name of a kernel, or of PyTorch's operation; the first that matches counts.
-CLASSES = {
-    "attention": r"attention|attend|flash|fmha|sdpa|softmax|exponentials_kernel",
-    "GEGLU": r"geglu|gelu",
-    "convolution": r"interleave|conv|fprop|dgrad",
-    "GroupNorm, SiLU": r"partial_kernel|apply_kernel|whole_kernel|group_?norm|rowwisemoments|silu",
-    "LayerNorm": r"layer_?norm",
-    "linear": r"nvjet|gemm|gemv|cutlass|cublas|linear|\bmm\b|addmm|bmm|splitk",
-    "sampler, guidance": r"linear_step",
-    "concatenation": r"cat",
-}
-OTHERS = "sums and copies"
-
-
-def class_of(name: str) -> str:
-    found = (label for label, pattern in CLASSES.items() if re.search(pattern, name, re.IGNORECASE))
-    return next(found, OTHERS)
+from ...fast import choice, operations
+from ...fast.unet import FusedUNet
+from ..networks import MODELS, laid_out, random_unet, step_input
+from ..report import Report
+from . import launches, prediction
+from .gpus import gpu_called, is_gpu
+from .kinds import class_of
 
 
 @dataclass(frozen=True)
@@ -130,8 +116,15 @@ def spent_on_gpu(run: Callable[[], Any]) -> Spent:
     return {name: (class_of(name), seconds, count) for name, seconds, count in timed if seconds > 0}
 
 
-@torch.no_grad()
 def bench(report: Report, args: Any) -> None:
+    if is_gpu(args.device):
+        prediction.bench(report, args)
+    else:
+        measured(report, args)
+
+
+@torch.no_grad()
+def measured(report: Report, args: Any) -> None:
     clock, model = report.clock, MODELS[args.model]
     side = model.latents if args.full else model.latents // 2
     network, given = random_unet(model, clock.device, clock.dtype), step_input(model, side, clock.device, clock.dtype)
@@ -142,13 +135,15 @@ def bench(report: Report, args: Any) -> None:
     shift, keys_values = fused.shifts(given.t[:1], given.y)[0], fused.keys_values(given.context)
     spent = (spent_on_gpu if clock.is_cuda else spent_on_cpu)(lambda: fused(given.x, shift, keys_values))
     where, calls = ("GPU", "launches") if clock.is_cuda else ("CPU", "operations")
+    gpu = gpu_called(torch.cuda.get_device_name(clock.device)) if clock.is_cuda and clock.dtype.itemsize == 2 else None
+    foretold = prediction.by_kind(launches.of_step(model, side, clock.dtype), gpu) if gpu else {}
     step = f"{model.name} UNet step, {side}x{side} latents"
     report.table(
         f"{step}: {where} time by kind of work, floor at the ceilings of this run",
-        (calls, "time us", "floor us", "left us", "GFLOP", "MB"),
+        (calls, "time us", *(["predicted us"] if gpu else []), "floor us", "left us", "GFLOP", "MB"),
     )
     report.note(f"ceilings in this run: copy {clock.bandwidth / 1e12:.3g} TB/s, matmul {clock.matmul_rate / 1e12:.3g} TFLOP/s")
-    by_kind(report, calls, work.seen, spent)
+    by_kind(report, calls, work.seen, spent, foretold)
     report.note("the floor of all is that of its operations alone: fused perfectly, nothing else need be read or written")
     if not clock.is_cuda:
         report.note("operations are PyTorch's; views, which move nothing, are not among them")
@@ -158,8 +153,8 @@ def bench(report: Report, args: Any) -> None:
         report.add(name[:44], time=seconds, **{calls: count})
 
 
-def by_kind(report: Report, calls: str, work: list[Operation], spent: Spent) -> None:
-    """A row for each kind of work, the longest first, and one for all."""
+def by_kind(report: Report, calls: str, work: list[Operation], spent: Spent, foretold: Mapping[str, float]) -> None:
+    """A row for each kind of work, the longest first, and one for all; foretold: the predicted seconds, if there are any."""
     clock = report.clock
     times: defaultdict[str, float] = defaultdict(float)
     counts, flops, moved = Counter[str](), Counter[str](), Counter[str]()
@@ -171,7 +166,9 @@ def by_kind(report: Report, calls: str, work: list[Operation], spent: Spent) -> 
         moved[each.kind] += each.bytes
     for kind in sorted({*times, *moved}, key=lambda kind: -times[kind]):
         floor = clock.floor(flops[kind], moved[kind])
-        values = {calls: counts[kind], "time": times[kind], "floor": floor, "left": max(0.0, times[kind] - floor)}
+        values: dict[str, Any] = {calls: counts[kind], "time": times[kind], "floor": floor, "left": max(0.0, times[kind] - floor)}
+        values |= {"predicted": foretold.get(kind, 0.0)} if foretold else {}
         report.add(kind, **values, GFLOP=flops[kind] / 1e9, MB=moved[kind] / 1e6)
     seconds, total = sum(times.values()), flops.total()
-    report.add("all", **{calls: counts.total()}, time=seconds, floor=total / clock.matmul_rate, GFLOP=total / 1e9)
+    more = {"predicted": sum(foretold.values()) - foretold.get("gaps", 0.0)} if foretold else {}  # kernels have no gaps either
+    report.add("all", **{calls: counts.total()}, time=seconds, **more, floor=total / clock.matmul_rate, GFLOP=total / 1e9)

@@ -1,0 +1,142 @@
+"""What is sooner or smaller, and less exact: float8 and the reuse of deep features.  Numbers, refusals, recipes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import relative_error
+from torch import nn
+
+import minisd
+from minisd.cli.main import main
+from minisd.fast.cached import SHALLOW, Reusing
+from minisd.fast.float8 import E4M3, Float8Linear, in_float8, is_float8, quantised, reference
+from minisd.library.places import tiny_checkpoint
+from minisd.recipe import repeat
+
+SMALL = {"width": 32, "height": 32, "steps": 4, "seed": 1, "guidance_scale": 4.0}
+PROMPT = "a red circle on a blue background"
+
+
+def test_every_row_uses_the_whole_range_of_float8():
+    x = torch.randn(5, 32) * torch.logspace(-6, 3, 5)[:, None]
+    values, scale = quantised(x)
+    assert values.dtype == E4M3
+    assert torch.equal(values.float().abs().amax(1), torch.full((5,), 448.0))
+    assert relative_error(values.float() * scale, x) < 2**-4  # three bits
+    assert not quantised(torch.zeros(2, 16))[0].float().any()
+
+
+def test_a_float8_layer_is_its_formula_and_near_its_layer():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 48), torch.randn(2, 7, 64)
+    with torch.no_grad():
+        made = Float8Linear(layer)
+        (p, a), (q, s) = quantised(x), quantised(layer.weight)
+        formula = torch.einsum("blk,nk->bln", p.double() * a.double(), q.double() * s.double()) + layer.bias.double()
+        assert relative_error(made(x), formula) < 1e-6
+        assert 1e-3 < relative_error(made(x), layer(x)) < 0.05
+        assert made(x.bfloat16()).dtype == torch.bfloat16
+        wide = F.linear(x, q.float() * s)  # with weights alone in float8, the error is less
+        assert relative_error(wide + layer.bias, layer(x)) < relative_error(reference(x, q, s, layer.bias), layer(x))
+    assert made.weight.element_size() == 1
+
+
+@pytest.fixture
+def own() -> minisd.Pipeline:
+    return minisd.load(device="cpu", dtype="float32")
+
+
+def test_drawing_in_float8_is_near_halves_weights_and_is_drawn_again(own, tiny):
+    whole = tiny(PROMPT, **SMALL).latents
+    linear = [module for module in own.unet.modules() if type(module) is nn.Linear]
+    before = sum(layer.weight.nbytes for layer in linear)
+    in_float8(own)
+    rounded = [module for module in own.unet.modules() if isinstance(module, Float8Linear)]
+    assert len(rounded) > len(linear) / 2
+    assert sum(layer.weight.nbytes for layer in linear) == before  # the old ones, which nobody holds but this test
+    assert sum(layer.weight.nbytes + layer.weight_scale.nbytes for layer in rounded) < 0.3 * before  # of float32: a quarter
+    result = own(PROMPT, **SMALL)
+    assert 1e-4 < relative_error(result.latents, whole) < 0.2
+    recipe = result.metadata[0]
+    assert recipe["fp8"] is True
+    assert "changed" not in recipe
+    assert "fp8" not in tiny(PROMPT, **SMALL).metadata[0]
+    assert is_float8(own.unet)
+    assert not is_float8(tiny.unet)
+
+
+def test_float8_is_neither_saved_nor_layered_on(own, tmp_path):
+    in_float8(own)
+    with pytest.raises(minisd.UsageError, match="save: expected weights as the file has them, found float8"):
+        own.save(tmp_path / "x.safetensors")
+    with pytest.raises(minisd.UsageError, match="loras: expected none with fp8"):
+        own.set_loras([str(tiny_checkpoint().with_name("tiny-outline.safetensors"))])
+    with pytest.raises(minisd.UsageError, match="fp8: expected linear layers"):
+        in_float8(own)
+
+
+@pytest.mark.slow
+def test_the_command_line_draws_in_float8_and_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    size = ["--size", "32x32", "--steps", "2", "--seed", "1", "--device", "cpu", "--dtype", "float32"]
+    assert main([PROMPT, *size, "--fp8", "--cache", "2", "-o", "a.png"]) == 0
+    assert main(["again", "a.png", "-o", "b.png"]) == 0
+    from PIL import Image
+
+    assert np.array_equal(np.asarray(Image.open("a.png")), np.asarray(Image.open("b.png")))
+
+
+def counted(pipe, block, **options):
+    """How often a block was computed, and the result."""
+    calls = []
+    hook = block.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        return len(calls), pipe(PROMPT, **(SMALL | {"steps": 6} | options)), calls
+    finally:
+        hook.remove()
+
+
+def test_the_deep_part_is_computed_every_third_time(tiny):
+    _, whole, calls = counted(tiny, tiny.unet.middle_block)
+    assert len(calls) == 6
+    _, result, calls = counted(tiny, tiny.unet.middle_block, cache=3)
+    assert len(calls) == 2
+    assert len(counted(tiny, tiny.unet.input_blocks[SHALLOW - 1], cache=3)[2]) == 6
+    less = counted(tiny, tiny.unet.middle_block, cache=2)[1]
+    assert 1e-4 < relative_error(less.latents, whole.latents) < relative_error(result.latents, whole.latents) < 1
+    assert result.metadata[0]["cache"] == 3
+    assert result.metadata[0]["way"] == "plain"
+    again = tiny(repeat(result.metadata[0], tiny_checkpoint()))
+    assert torch.equal(again.latents, result.latents)
+
+
+def test_a_new_batch_is_computed_whole_and_a_whole_call_is_the_network(tiny):
+    torch.manual_seed(0)
+    unet = tiny.unet
+    x, t = torch.randn(2, unet.in_channels, 8, 8), torch.full((2,), 500.0)
+    context = torch.randn(2, 77, unet.context_channels)
+    reusing = Reusing(unet, 3)
+    with torch.no_grad():
+        true = unet(x, t, context)
+        assert torch.equal(reusing(x, t, context), true)
+        assert torch.equal(reusing(x, t, context), true)  # by what was kept: nothing has changed
+        assert not torch.equal(reusing(2 * x, t, context), unet(2 * x, t, context))
+        assert torch.equal(reusing(2 * x, t, context), unet(2 * x, t, context))  # the fourth is whole again
+        assert torch.equal(reusing(x[:1], t[:1], context[:1]), unet(x[:1], t[:1], context[:1]))
+    assert len(counted(tiny, unet.middle_block, cache=6, cfg_until=0.5)[2]) == 2  # guidance ends: half the batch
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"cache": 0}, "cache: expected a whole number from 1 to 20, found 0"),
+        ({"cache": 2, "rescue": True}, "cache: expected 1 beside rescue, which looks into every block of the UNet, found 2"),
+    ],
+)
+def test_where_nothing_can_be_reused_it_is_refused(options, said, tiny):
+    with pytest.raises(minisd.UsageError) as error:
+        tiny(PROMPT, **(SMALL | options))
+    assert str(error.value) == said

@@ -230,8 +230,9 @@ class Pipeline:
         files = [hashed_ahead(open_checkpoint(path)) for path in paths]
         vae = load_vae(files, self.vae.latent_channels, next(self.vae.parameters()).device, self.dtype)
         if vae.downscale != self.vae.downscale:
-            told = f"expected a VAE of latents {self.vae.downscale} times smaller than the picture, found {vae.downscale} times"
-            raise CheckpointError(files[0].path, told)
+            raise CheckpointError(
+                files[0].path, f"expected latents {self.vae.downscale} times smaller, found {vae.downscale} times"
+            )
         self.engine.replace(self.vae, vae)
         self.model.first_stage_model, self.vae_files = vae, files
         self.codec = Codec(vae, self.recognition, self.device, self.dtype, self.engine)

@@ -15,7 +15,7 @@ from . import __version__
 from .addons.wanted import Lora, as_lora
 from .diffusion.denoiser import Conditioning, Timeline
 from .errors import UsageError, shown
-from .fast.float8 import is_float8
+from .fast.lossy.float8 import is_float8
 from .files.checkpoint import Checkpoint, data_sha256, file_sha256
 from .library.names import resolve
 from .library.places import tiny_checkpoint

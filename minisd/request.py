@@ -102,7 +102,7 @@ class Request:
     controls: ControlNets and T2I-Adapters, each with the picture that it is to follow: a list of `minisd.Control`.
     style: the name of one of library.styles, whose words go around prompt and negative prompt.
     cfg_until: 0 … 1, the share of the steps, the first, that are guided; the others follow the prompt alone, in half the time.
-    cache: 1 … 20: the deep part of the UNet is computed at every cache-th call, and reused between (fast.cached).
+    cache: 1 … 20: the deep part of the UNet is computed at every cache-th call, and reused between (fast.lossy.cached).
     rescue: computes those blocks of the UNet in float32 that overflow in its own dtype; each is told.
     progress: show a bar.  transform: what the latents become after each step, Step -> (B, C, h, w).
     observe: is shown every call of the network: (call, x, estimates of x_0 by role).

@@ -86,7 +86,7 @@ def again(args: argparse.Namespace) -> int:
 
 def round_weights(pipe: Pipeline, recipe: Mapping[str, Any]) -> None:
     if recipe.get("fp8") is True:
-        from ..fast.float8 import in_float8
+        from ..fast.lossy.float8 import in_float8
 
         in_float8(pipe)
 

@@ -127,7 +127,7 @@ def draw(args: argparse.Namespace) -> int:
     from ..warmup.starting import begin_early
 
     begin_early(args.model, args.device, args.dtype, args.size)  # torch, which the next lines import, takes seconds
-    from ..fast.float8 import in_float8
+    from ..fast.lossy.float8 import in_float8
     from ..fast.operations import attentions_of
     from ..pictures.grids import grid
     from ..pictures.image import save_png

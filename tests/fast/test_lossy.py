@@ -11,8 +11,8 @@ from torch import nn
 
 import minisd
 from minisd.cli.main import main
-from minisd.fast.cached import SHALLOW, Reusing
-from minisd.fast.float8 import E4M3, Float8Linear, in_float8, is_float8, quantised, reference
+from minisd.fast.lossy.cached import SHALLOW, Reusing
+from minisd.fast.lossy.float8 import E4M3, Float8Linear, in_float8, is_float8, quantised, reference
 from minisd.library.places import tiny_checkpoint
 from minisd.recipe import repeat
 

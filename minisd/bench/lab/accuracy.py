@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...fast import choice
-from ...fast.float8 import E4M3, fits, in_float8
+from ...fast.lossy.float8 import E4M3, fits, in_float8
 from ...inside.layers import numerics
 from ...inside.sides import EMULATED, Side, side
 from ...models.unet import SpatialTransformer

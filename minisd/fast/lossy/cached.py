@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.unet import UNet
+from ...models.unet import UNet
 
 SHALLOW = 1  # input blocks, and as many output blocks, that every call computes: the paper's shallowest branch
 

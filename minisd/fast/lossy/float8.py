@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UsageError
-from ..files.model import StableDiffusion
-from ..models.unet import SpatialTransformer, UNet
-from .engine import Engine, Plain
-from .ways import AsLoaded
+from ...errors import UsageError
+from ...files.model import StableDiffusion
+from ...models.unet import SpatialTransformer, UNet
+from ..engine import Engine, Plain
+from ..ways import AsLoaded
 
 E4M3, LARGEST = torch.float8_e4m3fn, 448.0
 MULTIPLE = 16  # of rows and columns that `_scaled_mm` takes

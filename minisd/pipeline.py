@@ -230,9 +230,7 @@ class Pipeline:
         files = [hashed_ahead(open_checkpoint(path)) for path in paths]
         vae = load_vae(files, self.vae.latent_channels, next(self.vae.parameters()).device, self.dtype)
         if vae.downscale != self.vae.downscale:
-            raise CheckpointError(
-                files[0].path, f"expected latents {self.vae.downscale} times smaller, found {vae.downscale} times"
-            )
+            raise CheckpointError(files[0].path, f"expected latents {self.vae.downscale} times smaller, found {vae.downscale}")
         self.engine.replace(self.vae, vae)
         self.model.first_stage_model, self.vae_files = vae, files
         self.codec = Codec(vae, self.recognition, self.device, self.dtype, self.engine)

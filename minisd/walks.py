@@ -22,8 +22,8 @@ from .diffusion.samplers import SAMPLERS, Sampler
 from .diffusion.schedule import TRAINING_STEPS, Continuous, Schedule, scaled_linear, zero_terminal
 from .diffusion.worlds import RULES, Wanted, schedule_of
 from .errors import UsageError
-from .fast.lossy.cached import Reusing
 from .fast.engine import moments
+from .fast.lossy.cached import Reusing
 from .fast.ways import Moment, Walk
 from .models.family import REFINER, UNET, Training
 from .pictures.masks import at_latents, without_masked

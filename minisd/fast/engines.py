@@ -15,19 +15,22 @@ from .engine import Engine, Plain
 
 
 def engine(model: StableDiffusion, fast: bool | None = None) -> Engine:
-    """What draws with a model; fast: False for the modules as they stand, None as MINISD_FAST (0 or 1) says."""
+    """What draws with a model; fast: False for the modules as they stand, None as MINISD_FAST (0 or 1) says.
+
+    On a CPU in bfloat16 the modules as they stand, too: their fused form has yet to be measured on a processor that computes it.
+    """
     if fast is None:
         said = os.environ.get("MINISD_FAST") or "1"
         if said not in ("0", "1"):
             raise UsageError(f"MINISD_FAST: expected 0 or 1, found {said!r}")
         fast = said == "1"
-    device = next(model.parameters()).device
-    if device.type == "cuda":
+    here = next(model.parameters())
+    on_cpu = fast and here.device.type == "cpu" and here.dtype == torch.float32
+    if here.device.type == "cuda":
         settle_cudnn()
-    on_cpu = fast and device.type == "cpu" and chosen().auto
-    if on_cpu or wants("group_norm", device):  # which wants its maps so, as cuDNN does; now, so that all draws round the same
+    if (on_cpu and chosen().auto) or wants("group_norm", here.device):  # now, so that all draws round the same
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if not fast or device.type not in ("cuda", "cpu"):
-        return Plain()
     networks = (*model.text_encoders, model.vae)
-    return Cuda(model.unet, True, networks) if device.type == "cuda" else Cpu(model.unet, networks)
+    if on_cpu:
+        return Cpu(model.unet, networks)
+    return Cuda(model.unet, True, networks) if fast and here.device.type == "cuda" else Plain()

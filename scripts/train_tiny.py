@@ -33,6 +33,7 @@ from minisd.models.family import SD1
 from minisd.models.shapes import Shapes, below
 from minisd.models.unet import UNet
 from minisd.models.vae import AutoencoderKL
+from minisd.system.device import cpu_computes_bfloat16
 from minisd.text.tokenizer import tokenize
 from minisd.workbench import blueprint
 
@@ -89,23 +90,28 @@ class Training:
             print(f"step {i}/{self.steps}  loss {mean:.4f}  {time.monotonic() - self.start:.0f} s", flush=True)
 
 
-def train_vae(
-    vae: AutoencoderKL, pictures: Tensor, steps: int, rate: float, batch: int, device: str, like: AutoencoderKL | None = None
-) -> list[float]:
+def train_vae(vae: AutoencoderKL, pictures: Tensor, steps: int, rate: float, batch: int, device: str) -> list[float]:
     """Reconstruction (absolute and squared error) with a light pull of the latents towards a unit normal.
 
-    like: an autoencoder of which the latents are to be kept, so that a UNet which knows them stays useful.
+    An encoder that takes no gradients stays as it is, and so do its latents: a UNet which knows them stays useful.
     """
     training = Training(vae, steps, rate)
+    learns = vae.encoder.conv_in.weight.requires_grad
     for _ in range(steps):
         x = to_range(pictures[torch.randint(len(pictures), (batch,))], device)
-        with torch.autocast(device, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            mean, logvar = vae.encode(x)
+        with quick(device), sdpa_kernel(SDPBackend.MATH):
+            with torch.set_grad_enabled(learns):
+                mean, logvar = vae.encode(x)
             latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
             out = vae.decode(latents)
-            pull = away(like, x, mean, logvar) if like else 1e-3 * kl(mean, logvar)
+        pull = 1e-3 * kl(mean, logvar) if learns else 0
         training.step((out - x).abs().mean() + (out - x).square().mean() + pull)
     return training.losses
+
+
+def quick(device: str) -> torch.autocast:
+    """bfloat16 where it is computed; on a CPU without its instructions float32 is many times as fast."""
+    return torch.autocast(device, torch.bfloat16, enabled=device != "cpu" or cpu_computes_bfloat16())
 
 
 def kl(mean: Tensor, logvar: Tensor) -> Tensor:
@@ -113,22 +119,17 @@ def kl(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).float().mean()
 
 
-def away(like: AutoencoderKL, x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
-    """How far latents are from those of another autoencoder, whose variance is unit and whose noise is small."""
-    with torch.no_grad():
-        wanted, spread = like.encode(x)
-    return (LATENT_SCALE * (mean - wanted)).float().square().mean() + 0.01 * (logvar - spread).float().square().mean()
-
-
 @torch.no_grad()
 def begin_as(vae: AutoencoderKL, like: AutoencoderKL) -> None:
-    """Takes what has a place in both; a block that the other has not begins as the identity."""
+    """Takes what has a place in both; a block that the other has not begins as the identity.  The encoder stays as it is."""
     theirs = like.state_dict()
     for name, value in vae.state_dict().items():
         if name in theirs and theirs[name].shape == value.shape:
             value.copy_(theirs[name])
         elif name not in theirs and name.endswith(("conv2.weight", "conv2.bias")):
             value.zero_()
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
 
 
 def autoencoder_of(path: Path) -> AutoencoderKL:
@@ -161,7 +162,7 @@ def encode_all(vae: AutoencoderKL, pictures: Tensor, device: str) -> Tensor:
     """Means of the latents of all pictures, at unit variance: (N, 4, 16, 16)."""
     parts = []
     for part in pictures.split(256):
-        with torch.autocast(device, torch.bfloat16):
+        with quick(device):
             parts.append(vae.encode(to_range(part, device))[0].float() * LATENT_SCALE)
     return torch.cat(parts)
 
@@ -221,7 +222,7 @@ def train_unet(
         ids = torch.tensor(tokenize(prompts), device=device)
         t, weight = timesteps(alphas, batch, most=20 if i < steps / 2 else 8)
         x, noise = noisy(latents[chosen.to(device)], alphas[t])
-        with torch.autocast(device, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with quick(device), sdpa_kernel(SDPBackend.MATH):
             out = unet(x, t, text.final_norm(text.hidden_states(ids)[-1]))
         training.step((weight * (out.float() - noise).square()).mean())
         keep = min(0.999, (i - done + 1) / (i - done + 10))
@@ -275,11 +276,15 @@ def main() -> None:
     parser.add_argument("--name", default="tiny", help="name of the checkpoint's file")
     parser.add_argument("--style", choices=list(STYLES), default="flat", help="how the pictures are drawn")
     parser.add_argument(
-        "--start", type=Path, help="fine-tune this checkpoint, at half of the learning rates; an autoencoder keeps its latents"
+        "--start",
+        type=Path,
+        help="fine-tune this checkpoint, at half of the learning rates; of its autoencoder the decoder alone",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vae-steps", type=int, default=2200)
     parser.add_argument("--unet-steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=64, help="latents a step, of UNet and text encoder")
+    parser.add_argument("--rate", type=float, default=1e-3, help="their learning rate, before --start halves it")
     parser.add_argument("--vae", type=Path, help="take the autoencoder from this checkpoint instead of training it")
     parser.add_argument("--resume", type=Path, help="go on from this checkpoint, of --done steps, instead of from nothing")
     parser.add_argument("--done", type=int, default=0, help="UNet steps that the checkpoint to resume has behind it")
@@ -298,7 +303,7 @@ def main() -> None:
         like = autoencoder_of(args.start).to(args.device) if args.start else None
         if like:
             begin_as(vae, like)
-        curves["autoencoder"] = train_vae(vae, every, args.vae_steps, 2e-3 * share, 16, args.device, like)
+        curves["autoencoder"] = train_vae(vae, every, args.vae_steps, 2e-3 * share, 16, args.device)
         if not like:
             normalise_latents(vae, every, args.device)
         save(args.out / f"{args.name}-vae.safetensors", {"first_stage_model": vae.state_dict()}, args.style)
@@ -314,7 +319,7 @@ def main() -> None:
             module.load_state_dict(part(args.resume or args.start, name))
     else:
         begin_as_identity(unet)
-    settings = (args.unet_steps, 1e-3 * share, args.done, 64, args.device)
+    settings = (args.unet_steps, args.rate * share, args.done, args.batch, args.device)
     for losses, average in train_unet(unet, text, latents, captions, *settings):
         parts = {"model.diffusion_model": "unet.", "cond_stage_model.transformer": "text."}
         weights = {name: {k.removeprefix(p): v for k, v in average.items() if k.startswith(p)} for name, p in parts.items()}

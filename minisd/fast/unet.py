@@ -321,7 +321,7 @@ class FusedUNet(FusedTrunk):
         self.up = [layers_of(block, make) for block in network.output_blocks]
         self.norm_out: GroupNorm = network.out[0]  # type: ignore[assignment]
         self.conv_out = NarrowConv(network.out[2])  # type: ignore[arg-type]
-        self.out: Callable[[Tensor], Tensor] = self.last_layers
+        self.out: Callable[[Tensor], Tensor] | None = None  # what computes the last norm and convolution in another way
 
     @property
     def layers(self) -> list[Layer]:
@@ -339,10 +339,7 @@ class FusedUNet(FusedTrunk):
         for block in self.up:
             skip = skips.pop()
             x = walk(block, x, shifts, prompt, skip, skips[-1].shape[-2:] if skips else None)
-        return self.out(x)
-
-    def last_layers(self, x: Tensor) -> Tensor:
-        return self.conv_out(normed(x, self.norm_out))
+        return self.out(x) if self.out else self.conv_out(normed(x, self.norm_out))
 
 
 def walk(

@@ -267,7 +267,12 @@ def hashed_ahead(checkpoint: Checkpoint) -> Checkpoint:
     found = Future[str]()
     with suppress(OSError):  # the file is gone: then nobody is told its hash
         if AHEAD.setdefault(state_of(checkpoint.path), found) is found:
-            Thread(target=run, name="hashes a checkpoint", daemon=True).start()  # which the end of the process does not wait for
+            try:
+                Thread(
+                    target=run, name="hashes a checkpoint", daemon=True
+                ).start()  # which the end of the process does not wait for
+            except RuntimeError:  # no memory for one more
+                run()
     return checkpoint
 
 
@@ -278,7 +283,8 @@ def known_sha256(path: Path) -> str | None:
 
 def known_hashes() -> dict[str, str]:
     """The hashes that are remembered, by state; without what is no hash, because anybody may have written there."""
-    found = recall("sha256")
+    here = {state: each.result() for state, each in [*AHEAD.items()] if each.done() and not each.exception()}
+    found = recall("sha256") | here
     return {name: value for name, value in found.items() if isinstance(value, str) and SHA256.fullmatch(value)}
 
 

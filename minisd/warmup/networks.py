@@ -37,7 +37,8 @@ class ChannelsLast(TorchFunctionMode):
 def walk(
     model: StableDiffusion, latents: tuple[int, int], begin: Begin = lambda part: None, masked: Sequence[bool] = (False,)
 ) -> None:
-    """Calls each network once, as for one picture with guidance: the text encoders, the UNet, the sampler's step, the decoder.
+    """Calls each network once, as for one picture with guidance: the text encoders, the UNet, the sampler's step, the decoder;
+    the encoder too where there is a mask.
 
     model: on the meta device, each part in the dtype that it runs in.  latents: their height and width.
     begin: is told of each of PARTS before it is called.  masked: whether the sampler keeps a known region.
@@ -58,6 +59,9 @@ def walk(
             begin("VAE")
             x = torch.empty(1, model.vae.latent_channels, *latents, dtype=next(model.vae.parameters()).dtype)
             FusedDecoder(model.vae)(x.contiguous(memory_format=torch.channels_last))
+            if any(masked):  # a known region comes from a picture
+                size = [model.vae.downscale * side for side in latents]
+                model.vae.encode(torch.empty(1, 3, *size, dtype=x.dtype).contiguous(memory_format=torch.channels_last))
 
 
 def prepared(fused: FusedUNet, batch: int) -> tuple[Tensor, Tensor]:

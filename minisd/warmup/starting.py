@@ -179,7 +179,11 @@ def compiling(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, 
         major, minor = torch.cuda.get_device_capability(device)
         with contextlib.suppress(CheckpointError, OSError):  # what is wrong with the file is told by who loads it
             begin(checkpoint, 10 * major + minor, (None, None), str(dtype).removeprefix("torch."))
-    yield
+    try:
+        yield
+    except BaseException:  # nothing will be drawn with it
+        stop()
+        raise
     finish(checkpoint)
 
 

@@ -156,7 +156,7 @@ def test_each_side_of_guidance(kind, opened, tmp_path):
     assert_close(positive + negative - plain, both, 1e-5)
     assert_close(drawn("positive", "negative"), both, 1e-5)
     assert_close(drawn("positive", guidance_scale=1.0), drawn("both", guidance_scale=1.0), 1e-6)
-    assert torch.equal(drawn("negative", guidance_scale=1.0), drawn(guidance_scale=1.0))  # nobody asks for that side
+    assert_close(drawn("negative", guidance_scale=1.0), drawn(guidance_scale=1.0), 1e-5)  # nobody asks for that side
     if kind == "adapter":
         return
     joined = f"{PROMPT} AND a red star"
@@ -174,7 +174,7 @@ def test_strength_zero_changes_nothing_and_strength_is_linear_in_what_is_added(o
         controls = [minisd.Control(control, picture(), strength) for strength in strengths]
         return pipe(PROMPT, steps=1, latents=latents(), controls=controls, **CALL).latents
 
-    assert_close(one_step(0.0), one_step(), 1e-6)
+    assert_close(one_step(0.0), one_step(), 1e-5)
     assert_close(one_step(0.3, 0.5), one_step(0.8), 1e-5)
 
 

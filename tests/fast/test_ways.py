@@ -62,7 +62,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def load(path: Path, device: str = "cpu", dtype: str = "float32") -> minisd.Pipeline:
-    return minisd.load(path, device=device, dtype=dtype)
+    return minisd.load(path, device=device, dtype=dtype, fast=device != "cpu")  # the tests bring engines of their own
 
 
 def fast(pipe: minisd.Pipeline, graphs: bool = CUDA) -> Cuda:
@@ -833,9 +833,9 @@ def test_without_memory_to_record_drawing_goes_on(files, monkeypatch):
 def test_fast_can_be_turned_off(monkeypatch, files):
     monkeypatch.setenv("MINISD_FAST", "maybe")
     with pytest.raises(minisd.UsageError, match="MINISD_FAST: expected 0 or 1, found 'maybe'"):
-        load(files["sd1"])
+        minisd.load(files["sd1"], device=DEVICE)
     monkeypatch.setenv("MINISD_FAST", "0")
-    assert isinstance(load(files["sd1"], DEVICE).engine, Plain)
+    assert isinstance(minisd.load(files["sd1"], device=DEVICE).engine, Plain)
     assert isinstance(minisd.load(files["sd1"], device=DEVICE, fast=False).engine, Plain)
 
 

@@ -74,7 +74,7 @@ def test_a_picture_does_not_depend_on_those_beside_it(union):
     both = union.residuals(x, hints, t, context, y, kinds)
     single = union.residuals(x[1:], hints, t[1:], context[1:], y[1:], kinds)
     for one, other in zip(both, single, strict=True):
-        assert relative_error(one[1:], other) <= 1e-6
+        assert relative_error(one[1:], other) <= 2e-6
 
 
 @pytest.mark.parametrize("copies", [1, 3])

@@ -42,7 +42,9 @@ class Launching:
             if name == "linear_step":
                 for target, value in zip((given[0], given[1], given[6]), result, strict=True):
                     target.copy_(value)
-            return tuple(written(x, given[0]) for x in result) if isinstance(result, tuple) else written(result, given[0])
+            if isinstance(result, tuple):  # a map, and its statistics
+                return written(result[0], given[0]), *result[1:]
+            return written(result, given[0])
 
         return call
 

@@ -210,7 +210,7 @@ def test_a_lora_of_an_axis_that_does_not_fit_is_told_before_anything_is_drawn(re
 def test_each_checkpoint_draws_at_its_own_size_again_too(tmp_path, tiny, capsys):
     other = tmp_path / "models" / "wide.safetensors"
     other.parent.mkdir()
-    weights = {key: value.clone() for key, value in tiny.model.state_dict().items()}
+    weights = {key: value.contiguous().clone() for key, value in tiny.model.state_dict().items()}
     save_file(weights, other, {"modelspec.resolution": "96x72"})
     assert main(["compare", PROMPT, "-m", "tiny", "-m", "wide", "--seeds", "1", "--steps", "1", "--json"]) == 0
     done = json.loads(capsys.readouterr().out)
@@ -352,7 +352,7 @@ def test_no_picture_at_all_is_an_error(monkeypatch, capsys):
 
 
 def test_a_second_checkpoint_that_cannot_be_loaded_does_not_lose_the_first(tmp_path, tiny):
-    weights = {key: value.clone() for key, value in tiny.model.state_dict().items()}
+    weights = {key: value.contiguous().clone() for key, value in tiny.model.state_dict().items()}
     weights.popitem()
     save_file(weights, tmp_path / "lacking.safetensors")
     done = compare(PROMPT, [None, "lacking.safetensors"], [1], **FAST)

@@ -29,12 +29,13 @@ def count(launches, name):
 
 
 def test_launches_of_a_step_are_those_that_were_counted_otherwise(sd15):
-    """By hand and by the profiles of a prototype; each GroupNorm counts as two launches, as those of large maps are."""
-    assert len(sd15) == 456
+    """By hand and by the profiles of a prototype."""
+    assert len(sd15) == 416
     assert count(sd15, "convolution") + count(sd15, "convolution of an upsampling") == 52
     assert count(sd15, "product") == 154
     assert count(sd15, "attention") == 32
-    assert count(sd15, "group_norm, statistics") == count(sd15, "group_norm, apply") == 61
+    norms = [count(sd15, f"group_norm, {part}") for part in ("whole", "statistics", "apply")]
+    assert norms == [30, 21, 31]  # 61 norms: small maps in one launch, ten statistics by who wrote the map
     assert (count(sd15, "layer_norm"), count(sd15, "geglu"), count(sd15, "add_")) == (48, 16, 0)
     # 1,607 GFLOP of the plain network, less what phases save of upsampling, less time embedding and keys and values.
     assert 1.50e12 < sum(launch.flops for launch in sd15) < 1.56e12
@@ -42,7 +43,7 @@ def test_launches_of_a_step_are_those_that_were_counted_otherwise(sd15):
 
 @pytest.mark.slow
 def test_launches_of_sdxl_and_of_decoding():
-    assert len(of_step(MODELS["sdxl"], 128, torch.float16)) == 1039
+    assert len(of_step(MODELS["sdxl"], 128, torch.float16)) == 1028
     decoding = of_decoding(MODELS["sd15"], 64, torch.float16)
     assert count(decoding, "convolution") + count(decoding, "convolution of an upsampling") == 34
     assert count(decoding, "group_norm, apply") == 30
@@ -74,7 +75,7 @@ def test_a_gpu_that_is_not_there(tmp_path, monkeypatch, sd15, capsys):
         assert "predicted for GeForce RTX 4090, float16" in table["title"]
         assert not any(key.startswith("time") for row in table["rows"] for key in row)
     rows = {row["label"]: row for row in step["rows"]}
-    assert rows["all"]["launches"] == 456
+    assert rows["all"]["launches"] == 416
     assert rows["all"]["predicted_us"] == pytest.approx(sum(row["predicted_us"] for row in step["rows"]) / 2)
     whole = 20 * rows["all"]["predicted_us"] + decoding["rows"][-1]["predicted_us"]
     assert picture["rows"][0]["predicted_ms"] == pytest.approx(whole / 1e3)

@@ -322,14 +322,8 @@ RECORDED = [option.name for option in OPTIONS.values() if option.recorded]
 RECIPE = {name: OPTIONS[name].stands_as or OPTIONS[name].kind for name in RECORDED}
 RECIPE |= dict.fromkeys(("prompt", "device", "dtype", "prediction", "task", "own_spacing"), TEXT)
 RECIPE |= dict.fromkeys(("model_path", "vae_path", "refiner_path"), TEXT)
-RECIPE |= {"embeddings": CONTROL_FACTS} | {
-    "ema": FLAG,
-    "fp8": FLAG,
-    "zero_snr": FLAG,
-    "vae_paths": TEXTS,
-    "own": TEXTS,
-    "changed": TEXT,
-}
+RECIPE |= dict.fromkeys(("ema", "fp8", "zero_snr"), FLAG) | dict.fromkeys(("vae_paths", "own"), TEXTS)
+RECIPE |= {"embeddings": CONTROL_FACTS, "changed": TEXT}
 AXES = {option.flag.removeprefix("--"): option for option in OPTIONS.values() if option.axis and option.flag}  # by their names
 
 # What the same things are called elsewhere, and what to do about it here.

@@ -212,7 +212,7 @@ class Pipeline:
         """Layers these, and no others, on the weights from now on: paths or names, (path, strength), (path, strength, text
         strength) or `addons.wanted.Lora`.  [] gives the file's own weights back, to the bit; a new strength reads no file again.
 
-        rule, partial: `lora_rule`, `lora_partial` of a request.  Raises CheckpointError, UsageError; weights stay then.
+        rule, partial: `lora_rule`, `lora_partial` of a request.  Raises CheckpointError, UsageError, weights untouched.
         """
         self.stack.keep(Wanted(as_loras(loras), rule, partial))
 

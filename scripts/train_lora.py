@@ -1,8 +1,9 @@
-"""Trains the LoRA in weights/: another style on the tiny checkpoint, with all that it knows.
+"""Trains a LoRA: another style on the tiny checkpoint, with all that it knows.
 
-    python scripts/train_lora.py --out weights             (2 CPU cores: about half an hour)
-    minisd merge tiny --lora weights/tiny-clay.safetensors -o weights/tiny-lit.safetensors --dtype float16
+    python scripts/train_lora.py -m FILE --out FOLDER      (2 CPU cores: about half an hour)
 
+None is in weights/ yet: the autoencoder of tiny.safetensors flattens the style.  FILE is one whose decoder knows it, as
+`train_tiny.py --start tiny.safetensors` trains it on both.
 Low-rank changes of the UNet's matrices and convolutions (Hu et al. 2021, arXiv 2106.09685) learn pictures of the style; the
 checkpoint itself stays as it is.  They begin at zero: training begins with its own pictures.  Needs matplotlib for the curve.
 """

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..fast.lossy.float8 import is_float8
 from ..models.blocks import block_of, block_ratios
 from ..models.family import UNET, Family
 from ..models.shapes import Shapes
@@ -92,7 +93,7 @@ class Stack:
         if wanted.rule not in RULES:
             raise UsageError(f"lora_rule: expected {' or '.join(RULES)}, found {wanted.rule!r}")
         keys = [*self.model.state_dict()]
-        if wanted.loras and any(hasattr(module, "weight_scale") for module in self.model.modules()):
+        if wanted.loras and is_float8(self.model):
             raise UsageError("loras: expected none with fp8, whose weights are rounded: merge them into a file first")
         return [ready(self.open(lora.source), lora, self.family, keys, wanted.partial) for lora in wanted.loras]
 

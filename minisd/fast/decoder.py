@@ -38,13 +38,19 @@ def first_norm(part: ResBlock | Attention | Upsample) -> GroupNorm | None:
     return part.norm1 if isinstance(part, ResBlock) else part.block.norm if isinstance(part, Attention) else None
 
 
-def vae_layer(module: nn.Module) -> ResBlock | Attention | Upsample:
+def vae_layer(
+    module: nn.Module,
+    res_block: type[ResBlock] = ResBlock,
+    attention: type[Attention] = Attention,
+    upsample: type[Upsample] = Upsample,
+) -> ResBlock | Attention | Upsample:
+    """The fused form of a part of a decoder, in the classes of a GPU or in others."""
     if isinstance(module, vae.ResnetBlock):
-        return ResBlock(module.norm1, module.conv1, module.norm2, module.conv2, module.nin_shortcut)
+        return res_block(module.norm1, module.conv1, module.norm2, module.conv2, module.nin_shortcut)
     if isinstance(module, vae.AttnBlock):
-        return Attention(module)
+        return attention(module)
     assert isinstance(module, vae.Upsample)
-    return Upsample(module.conv)
+    return upsample(module.conv)
 
 
 Make = Callable[[nn.Module], ResBlock | Attention | Upsample]

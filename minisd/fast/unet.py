@@ -242,15 +242,21 @@ class Transformer:
 Layer = ResBlock | Transformer | Upsample | NarrowConv | nn.Module
 
 
-def layer(module: nn.Module) -> Layer:
+def layer(
+    module: nn.Module,
+    res_block: type[ResBlock] = ResBlock,
+    transformer: type[Transformer] = Transformer,
+    upsample: type[Upsample] = Upsample,
+) -> Layer:
+    """The fused form of a part of a UNet, in the classes of a GPU or in others."""
     if isinstance(module, unet.ResBlock):
         norms_and_convs = (module.in_layers[0], module.in_layers[2], module.out_layers[0], module.out_layers[3])
-        return ResBlock(*norms_and_convs, module.skip_connection)  # type: ignore[arg-type]
+        return res_block(*norms_and_convs, module.skip_connection)  # type: ignore[arg-type]
     if isinstance(module, unet.SpatialTransformer):
-        return Transformer(module)
+        return transformer(module)
     if isinstance(module, nn.Conv2d):
         return NarrowConv(module)
-    return Upsample(module.conv) if isinstance(module, unet.Upsample) else module
+    return upsample(module.conv) if isinstance(module, unet.Upsample) else module
 
 
 Make = Callable[[nn.Module], Layer]

@@ -261,16 +261,17 @@ def hashed_ahead(checkpoint: Checkpoint) -> Checkpoint:
     def run() -> None:
         try:
             found.set_result(known_sha256(checkpoint.path) or hashed(checkpoint.path))
-        except Exception as error:  # told to whoever asks
+        except Exception as error:  # told to whoever waits; who asks later tries again
+            AHEAD.pop(state, None)
             found.set_exception(error)
 
     found = Future[str]()
     with suppress(OSError):  # the file is gone: then nobody is told its hash
-        if AHEAD.setdefault(state_of(checkpoint.path), found) is found:
+        state = state_of(checkpoint.path)
+        if AHEAD.setdefault(state, found) is found:
+            thread = Thread(target=run, name="hashes a checkpoint", daemon=True)  # for which the end of the process does not wait
             try:
-                Thread(
-                    target=run, name="hashes a checkpoint", daemon=True
-                ).start()  # which the end of the process does not wait for
+                thread.start()
             except RuntimeError:  # no memory for one more
                 run()
     return checkpoint

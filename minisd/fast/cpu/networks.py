@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...models import ops, unet, vae
+from ...models import ops, unet
 from ...models.layers import GroupNorm
 from .. import decoder
 from .. import unet as fused
@@ -74,7 +74,7 @@ class Downsample:
 
 
 class TransformerBlock(fused.TransformerBlock):
-    def whole(self, x: Tensor, keys_values: Tensor) -> Tensor:
+    def forward(self, x: Tensor, keys_values: Tensor) -> Tensor:
         """x (B, L, C), keys_values (B, S, 2*C) -> (B, L, C)."""
         block = self.block
         q, k, v = linear(block.norm1(x), self.qkv).chunk(3, dim=-1)
@@ -95,31 +95,26 @@ class TransformerBlock(fused.TransformerBlock):
 
 
 class Transformer(fused.Transformer):
+    blocks: list[TransformerBlock]  # type: ignore[assignment]
+
     def __init__(self, transformer: unet.SpatialTransformer) -> None:
         self.norm, self.proj_in, self.proj_out = transformer.norm, transformer.proj_in, transformer.proj_out
-        self.wholes = [TransformerBlock(block) for block in transformer.transformer_blocks]  # type: ignore[arg-type]
+        self.blocks = [TransformerBlock(block) for block in transformer.transformer_blocks]  # type: ignore[arg-type]
 
     def refresh(self) -> None:
         """Nothing: all is read from the modules."""
 
     def __call__(self, x: Tensor, keys_values: Iterator[Tensor], known: Known = None) -> Tensor:  # (B, C, H, W) -> same
         h = linear(rows(normed(x, self.norm)), self.proj_in.weight.flatten(1), self.proj_in.bias)
-        for block in self.wholes:
-            h = block.whole(h, next(keys_values))
+        for block in self.blocks:
+            h = block.forward(h, next(keys_values))
         return image(linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias, add=rows(x)), x)
 
 
 def unet_layer(module: nn.Module) -> fused.Layer:
-    if isinstance(module, unet.ResBlock):
-        norms_and_convs = (module.in_layers[0], module.in_layers[2], module.out_layers[0], module.out_layers[3])
-        return ResBlock(*norms_and_convs, module.skip_connection)  # type: ignore[arg-type]
-    if isinstance(module, unet.SpatialTransformer):
-        return Transformer(module)
     if isinstance(module, unet.Downsample):
         return Downsample(module.op)  # type: ignore[return-value]
-    if isinstance(module, nn.Conv2d):
-        return fused.NarrowConv(module)
-    return Upsample(module.conv) if isinstance(module, unet.Upsample) else module
+    return fused.layer(module, ResBlock, Transformer, Upsample)
 
 
 class Attention(decoder.Attention):
@@ -131,10 +126,5 @@ class Attention(decoder.Attention):
         return image(linear(ops.attention(q, k, v, heads=1), out.weight.flatten(1), out.bias, add=rows(x)), x), None
 
 
-def decoder_layer(module: nn.Module) -> ResBlock | Attention | Upsample:
-    if isinstance(module, vae.ResnetBlock):
-        return ResBlock(module.norm1, module.conv1, module.norm2, module.conv2, module.nin_shortcut)
-    if isinstance(module, vae.AttnBlock):
-        return Attention(module)
-    assert isinstance(module, vae.Upsample)
-    return Upsample(module.conv)
+def decoder_layer(module: nn.Module) -> fused.ResBlock | decoder.Attention | fused.Upsample:
+    return decoder.vae_layer(module, ResBlock, Attention, Upsample)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from families import SMALL
 import minisd
 from minisd.cli.main import main
 from minisd.files.checkpoint import open_checkpoint
+from minisd.library.names import resolve
 from minisd.library.places import tiny_checkpoint
 from minisd.warmup import starting
 from minisd.warmup.starting import begin, begin_early, compiling, is_compiled, job_of, of_checkpoint
@@ -91,14 +93,15 @@ GPU = torch.device("cuda", 0)
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Started:
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Started]:
     fake = Started([{"variants": 1}, {"kernel": "geglu", "place": str(tmp_path)}])
     monkeypatch.setattr(starting, "started", fake)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(starting, "capability_here", lambda index=0: 90)
     for name in ("MINISD_FAST", "MINISD_KERNELS"):
         monkeypatch.delenv(name, raising=False)
-    return fake
+    yield fake
+    starting.stop()
 
 
 def test_loading_onto_a_gpu_compiles_meanwhile_and_once(started):
@@ -114,7 +117,8 @@ def test_loading_onto_a_gpu_compiles_meanwhile_and_once(started):
 def test_a_command_begins_before_it_loads(started):
     begin_early("tiny", None, None, (128, 64))
     assert started.jobs[0]["models"][0]["latents"] == [8, 16]
-    with compiling(open_checkpoint(tiny_checkpoint()), GPU, torch.float16, None):
+    named = open_checkpoint(resolve("tiny"))  # from a checkout, that is not the installed one
+    with compiling(named, GPU, torch.float16, None):
         pass
     assert len(started.jobs) == 1
 

@@ -8,6 +8,7 @@ import torch
 
 from ..errors import UsageError
 from ..files.model import StableDiffusion
+from ..system.device import cpu_computes_bfloat16
 from .choice import chosen, settle_cudnn, wants
 from .cpu.engine import Cpu
 from .cuda import Cuda
@@ -17,7 +18,7 @@ from .engine import Engine, Plain
 def engine(model: StableDiffusion, fast: bool | None = None) -> Engine:
     """What draws with a model; fast: False for the modules as they stand, None as MINISD_FAST (0 or 1) says.
 
-    On a CPU in bfloat16 the modules as they stand, too: their fused form has yet to be measured on a processor that computes it.
+    On a CPU in bfloat16 without instructions for it the modules as they stand, too: nothing is fast there.
     """
     if fast is None:
         said = os.environ.get("MINISD_FAST") or "1"
@@ -25,7 +26,7 @@ def engine(model: StableDiffusion, fast: bool | None = None) -> Engine:
             raise UsageError(f"MINISD_FAST: expected 0 or 1, found {said!r}")
         fast = said == "1"
     here = next(model.parameters())
-    on_cpu = fast and here.device.type == "cpu" and here.dtype == torch.float32
+    on_cpu = fast and here.device.type == "cpu" and computes(here.dtype)
     if here.device.type == "cuda":
         settle_cudnn()
     if (on_cpu and chosen().auto) or wants("group_norm", here.device):  # now, so that all draws round the same
@@ -34,3 +35,8 @@ def engine(model: StableDiffusion, fast: bool | None = None) -> Engine:
     if on_cpu:
         return Cpu(model.unet, networks)
     return Cuda(model.unet, True, networks) if fast and here.device.type == "cuda" else Plain()
+
+
+def computes(dtype: torch.dtype) -> bool:
+    """Whether a CPU has instructions for a number format."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and cpu_computes_bfloat16())

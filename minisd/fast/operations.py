@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend
 from ..models import ops
 from ..models.unet import CrossAttention
 from .choice import kernels, takes
+from .cpu import attention as on_cpu
 
 Operation = Callable[..., Tensor]
 FEW = 128  # keys that `cross_attention` is for: the kernel of `attention`, which has them in one tile then
@@ -30,8 +31,8 @@ def kernel_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool =
     few = k.shape[1] <= FEW and takes("cross_attention", *apart)
     if (few or takes("attention", *apart)) and copyable(*apart):
         return by_heads(kernels().attention)
-    by_rows = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[1] >= 1024
-    return by_heads(attention_by_rows) if by_rows else None
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16  # PyTorch's, which is no faster than in float32
+    return by_heads(on_cpu.attention_by_sigmoids) if slow and on_cpu.pays(apart[0]) else None
 
 
 def by_heads(attend: Operation) -> Operation:
@@ -81,21 +82,6 @@ def copyable(*tensors: Tensor) -> bool:
     strides = [stride for x in tensors for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
     aligned = all(x.shape[3] <= 512 and x.stride(3) == 1 and x.data_ptr() % 16 == 0 for x in tensors)
     return aligned and all(stride > 0 and stride % unit == 0 for stride in strides)
-
-
-def attention_by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The formula as it stands, for so many query rows at a time that the scores stay in the cache: (B, heads, L, d) -> same.
-
-    For bfloat16 on a CPU, where PyTorch's fused attention runs at the speed of float32: 0.13 s against 0.26 s for 8 heads of
-    40 channels, L = 4096, batch 2, on 2 cores.  Scores are rounded to bfloat16: error 5e-3 against 2e-3.
-    """
-    b, heads, length, d = q.shape
-    keys = k.flatten(0, 1).transpose(1, 2)  # (B*heads, d, S)
-    values = v.flatten(0, 1)  # (B*heads, S, d)
-    rows = max(1, (1 << 22) // (b * heads * k.shape[2]))
-    pieces = (q.flatten(0, 1) * d**-0.5).split(rows, dim=1)  # (B*heads, rows, d) each
-    out = [torch.bmm(torch.bmm(piece, keys).softmax(dim=-1), values) for piece in pieces]
-    return torch.cat(out, dim=1).view(b, heads, length, d)
 
 
 def kernel_group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, *how: float) -> Operation | None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 import minisd
 from minisd.fast import choice
-from minisd.fast.cpu import operations
+from minisd.fast.cpu import attention, operations
 from minisd.fast.cpu.engine import Cpu
 from minisd.fast.cpu.networks import decoder_layer, unet_layer
 from minisd.fast.decoder import FusedDecoder
@@ -100,6 +100,46 @@ def test_a_norm_of_channels_last_maps_far_from_zero(silu):
     found = ops.group_norm(x.to(memory_format=torch.channels_last), 32, weight, bias, 1e-5, silu)
     assert relative_error(found, wanted.float()) <= LIMIT
     assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("queries", "keys", "heads", "d"), [(1024, 77, 2, 40), (1030, 1030, 1, 64), (2048, 1, 2, 5)])
+def test_attention_by_sigmoids(monkeypatch, dtype, queries, keys, heads, d):
+    """Scores of the size that networks have, against the formula in float64; in bfloat16 those of the rounded numbers."""
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN computes no bfloat16 here")
+    monkeypatch.setattr(attention, "onednn", lambda dtype: True)
+    monkeypatch.setattr(attention, "BLOCK", 1 << 16)  # more blocks than one
+    q = noise(2, queries, heads * d).to(dtype)
+    k, v = (noise(2, keys, heads * d, seed=seed).add_(1).to(dtype) for seed in (1, 2))  # keys with a mean
+    found = attention.attention(q, k, v, heads)
+    assert relative_error(found.double(), by_formula(q, k, v, heads)) <= (3e-6 if dtype == torch.float32 else 6e-3)
+
+
+def by_formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
+    q, k, v = ops.split_heads(heads, q.double(), k.double(), v.double())
+    return ops.joined_heads((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v)
+
+
+@pytest.mark.parametrize("size", [2.0, 30.0, 1e4])
+def test_heads_whose_scores_are_large_are_as_exact(monkeypatch, size):
+    """One of two, the other near zero; a bound too large for exponentials that are numbers is PyTorch's to treat."""
+    monkeypatch.setattr(attention, "onednn", lambda dtype: True)
+    q, k, v = (noise(1, 1024, 32, seed=seed) for seed in (1, 2, 3))
+    q[..., :16] *= size
+    wanted = by_formula(q, k, v, 2)
+    limit = max(LIMIT, 1.01 * relative_error(ops.attention(q, k, v, 2).double(), wanted))  # float32's own, of scores of 1e4
+    assert relative_error(attention.attention(q, k, v, 2).double(), wanted) <= limit
+
+
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_what_is_not_finite_stays_so(monkeypatch, where):
+    monkeypatch.setattr(attention, "onednn", lambda dtype: True)
+    given = [noise(1, 1024, 16, seed=seed) for seed in (1, 2, 3)]
+    given[where][0, 7, 3] = torch.nan
+    found, wanted = attention.attention(*given, 2), ops.attention(*given, 2)
+    assert torch.equal(found.isnan(), wanted.isnan())
+    assert found.isnan().any()
 
 
 # --- networks -------------------------------------------------------------------------------------------------------------------

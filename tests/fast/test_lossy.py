@@ -116,8 +116,9 @@ def test_the_deep_part_is_computed_every_third_time(tiny):
 def test_a_new_batch_is_computed_whole_and_a_whole_call_is_the_network(tiny):
     torch.manual_seed(0)
     unet = tiny.unet
-    x, t = torch.randn(2, unet.in_channels, 8, 8), torch.full((2,), 500.0)
-    context = torch.randn(2, 77, unet.context_channels)
+    dtype = next(unet.parameters()).dtype
+    x, t = torch.randn(2, unet.in_channels, 8, 8).to(dtype), torch.full((2,), 500.0)
+    context = torch.randn(2, 77, unet.context_channels).to(dtype)
     reusing = Reusing(unet, 3)
     with torch.no_grad():
         true = unet(x, t, context)

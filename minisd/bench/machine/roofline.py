@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ...fast import choice, operations
+from ...fast import choice
+from ...fast.cpu import attention as on_cpu
 from ...fast.unet import FusedUNet
 from ..networks import MODELS, laid_out, random_unet, step_input
 from ..report import Report
@@ -79,12 +80,12 @@ class Watch(TorchDispatchMode):
 @contextmanager
 def attention_by(run: Callable[..., Tensor]) -> Iterator[None]:
     """`run` in the place of the attention of several operations that a CPU uses for bfloat16."""
-    before = operations.attention_by_rows
-    vars(operations)["attention_by_rows"] = run
+    before = on_cpu.attention_by_sigmoids
+    vars(on_cpu)["attention_by_sigmoids"] = run
     try:
         yield
     finally:
-        vars(operations)["attention_by_rows"] = before
+        vars(on_cpu)["attention_by_sigmoids"] = before
 
 
 Spent = dict[str, tuple[str, float, int]]  # by name: its kind, seconds in all, how many
@@ -94,7 +95,7 @@ def spent_on_cpu(run: Callable[[], Any]) -> Spent:
     """Of PyTorch's operations: its profiler would also list what they consist of, and every view."""
     run()
     watch = Watch()
-    with attention_by(watch.as_attention(operations.attention_by_rows)), watch:
+    with attention_by(watch.as_attention(on_cpu.attention_by_sigmoids)), watch:
         run()
     spent: Spent = {}
     for each in watch.seen:

@@ -17,6 +17,7 @@ from ...models.layers import GroupNorm
 from .. import decoder
 from .. import unet as fused
 from ..unet import Known, image, rows
+from .attention import attention
 from .operations import ROWS, conv3x3, geglu, linear
 
 
@@ -79,10 +80,10 @@ class TransformerBlock(fused.TransformerBlock):
         block = self.block
         q, k, v = linear(block.norm1(x), self.qkv).chunk(3, dim=-1)
         out: nn.Linear = block.attn1.to_out[0]  # type: ignore[assignment]
-        x = linear(ops.attention(q, k, v, self.heads), out.weight, out.bias, add=x)
+        x = linear(attention(q, k, v, self.heads), out.weight, out.bias, add=x)
         k, v = keys_values.chunk(2, dim=-1)
         q, out = linear(block.norm2(x), block.attn2.to_q.weight), block.attn2.to_out[0]  # type: ignore[assignment]
-        x = linear(ops.attention(q, k, v, self.heads), out.weight, out.bias, add=x)
+        x = linear(attention(q, k, v, self.heads), out.weight, out.bias, add=x)
         return self.feed_forward(x)
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ class Attention(decoder.Attention):
     def __call__(self, x: Tensor, known: Known = None) -> tuple[Tensor, Known]:
         q, k, v = linear(rows(normed(x, self.block.norm)), self.qkv, self.bias).chunk(3, dim=-1)
         out = self.block.proj_out
-        return image(linear(ops.attention(q, k, v, heads=1), out.weight.flatten(1), out.bias, add=rows(x)), x), None
+        return image(linear(attention(q, k, v, heads=1), out.weight.flatten(1), out.bias, add=rows(x)), x), None
 
 
 def decoder_layer(module: nn.Module) -> fused.ResBlock | decoder.Attention | fused.Upsample:

@@ -1,0 +1,85 @@
+"""Attention on a CPU.  Where there are many queries, its exponentials are made within the product that makes the scores.
+
+oneDNN applies a sigmoid to a product while it is in the cache, and no exponential.  But sigmoid(x) is exp(x) / (1 + exp(x)):
+where x is far below zero, the two are the same number.  Softmax does not change when all scores of a row are moved by as much,
+and a bound (Cauchy and Schwarz: no score is larger than the query is long times the longest key) moves them below zero:
+
+    softmax(s)_j = exp(s_j - bound - c) / sum_j,   exp(x) = sigmoid(x) * (1 + exp(x)), and here exp(x) <= exp(-c)
+
+The bound is one more column of the queries, beside a column of ones in the keys; a column of ones in the values makes the sums.
+So a block of rows is two products and a division.  The keys' mean is taken off first, which moves the scores of a row, too: they
+are zero in the mean then, so the mean of exp(s) is at least 1 (Jensen), and the sum of what is computed at least exp(-bound - c)
+times the number of keys.  Where the bound is too large for that to be a number, PyTorch's attention is taken.
+
+Processor time of one core (AVX-512 bf16, batch 2, 8 heads of 40 channels, 4096 queries and keys): bfloat16 0.20 s, PyTorch's
+own 0.60 s; float32 0.31 s, PyTorch's own 0.53 s.  With 1024 of 80 channels 26 ms of 61, and 45 ms of 59.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...models import ops
+from .operations import onednn
+
+MANY = 1024  # queries from which on it pays
+BLOCK = 1 << 20  # scores at a time: 2 MB in bfloat16 stay in the cache, and each thread has half
+BELOW = {torch.bfloat16: 8.0, torch.float32: 20.0}  # c: exp(-c) is a sixth of bfloat16's rounding, a thirtieth of float32's
+FARTHEST = 66.0  # of bound + c: what is less than float32 can hold is 1e-9 of a row's sum then
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """ops.attention without gradients: q (B, L, heads*d), k and v (B, S, heads*d) -> (B, L, heads*d)."""
+    q, k, v = ops.split_heads(heads, q, k, v)
+    return ops.joined_heads(attention_by_sigmoids(q, k, v) if pays(q) else F.scaled_dot_product_attention(q, k, v))
+
+
+def pays(q: Tensor) -> bool:
+    """Whether `attention_by_sigmoids` is for queries (B, heads, L, d) on a CPU."""
+    return q.shape[2] >= MANY and onednn(q.dtype) and not (torch.is_grad_enabled() and q.requires_grad)
+
+
+def attention_by_sigmoids(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q (B, heads, L, d), k and v (B, heads, S, d) -> (B, heads, L, d)."""
+    b, heads, length, d = q.shape
+    queries, keys, values = widened(q, k, v)
+    near = (queries[..., d].amin(-1) >= -FARTHEST).tolist()  # not where there is NaN
+    rows = max(64, BLOCK // k.shape[2])
+    out = q.new_empty(b, length, heads, d)
+    for i in range(b):
+        for head in range(heads):
+            if not near[i][head]:
+                out[i, :, head] = F.scaled_dot_product_attention(*(x[i : i + 1, head : head + 1] for x in (q, k, v)))[0, 0]
+                continue
+            for start in range(0, length, rows):
+                here = slice(start, start + rows)
+                sums = weighted(queries[i, head, here], keys[i, head], values[i, head])
+                torch.div(sums[:, :d], sums[:, d : d + 1], out=out[i, here, head])
+    return out.transpose(1, 2)
+
+
+def widened(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Two more columns: a row's bound for the queries, ones for keys and values; zeros, because bfloat16 is multiplied in pairs.
+
+    q (B, heads, L, d), k and v (B, heads, S, d) -> (B, heads, L, d + 2), (B, heads, S, d + 2) and (B, heads, d + 2, S).
+    """
+    d, dtype = q.shape[-1], q.dtype
+    centred = k.float()
+    centred = ((centred - centred.mean(2, keepdim=True)) * d**-0.5).to(dtype)
+    longest = torch.linalg.vector_norm(centred, dim=-1, dtype=torch.float32).amax(-1)[:, :, None]  # (B, heads, 1)
+    bound = torch.linalg.vector_norm(q, dim=-1, dtype=torch.float32) * longest + BELOW[dtype]  # (B, heads, L)
+    queries = F.pad(q, (0, 2))
+    queries[..., d] = -bound
+    keys = F.pad(centred, (0, 2))
+    keys[..., d] = 1
+    values = F.pad(v.transpose(2, 3), (0, 0, 0, 2))
+    values[:, :, d] = 1
+    return queries, keys, values
+
+
+def weighted(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """queries (rows, d + 2), keys (S, d + 2), values (d + 2, S) -> (rows, d + 2): sums of the values, and of the weights."""
+    weights = torch.ops.mkldnn._linear_pointwise(queries, keys, None, "sigmoid", [], "")  # (rows, S)
+    return torch.ops.mkldnn._linear_pointwise(weights, values, None, "none", [], "")  # type: ignore[no-any-return]

@@ -185,7 +185,8 @@ def layer_of(b: Side, name: str) -> Any:
 
 
 def add_to(name: str, attribute: str) -> Callable[[Side], None]:
-    return lambda b: getattr(layer_of(b, name), attribute).add_(0.01)
+    """To half of the channels: a norm behind takes off what all of them have."""
+    return lambda b: getattr(layer_of(b, name), attribute)[..., ::2].add_(0.01)
 
 
 def other_class(name: str, method: str, computed: Callable[..., Any]) -> Callable[[Side], None]:
@@ -216,9 +217,14 @@ def time_off_by_one(b: Side) -> None:
     b.fused.network.shifts = lambda t, y: own(t + 1, y)
 
 
-def skips_in_the_wrong_order(b: Side) -> None:
+def blocks_in_the_wrong_order(b: Side) -> None:
     up = b.fused.network.up
-    up[3], up[4] = up[4], up[3]
+    up[4], up[5] = up[5], up[4]
+
+
+def middle_turned_round(b: Side) -> None:
+    parts = b.fused.decoder.parts
+    parts[0], parts[2] = parts[2], parts[0]
 
 
 def weight_scaled(name: str) -> Callable[[Side], None]:
@@ -229,7 +235,6 @@ FUSED_KINDS = (
     unet.ResBlock, unet.BasicTransformerBlock, unet.SpatialTransformer, unet.Downsample, unet.Upsample,
     vae.ResnetBlock, vae.AttnBlock, vae.Upsample,
 )  # fmt: skip
-MODULES = {"unet", "decoder", "networks", "container", "NoneType", "builtins"}  # of the classes of fused layers, as they were
 BLOCK, UP = f"{UNET}.output_blocks.1.1.transformer_blocks.0", f"{UNET}.output_blocks.2.2"
 BOTH, GPU = ("fast", "cpu:fast"), ("fast",)
 PLANTED_FUSED: dict[str, tuple[tuple[str, ...], str, Callable[[Side], None]]] = {
@@ -245,7 +250,8 @@ PLANTED_FUSED: dict[str, tuple[tuple[str, ...], str, Callable[[Side], None]]] = 
     ),
     "another number of heads": (BOTH, BLOCK, lambda b: setattr(layer_of(b, BLOCK), "heads", 4)),
     "what the time embedding adds to a block": (
-        BOTH, f"{UNET}.output_blocks.0.0", lambda b: b.fused.network.shift_bias.split(b.fused.network.shift_sizes)[6].add_(0.01),
+        BOTH, f"{UNET}.output_blocks.0.0",
+        lambda b: b.fused.network.shift_bias.split(b.fused.network.shift_sizes)[6][::2].add_(0.01),
     ),
     "the epsilon of a GroupNorm": (BOTH, f"{UNET}.output_blocks.3.0", other_norm(f"{UNET}.output_blocks.3.0")),
     "an upsampling that is bilinear": (BOTH, UP, other_class(UP, "__call__", bilinear)),
@@ -255,15 +261,15 @@ PLANTED_FUSED: dict[str, tuple[tuple[str, ...], str, Callable[[Side], None]]] = 
     "what the stream lacks": (GPU, BLOCK, lambda b: layer_of(b, BLOCK.split(".transformer")[0]).owed.add_(0.01)),
     "another end": (BOTH, f"{UNET}.out", lambda b: setattr(b.fused.network, "out", b.pipe.unet.out[2])),
     "a timestep": (BOTH, UNET, time_off_by_one),
-    "two blocks that changed places": (BOTH, UNET, skips_in_the_wrong_order),
-    "a weight in the decoder": (BOTH, f"{VAE}.decoder.up.1.block.0", weight_scaled(f"{VAE}.decoder.up.1.block.0.conv1")),
-    "a bias in the decoder": (BOTH, f"{VAE}.decoder.mid.block_2", lambda b: b.fused.decoder.shifts[1].add_(0.01)),
+    "two blocks that changed places": (BOTH, UNET, blocks_in_the_wrong_order),
+    "a weight in the decoder": (BOTH, f"{VAE}.decoder.up.1.block.0", weight_scaled(f"{VAE}.decoder.up.1.block.0.conv2")),
+    "a bias in the decoder": (BOTH, f"{VAE}.decoder.mid.block_2", lambda b: b.fused.decoder.shifts[1][::2].add_(0.01)),
     "the VAE's attention": (BOTH, f"{VAE}.decoder.mid.attn_1", add_to(f"{VAE}.decoder.mid.attn_1", "bias")),
     "an upsampling of the decoder": (
         BOTH, f"{VAE}.decoder.up.2.upsample", other_class(f"{VAE}.decoder.up.2.upsample", "__call__", bilinear),
     ),
     "the decoder's last convolution": (BOTH, f"{VAE}.decoder.conv_out", weight_scaled(f"{VAE}.decoder.conv_out")),
-    "two layers of the decoder that changed places": (BOTH, VAE, lambda b: b.fused.decoder.parts.reverse()),
+    "two layers of the decoder that changed places": (BOTH, VAE, middle_turned_round),
 }  # fmt: skip
 ALWAYS = {("keys and values of the prompt", "cpu:fast"), ("what the stream lacks", "fast"), ("a bias in the decoder", "fast")}
 FUSED_CASES = [
@@ -294,9 +300,7 @@ def test_fused_forms_layer_by_layer(spec, a):
     assert 0 < max(max(layer["entering"], layer["accumulated"]) for layer in layers.values()) < 1e-6
     assert sum(layer["entering"] > 0 and layer["accumulated"] > 0 for layer in layers.values()) >= len(layers) - 2
     assert f"{UNET}.input_blocks.4 " in as_text(facts, [name for name, _ in parts_of(a.pipe.model)])
-    again = b.unet(torch.zeros(1, 4, 4, 4), torch.tensor([5.0]), torch.zeros(1, 77, b.pipe.unet.context_channels))
-    assert again.shape == (1, 4, 4, 4)  # nobody watches any more
-    assert {type(part.layer).__module__.split(".")[-1] for part in b.fused.parts.values()} <= MODULES
+    assert all(type(part.layer).__module__ != "minisd.inside.fused" for part in b.fused.parts.values())  # nobody watches any more
 
 
 def test_errors_of_a_fused_form_accumulate_from_their_layer_on(a):
@@ -309,23 +313,22 @@ def test_errors_of_a_fused_form_accumulate_from_their_layer_on(a):
 
 
 def test_float8_as_it_draws(a):
-    """Against a layer by hand: products of e4m3 numbers with a scale for each row, as arXiv 2209.05433 rounds them."""
+    """The linear layers of the transformers, and no others; their errors are those of 4 digits of 2 (arXiv 2209.05433, e4m3)."""
     b = side("fp8", None, "cpu", a)
-    facts = numerics(a, b, REQUEST)
+    facts = numerics(a, b, SMALL)
     errors = {layer["name"]: layer["entering"] for layer in facts["layers"] if layer["inner"]}
     off = [name for name, error in errors.items() if error > 0]
     assert facts["first"] is None
     assert len(off) == sum(isinstance(module, Float8Linear) for module in b.pipe.model.modules()) > 40
     assert all(".transformer_blocks." in name or ".proj_" in name for name in off)
-    # A weight is rounded to 4 digits of 2: relatively evenly in +-2^-4 at the worst, +-2^-5 at the best; x likewise.
+    # A number is rounded by up to 2^-4 or 2^-5 of itself, evenly: the root of the mean square is that over the root of 3.
     assert 2**-5 / 3**0.5 < max(errors.values()) < 2**-4
     b.pipe.model.get_submodule(f"{BLOCK}.ff.net.2").weight_scale.mul_(1.2)
-    assert numerics(a, b, REQUEST)["first"]["name"] == f"{BLOCK}.ff.net.2"
+    assert numerics(a, b, SMALL)["first"]["name"] == f"{BLOCK}.ff.net.2"
 
 
-@pytest.mark.parametrize(("spec", "label"), [("bf16", "bfloat16"), ("fp16", "float16-emulated"), ("float16", "float16-emulated")])
-def test_short_names(spec, label, a):
-    assert side(spec, None, "cpu", a).label == label
+def test_short_names(a):
+    assert [side(spec, None, "cpu", a).label for spec in ("bf16", "fp16")] == ["bfloat16", "float16-emulated"]
 
 
 def test_units_in_the_last_place():
@@ -346,7 +349,7 @@ def test_what_cannot_be_compared_is_told(a, reduced_file):
     with pytest.raises(minisd.UsageError, match="b: expected another pipeline"):
         numerics(a, a, REQUEST)
     with pytest.raises(minisd.CheckpointError):
-        side("fp8", None, "cpu", a)
+        side("fp9", None, "cpu", a)
 
 
 def test_nan_names_the_first_module(a):

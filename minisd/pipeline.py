@@ -110,9 +110,8 @@ class Pipeline:
         self.unet, self.text_encoders = model.unet, model.text_encoders
         self.network = Network(model.unet, trained_on(self.training), self.training.prediction, self.training.sigma_data)
         self.engine = engine(model, fast)
-        self.conditioner = Conditioner(
-            self.family, self.text_encoders, device, self.engine.read, partial(on_device, device=device)
-        )
+        at_work = partial(on_device, device=device)
+        self.conditioner = Conditioner(self.family, self.text_encoders, device, self.engine.read, at_work)
         self.codec = Codec(model.vae, recognition, device, dtype, self.engine)
         self.as_loaded = AsLoaded((model.unet, *model.text_encoders, model.vae))
         self.stack = Stack(model, self.family, self.as_loaded.layering)
@@ -125,6 +124,7 @@ class Pipeline:
 
     @property
     def vae(self) -> Autoencoder:
+        """What encodes and decodes, in its own dtype and scale; `codec` makes latents of unit variance of it."""
         return self.codec.vae
 
     @torch.no_grad()

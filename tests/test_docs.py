@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
+import api_page
 import pytest
 import torch
 from families import SMALL
@@ -14,6 +16,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 import minisd
+from minisd import inside
 from minisd.cli import main
 from minisd.cli.main import COMMANDS
 from minisd.library.places import tiny_checkpoint
@@ -116,6 +119,20 @@ def test_blocks_run(page, files, tmp_path, monkeypatch):
         if kind == "sh":
             for line in text.splitlines():
                 command(line, monkeypatch)
+
+
+@pytest.mark.quick
+def test_the_reference_is_that_of_the_docstrings():
+    """Which `python scripts/api_page.py` writes; a public name without a docstring is an error there."""
+    assert api_page.PAGE.read_text() == api_page.page(), "run python scripts/api_page.py"
+    headings = set(re.findall(r"^### `(.*)`$", api_page.PAGE.read_text(), re.MULTILINE))
+    assert {f"minisd.{name}" for name in minisd.__all__} <= headings
+    assert {f"minisd.inside.{name}" for name in inside.__all__ if name not in minisd.__all__} <= headings
+
+
+def test_the_reference_wants_a_docstring():
+    with pytest.raises(ValueError, match="Bare: expected a docstring"):
+        api_page.prose("Bare", dataclass(type("Bare", (), {})))
 
 
 def heading(text: str) -> str:

@@ -26,6 +26,7 @@ what:
   serve            what minisd serve adds: start to first picture, to an answer, to the pictures in a second
   accuracy         what number formats, fp8 and shortcuts (--cfg-until, --cache) cost in pictures and layers, against float32
   samplers         what every sampler converges to, how fast, and how far it is at 10, 20 and 40 calls of the network
+  taps             what a tap costs while there is none: the UNet never tapped, and tapped before, in turns
   roofline         where a step spends its time, and what is left to win; --device h200, …: predicted for a GPU that is not there
   all              every figure, the most wanted first, in at most --minutes, then those that matter most; needs --json
 
@@ -52,12 +53,13 @@ PARTS = {
     "serve": ("lab.serving", "bench"),
     "accuracy": ("lab.accuracy", "bench"),
     "samplers": ("lab.samplers", "bench"),
+    "taps": ("lab.taps", "bench"),
     "all": ("everything", "bench"),
 }
 PEERS = ("eager", "graph", "compiled", "openvino")
 
 # Which parts take an option; those that are not named here all of them do.
-MEASURED = tuple(part for part in PARTS if part not in ("compile", "accuracy", "samplers", "lora", "serve"))
+MEASURED = tuple(part for part in PARTS if part not in ("compile", "accuracy", "samplers", "lora", "serve", "taps"))
 TAKEN_BY = {
     "name": ("kernels", "compile"),
     "against": ("kernels",),
@@ -65,13 +67,13 @@ TAKEN_BY = {
     "tiles": ("kernels",),
     "gpu": ("compile",),
     "model": ("unet", "image", "start", "load", "roofline"),
-    "checkpoint": ("image", "start", "load", "accuracy", "samplers"),
+    "checkpoint": ("image", "start", "load", "accuracy", "samplers", "taps"),
     "peers": ("unet", "vae", "image", "load", "lora"),
     "ablate": ("unet", "vae"),
     "minutes": ("all",),
     "full": (*MEASURED, "accuracy"),
-    "repeats": (*(part for part in MEASURED if part != "start"), "lora", "serve"),
-    "device": (*MEASURED, "accuracy", "samplers", "lora", "serve"),
+    "repeats": (*(part for part in MEASURED if part != "start"), "lora", "serve", "taps"),
+    "device": (*MEASURED, "accuracy", "samplers", "lora", "serve", "taps"),
     "plot": (*MEASURED, "samplers", "lora"),
 }
 DEFAULTS: dict[str, Any] = {

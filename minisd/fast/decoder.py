@@ -66,7 +66,8 @@ class FusedDecoder:
         parts = [part for step in steps for part in (step if isinstance(step, nn.ModuleList) else [step])]
         ends = (network.post_quant_conv, decoder.conv_in, decoder.conv_out)
         self.post_quant_conv, self.conv_in, self.conv_out = (NarrowConv(conv) for conv in ends)
-        self.parts = [make(part) for part in (decoder.mid.block_1, decoder.mid.attn_1, decoder.mid.block_2, *parts)]
+        self.modules = (decoder.mid.block_1, decoder.mid.attn_1, decoder.mid.block_2, *parts)  # in the order that they run in
+        self.parts = [make(part) for part in self.modules]
         self.shifts = self.biases()
         norms = [first_norm(part) for part in self.parts[1:]] + [decoder.norm_out]
         for part, norm in zip(self.parts, norms, strict=True):

@@ -312,6 +312,10 @@ class FusedTrunk:
         emb = network.time_embed(unet.timestep_embedding(t, network.channels).to(self.shift.dtype))[:, None]  # (N, 1, E)
         if network.label_emb is not None:
             emb = emb + network.label_emb(y)
+        return self.projected(emb)
+
+    def projected(self, emb: Tensor) -> Tensor:
+        """The same of the time embedding: (…, E) -> (…, sum of channels), float32."""
         return F.linear(F.silu(emb), self.shift).float() + self.shift_bias
 
     def keys_values(self, context: Tensor) -> Tensor:
@@ -345,6 +349,10 @@ class FusedUNet(FusedTrunk):
         for block in self.up:
             skip = skips.pop()
             x = walk(block, x, shifts, prompt, skip, skips[-1].shape[-2:] if skips else None)
+        return self.last(x)
+
+    def last(self, x: Tensor) -> Tensor:
+        """The last norm and convolution: (B, C, H, W) -> (B, C', H, W)."""
         return self.out(x) if self.out else self.conv_out(normed(x, self.norm_out))
 
 

@@ -1,6 +1,6 @@
 """What a model does while it draws: taps on its modules, and what is made with them.
 
-In the order to read them: taps; sketches, traces and verifying (the whole way on file, and taken again); sides and layers
+In the order to read them: taps; sketches, traces and verifying (the whole way on file, and taken again); fused, sides and layers
 (two ways to compute, layer by layer); maps (where the pixels look in the prompt); shown/ (how a person sees it).
 """
 

@@ -7,7 +7,7 @@ Where it enters: each module of B is given what A's was given, so its error is i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..models.family import UNET
+from ..fast.lossy.float8 import E4M3
+from ..models.family import UNET, VAE
 from ..options import number
 from ..request import Request
 from ..result import finish
@@ -28,8 +29,10 @@ from .taps import makes_value, tap
 
 SUMS = 4096  # of the sketches by which accumulated errors are measured: to 2 %, and exactly where there are no more numbers
 ULPS = [0.0, 0.5, *(2.0**k for k in range(11))]  # upper ends of the histogram's bins; beyond is one more
+TEXTS, DECODER = "texts", "decoder"
 # What a layer's own error may be where the sides round differently: a few times what was measured for healthy ones.
-BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3, E4M3: 0.1}
+FUSED_BOUND = 1e-5  # in float32 on a CPU, of the layers of a fused form, which only sum in another order
 
 
 @dataclass
@@ -66,7 +69,8 @@ class Found:
 
     def layer(self, name: str, module: nn.Module) -> Layer:
         if name not in self.layers:
-            inner = not any(makes_value(each) for each in module.modules() if each is not module)
+            fused = self.b.fused is not None  # whose layers have no modules within
+            inner = fused or not any(makes_value(each) for each in module.modules() if each is not module)
             self.layers[name] = Layer(name, type(module).__name__, inner, len(self.layers))
         return self.layers[name]
 
@@ -77,20 +81,28 @@ class Found:
     def see_a(self, name: str, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], made: Tensor) -> None:
         """A's module has ended: B's runs on the same inputs."""
         layer, other = self.layer(name, module), self.b.pipe.model.get_submodule(name)
+        compute = self.b.form(name)
         layer.largest = max(layer.largest, float(made.abs().max()))
         self.made[self.place(name)] = sketch(made, SUMS)
         inputs = [self.b.given(value, other) for value in given]
         options = {key: self.b.given(value, other) for key, value in named.items()}
         with self.b.computing():
-            found = other(*inputs, **options)
+            found = compute(*inputs, **options)
         layer.entering = worst(layer.entering, distance(found, made) if found.shape == made.shape else float("inf"))
         if layer.inner and found.shape == made.shape:
             self.ulps += histogram(found, made, self.b.dtype)
 
-    def see_b(self, name: str, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], made: Tensor) -> None:
+    def see_b(self, name: str, made: Tensor) -> None:
+        """B's module has ended, or what stands in its place."""
         wanted = self.made.get(self.place(name))
         if wanted is not None:
-            self.layer(name, module).accumulated = worst(self.layers[name].accumulated, apart(sketch(made, SUMS), wanted))
+            self.layers[name].accumulated = worst(self.layers[name].accumulated, apart(sketch(made, SUMS), wanted))
+
+    def see_whole(self, name: str, module: nn.Module, wanted: Tensor, made: Tensor) -> None:
+        """A fused network has ended: what differs here and in none of its layers is in how they are put together."""
+        layer = self.layer(name, module)
+        layer.inner, layer.largest = False, max(layer.largest, float(wanted.abs().max()))
+        layer.entering = layer.accumulated = worst(layer.entering, distance(made, wanted))
 
 
 def worst(before: float, now: float) -> float:
@@ -108,10 +120,11 @@ def histogram(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def hooked(side: Side, see: Callable[..., None]) -> Iterator[None]:
+def hooked(side: Side, see: Callable[..., None], names: Container[str] | None = None) -> Iterator[None]:
+    """Shows what all modules make, or those of some names."""
     with ExitStack() as hooks:
         for name, module in side.pipe.model.named_modules():
-            if name and makes_value(module):
+            if name and makes_value(module) and (names is None or name in names):
                 hooks.callback(module.register_forward_hook(partial(see, name), with_kwargs=True).remove)
         yield
 
@@ -139,13 +152,15 @@ def numerics(a: Side, b: Side, request: Request, bound: float | None = None) -> 
         with hooked(a, found.see_a):
             run(a)
         found.times = {}
-        with b.computing(), hooked(b, found.see_b):
+        with b.computing(), hooked(b, lambda name, *ended: found.see_b(name, ended[-1])):
             run(b)
     return facts_of(found, bound)
 
 
 def default_bound(a: Side, b: Side) -> float:
     same = a.dtype == b.dtype and a.pipe.device == b.pipe.device and not (b.kernels or b.fused or b.emulated)
+    if b.fused and b.pipe.device.type == "cpu" and a.dtype == b.dtype == torch.float32:
+        return FUSED_BOUND
     return 0.0 if same else max(BOUNDS[a.dtype], BOUNDS[b.dtype])
 
 
@@ -172,26 +187,32 @@ def stages(a: Side, request: Request) -> list[Stage]:
         x, t, *rest = inputs
         own = side.pipe.unet
         told = [side.given(value, own) for value in rest]
-        return (side.fused or own)(side.given(x, own), t.to(side.pipe.device), *told)
+        return side.unet(side.given(x, own), t.to(side.pipe.device), *told)
 
     return [
-        ("texts", lambda side: side.pipe.encode_prompt(texts, plain_prompt=True)),
+        (TEXTS, lambda side: side.pipe.encode_prompt(texts, plain_prompt=True)),
         *((f"call {i}", partial(unet, calls[i].inputs)) for i in chosen),
-        ("decoder", lambda side: side.pipe.vae.decode(side.given(latents, side.pipe.vae))),
+        (DECODER, lambda side: side.decode(side.given(latents, side.pipe.vae))),
     ]
 
 
 def compare_fused(found: Found, stage: str, run: Callable[[Side], object]) -> None:
-    """The UNet as a whole: its fused form has no modules to look at."""
-    if not stage.startswith("call"):
+    """The fused UNet or decoder of B by its layers, and as a whole.  The text encoders have no fused form."""
+    a, b = found.a, found.b
+    if stage == TEXTS or b.fused is None:
         return
-    wanted, made = run(found.a), run(found.b)
+    with hooked(a, found.see_a, b.fused.parts):
+        wanted = run(a)
+    found.times = {}
+    with b.fused.watching(found.see_b):
+        made = run(b)
     assert isinstance(wanted, Tensor)
     assert isinstance(made, Tensor)
-    layer = found.layer(UNET, found.b.pipe.unet)
-    layer.inner, layer.largest = True, max(layer.largest, float(wanted.abs().max()))
-    layer.entering = layer.accumulated = worst(layer.entering, distance(made, wanted))
-    found.ulps += histogram(made, wanted, found.b.dtype)
+    if stage == DECODER:
+        found.see_whole(VAE, b.pipe.vae, wanted, made)
+        return
+    found.see_b(f"{UNET}.out", made)
+    found.see_whole(UNET, b.pipe.unet, wanted, made)
 
 
 def facts_of(found: Found, bound: float) -> dict[str, Any]:

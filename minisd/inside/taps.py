@@ -40,6 +40,7 @@ class Value:
 
     @property
     def step(self) -> int | None:
+        """Of the sampler, from 0; None for text encoders and VAE."""
         return None if self.call is None else self.call.step
 
 

@@ -136,8 +136,8 @@ def verify(
     """Draws the picture of a trace again, and holds all that comes to be against it; facts, ready for JSON.
 
     pipe: what draws; by default the trace's own model, on its device and in its number format, or on `device` and in `dtype`.
-    bound: a part of a value's norm.  from_step: what is before this step of the sampler, from 0, is taken from the trace, the
-    conditioning, too: the network is asked from there on.
+    bound: a part of a value's norm.  from_step: what is before this step of the sampler, from 0, is taken from the trace, as
+    is the conditioning; the network is asked from there on.
     identical: whether every value has the same bits; first: the first difference, past: the first one past the bound, each with
     `step`, `what` (a module, or x, eps.ROLE, denoised, …), `words` for it, and `relative`, the norm of the difference as a part
     of the value's own, of modules estimated from sums to about a fifth (None: nothing to compare); calls: the same of x, eps and

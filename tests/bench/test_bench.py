@@ -528,7 +528,7 @@ def test_an_option_that_a_part_does_not_use_is_refused(part, capsys):
 
 def test_the_help_names_who_takes_an_option():
     for action in parser()._actions:
-        if len(TAKEN_BY.get(action.dest, PARTS)) < len(PARTS) - 4:
+        if len(TAKEN_BY.get(action.dest, PARTS)) < len(PARTS) - 5:
             assert str(action.help).startswith(f"with {TAKEN_BY[action.dest][0]}"), action.dest
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from minisd.bench.lab import samplers as lab
+from minisd.bench.lab import taps
 from minisd.bench.lab.analytic import PROBLEMS, along_gaussian, gaussian
 from minisd.cli import main
 from minisd.diffusion.samplers import SAMPLERS
@@ -57,6 +58,21 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert drawn["rows"][0]["4_calls"] < drawn["rows"][0]["2_calls"]
     with pytest.raises(SystemExit):
         main(["bench", "samplers", "--full"])
+
+
+def test_a_tap_that_was_left_costs_nothing(tmp_path, monkeypatch):
+    """By the calls of functions, which are exact: not one more.  How long they take is for `minisd bench taps` to say."""
+    monkeypatch.setattr(taps, "ROUNDS", 2)
+    assert (
+        main(["bench", "taps", "--device", "cpu", "--dtype", "float32", "--repeats", "1", "--json", str(tmp_path / "x.json")])
+        == 0
+    )
+    (table,) = json.loads((tmp_path / "x.json").read_text())["tables"]
+    never, left, another, looking = (row["calls"] for row in table["rows"])
+    assert never == left == another
+    assert never > 1000
+    assert looking > never  # so that a hook would have been counted
+    assert all(row["time_ms"] > 0 and row["ratio"] > 0 for row in table["rows"])
 
 
 @pytest.mark.slow

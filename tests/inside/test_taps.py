@@ -178,10 +178,12 @@ def test_a_change_of_another_shape_is_told(tiny):
         pass
 
 
-def test_a_tap_is_told_of_by_no_warning_on_a_cpu(tiny):
-    assert isinstance(tiny.engine, Cpu)
-    with warnings.catch_warnings(action="error"), minisd.tap(tiny, f"{UNET}.out"):
-        assert isinstance(tiny.engine, Watched)
+def test_a_tap_is_told_of_by_no_warning_on_a_cpu():
+    pipe = minisd.load(device="cpu", dtype="float32")
+    assert isinstance(pipe.engine, Cpu)
+    with warnings.catch_warnings(action="error"), minisd.tap(pipe, f"{UNET}.out"):
+        assert isinstance(pipe.engine, Watched)
+    assert isinstance(pipe.engine, Cpu)
 
 
 @pytest.mark.slow

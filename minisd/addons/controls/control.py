@@ -79,6 +79,7 @@ class Control:
 
     @property
     def path(self) -> str | None:
+        """Of the file, absolute; None for a network in memory."""
         return os.path.abspath(self.source) if isinstance(self.source, str | os.PathLike) else None
 
     def facts(self) -> dict[str, Any]:

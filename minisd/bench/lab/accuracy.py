@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ...fast import choice
 from ...fast.lossy.float8 import E4M3, fits, in_float8
 from ...inside.layers import numerics
-from ...inside.sides import EMULATED, Side, side
+from ...inside.sides import EMULATED, FLOAT8, side
 from ...models.unet import SpatialTransformer
 from ...pipeline import Pipeline, load
 from ...request import Request
@@ -170,19 +170,14 @@ def kernels(
 
 def by_layer(report: Report, model: str | None, where: str, request: Request) -> None:
     """The error that a layer adds of itself, given what float32's was given: the worst of each kind."""
-    sides = {"bfloat16": "bfloat16", "float16": "float16" if where != "cpu" else EMULATED, "fp8": ""}
+    sides = {"bfloat16": "bfloat16", "float16": "float16" if where != "cpu" else EMULATED, "fp8": FLOAT8}
     report.table("layers, the worst error of its own of each kind, against float32", ("layers", *sides))
     worst: dict[str, dict[str, float]] = {}
     counts: dict[str, int] = {}
     for label, spec in sides.items():
         with report.attempt(label):
             a = side("float32", model, where)
-            b = (
-                side(spec, model, where, a)
-                if spec
-                else Side("fp8", float8(load(model, where, "float32", fast=False)), torch.float32)
-            )
-            layers = [layer for layer in numerics(a, b, request)["layers"] if layer["inner"]]
+            layers = [layer for layer in numerics(a, side(spec, model, where, a), request)["layers"] if layer["inner"]]
             for layer in layers:
                 kinds = worst.setdefault(layer["kind"], {})
                 kinds[label] = max(kinds.get(label, 0.0), layer["entering"])

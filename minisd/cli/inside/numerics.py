@@ -30,8 +30,9 @@ def numerics_parser() -> Parser:
     made.add_argument("--a", default="float32", metavar="FORMAT", help="float32, bfloat16 or float16 (default: float32)")
     made.add_argument(
         "--b", default="bfloat16", metavar="HOW",
-        help="float32, bfloat16, float16; float16-emulated (on a CPU: computed in float32, weights and values rounded); triton "
-        "(A's format, by kernels); fast (the fused UNet as a whole); or another file of the same networks (default: bfloat16)",
+        help="bfloat16, float16 (on a CPU emulated: computed in float32, weights and values rounded), float32; fp8 (as --fp8 "
+        "draws); triton (A's format, by kernels); fast, cpu:fast (the fused networks of a GPU, of a CPU); or another file of the "
+        "same networks (default: bfloat16)",
     )  # fmt: skip
     made.add_argument("--bound", type=float, metavar="R", help="name the first layer past it (default: by the number format)")
     made.add_argument("--layers", action="store_true", help="a row for every layer, and not for every block")

@@ -37,7 +37,7 @@ def as_text(facts: Mapping[str, Any], parts: Sequence[str]) -> str:
         lines.append(f"  {row['name'].ljust(wide)}{numbers}  {inside}")
     lines.append("  largest numbers, and how many times they fit below float16's 65,504:")
     for layer in sorted(facts["layers"], key=lambda layer: -layer["largest"])[:MOST]:
-        lines.append(f"    {layer['largest']:>10.4g}{layer['margin'] or math.inf:>8.3g} x  {layer['name']}")
+        lines.append(f"    {layer['largest']:>10.4g}{layer['margin'] or math.inf:>10.3g} x  {layer['name']}")
     total = max(sum(facts["ulps"].values()), 1)
     lines.append(f"  units in the last place of {facts['rounding']} that the innermost layers' numbers are off, up to:")
     shares = [f"{name}: {100 * count / total:.3g} %" for name, count in facts["ulps"].items() if count]
@@ -50,9 +50,10 @@ def said(layer: Mapping[str, Any], which: str) -> str:
 
 
 def in_order_of_running(facts: Mapping[str, Any], parts: Sequence[str]) -> list[str]:
-    places = {layer["name"]: i for i, layer in enumerate(facts["layers"])}
-    known = [part for part in parts if part in places]
-    return sorted(known, key=lambda part: places[part]) or [layer["name"] for layer in facts["layers"]][:1]
+    """Those parts that were compared, themselves or by the layers within."""
+    names = [layer["name"] for layer in facts["layers"]]
+    places = {part: next((i for i, name in enumerate(names) if f"{name}.".startswith(f"{part}.")), None) for part in parts}
+    return sorted((part for part in parts if places[part] is not None), key=lambda part: places[part] or 0)
 
 
 LEFT, TOP, WIDTH, HEIGHT = 70, 60, 980, 380  # of the field of a plot

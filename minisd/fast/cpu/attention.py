@@ -51,7 +51,7 @@ def attention_by_sigmoids(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     for i in range(b):
         for head in range(heads):
             if not near[i][head]:
-                out[i, :, head] = F.scaled_dot_product_attention(*(x[i : i + 1, head : head + 1] for x in (q, k, v)))[0, 0]
+                out[i, :, head] = F.scaled_dot_product_attention(q[i, None, head], k[i, None, head], v[i, None, head])[0]
                 continue
             for start in range(0, length, rows):
                 here = slice(start, start + rows)

@@ -80,6 +80,7 @@ def test_draws_what_the_prompt_says(tiny):
     assert sum(right(wanted, seen) for (wanted, _, _), seen in zip(questions, found, strict=True)) >= 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "least"), [("place", 8), ("half", 5)])
 def test_meets_places_and_half_said_prompts(tiny, kind, least):
     """10 of 100 questions; of 100 it met 98 places and 79 half-said prompts."""

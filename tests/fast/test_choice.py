@@ -49,6 +49,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=runs_kernels) for name in ("sd1", "sdxl")])
 @torch.no_grad()
 def test_unet_with_kernels_equals_the_one_without(name, calls):

@@ -106,6 +106,7 @@ DEVICE = "cpu" if kernels.checks.INTERPRETED else "cuda"
 class TestKernel:
     pytestmark = runs_kernels
 
+    @pytest.mark.slow
     def test_equals_the_plain_maps(self, pipe, monkeypatch):
         """Of a drawing: what the plain path adds up, to 1e-5, and the same picture."""
         with interpreter(monkeypatch):

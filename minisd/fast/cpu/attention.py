@@ -63,23 +63,20 @@ def attention_by_sigmoids(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def widened(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Two more columns: a row's bound for the queries, ones for keys and values; zeros, because bfloat16 is multiplied in pairs.
 
-    q (B, heads, L, d), k and v (B, heads, S, d) -> (B, heads, L, d + 2), (B, heads, S, d + 2) and (B, heads, d + 2, S).
+    q (B, heads, L, d), k and v (B, heads, S, d) -> (B, heads, L, d + 2), twice (B, heads, S, d + 2).
     """
-    d, dtype = q.shape[-1], q.dtype
-    centred = k.float()
-    centred = ((centred - centred.mean(2, keepdim=True)) * d**-0.5).to(dtype)
-    longest = torch.linalg.vector_norm(centred, dim=-1, dtype=torch.float32).amax(-1)[:, :, None]  # (B, heads, 1)
-    bound = torch.linalg.vector_norm(q, dim=-1, dtype=torch.float32) * longest + BELOW[dtype]  # (B, heads, L)
-    queries = F.pad(q, (0, 2))
+    d, scale = q.shape[-1], q.shape[-1] ** -0.5
+    queries, keys, values = F.pad(q, (0, 2)), k.new_zeros(*k.shape[:3], d + 2), F.pad(v, (0, 2))
+    mean = k.mean(2, keepdim=True, dtype=torch.float32)
+    torch.add((-scale * mean).to(k.dtype), k, alpha=scale, out=keys[..., :d])  # rounded once
+    longest = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32).amax(-1)[:, :, None]  # (B, heads, 1)
+    bound = torch.linalg.vector_norm(queries, dim=-1, dtype=torch.float32) * longest + BELOW[q.dtype]  # (B, heads, L)
     queries[..., d] = -bound
-    keys = F.pad(centred, (0, 2))
-    keys[..., d] = 1
-    values = F.pad(v.transpose(2, 3), (0, 0, 0, 2))
-    values[:, :, d] = 1
+    keys[..., d] = values[..., d] = 1
     return queries, keys, values
 
 
 def weighted(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """queries (rows, d + 2), keys (S, d + 2), values (d + 2, S) -> (rows, d + 2): sums of the values, and of the weights."""
+    """queries (rows, d + 2), keys (S, d + 2), values (S, d + 2) -> (rows, d + 2): sums of the values, and of the weights."""
     weights = torch.ops.mkldnn._linear_pointwise(queries, keys, None, "sigmoid", [], "")  # (rows, S)
-    return torch.ops.mkldnn._linear_pointwise(weights, values, None, "none", [], "")  # type: ignore[no-any-return]
+    return torch.ops.mkldnn._linear_pointwise(weights, values.T, None, "none", [], "")  # type: ignore[no-any-return]

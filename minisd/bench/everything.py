@@ -24,6 +24,7 @@ from ..fast.choice import kernels
 from .networks import MODELS, random_checkpoint
 from .report import Report, Row, seconds_of, write_json
 from .steps import FLOOR
+from .whole.table import AGAIN, FIRST
 
 NEVER_COMPILED = ["--peers", "eager,graph"]
 COMPILED = ["--peers", "compiled"]  # a minute or two of compilation each, so they come last
@@ -51,7 +52,7 @@ def parts(with_files: bool) -> list[list[str]]:
     first = [["unet", "--model", name, *NEVER_COMPILED] for name in ("sd15", "sdxl")]
     first += [["vae", *NEVER_COMPILED]]
     first += [["kernels", name] for name in known]
-    first += [["image", "--model", "sd15"], ["load", "--model", "sd15"]] if with_files else []
+    first += [["image", "--model", "sd15", "--peers", "eager"], ["load", "--model", "sd15"]] if with_files else []
     first += [["unet", "--model", name, "--ablate", "--peers", ""] for name in ("sd15", "sdxl")]
     first += [["roofline", "--model", name] for name in ("sd15", "sdxl")]
     first += [["vae", "--ablate", "--peers", ""], ["unet", "--model", "sd21", *NEVER_COMPILED]]
@@ -122,13 +123,9 @@ def summary(tables: list[dict[str, Any]]) -> Iterator[tuple[str, Row]]:
         found = [[row for row in rows if row["label"].startswith(shape)] for rows in tables_of(tables, f"{kernel}, ")]
         yield from hardest(f"{kernel} {shape}", [one_kernel(rows) for rows in found])
     for rows in tables_of(tables, "SD 1.5 picture"):
-        for label in (
-            "minisd, prompt to uint8",
-            "cold process to a picture on disk, no kernel cache",
-            "the same, kernels in the cache",
-        ):
+        for label in ("minisd, prompt to uint8", FIRST, AGAIN):
             times = times_of(rows)
-            peers = theirs(times) if "prompt" in label else {}
+            peers = theirs(times) if label != FIRST else {}
             yield from hardest(f"SD 1.5: {label}", [compared(times.get(label), None, peers)])
     for rows in tables_of(tables, "opening a "):
         ours = next((row for row in rows if row["label"].startswith("minisd") and seconds_of(row, "time")), None)

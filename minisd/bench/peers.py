@@ -17,6 +17,7 @@ from .report import Report
 from .timing import Run, captured
 
 INSTALLED = importlib.util.find_spec("diffusers") is not None
+KINDS = ("eager", "graph", "compiled")
 
 # The configurations that diffusers' repositories of the published models carry, where they differ from its defaults.
 LINEAR = {"use_linear_projection": True}
@@ -102,7 +103,7 @@ def bench(
     make: builds the network; given: what it is called with; ours: seconds, wanted: result of minisd's own.
     """
     clock = report.clock
-    kinds = [kind for kind in kinds if kind != "openvino"]  # see lab/runtimes.py
+    kinds = [kind for kind in kinds if kind in KINDS]
     if not INSTALLED or not kinds:
         report.note("no peers: diffusers is not installed" if kinds else "no peers asked for")
         return

@@ -1,4 +1,4 @@
-"""bench image and bench load: from a file to a picture, and whole processes as a user starts them."""
+"""bench image and bench load: from a file to a picture, in a running process and in fresh ones."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ import torch
 
 from ..files.checkpoint import open_checkpoint
 from ..library.names import resolve
-from ..system.device import name_of
 from ..system.memory import free_memory
 from . import peers
 from .networks import MODELS, random_checkpoint
 from .report import Report
+from .whole import table
 
 PROMPT = "a photograph of an astronaut riding a horse"
 DIFFUSERS = """
@@ -103,35 +103,27 @@ def bench_load(report: Report, args: Any) -> None:
 
 @torch.no_grad()
 def bench_image(report: Report, args: Any) -> None:
-    """Prompt to pixels in a running process, where its time goes, and a cold process from the shell to the file on disk."""
+    """Whole processes, from a command to the file on disk; then prompt to pixels in a running process, and where its time goes."""
     with checkpoint(report, args) as path:
-        steps = 20 if args.full else 4
+        steps = args.steps or (20 if args.full else 4)
         model = MODELS[args.model]
         side = 8 * (model.latents if args.full else model.latents // 4)
+        width, height = args.size or (side, side)
         drawn = model.name if path.stem == args.model else path.stem
-        report.table(f"{drawn} picture, {side}x{side}, {steps} steps, guidance, euler", ("time s", "first s", "to ours"))
+        asked: dict[str, Any] = {"prompt": PROMPT, "width": width, "height": height, "steps": steps}
+        table.bench(report, args.peers, drawn, path=str(path), **asked)
+        if args.processes:
+            return
+        report.table(f"{drawn} picture, {width}x{height}, {steps} steps, guidance, euler", ("time s", "first s", "to ours"))
         ours = None
         with report.attempt("minisd"):
-            ours = running_process(report, args, path, side, steps)
-        if peers.INSTALLED and args.peers and args.model == "sd15":
+            ours = running_process(report, args, path, asked)
+        if peers.INSTALLED and "eager" in args.peers and args.model == "sd15":
             with report.attempt("diffusers, eager"):
-                diffusers_picture(report, path, side, steps, ours)
-        command = [sys.executable, "-P", "-m", "minisd", PROMPT, "-m", str(path), "--size", f"{side}x{side}"]
-        command += ["--steps", str(steps), "--seed", "0"]
-        command += ["--device", str(report.clock.device), "--dtype", name_of(report.clock.dtype)]
-        with tempfile.TemporaryDirectory() as folder:
-            command += ["-o", f"{folder}/out.png"]
-            # The first fills the cache of compiled kernels and that of hashes, the others find them there.
-            environment = os.environ | {"TRITON_CACHE_DIR": f"{folder}/cache", "XDG_CACHE_HOME": f"{folder}/hashes"}
-            report.note("the first cold process also finds out the file's hash, as the first use of any file does")
-            for label in ("cold process to a picture on disk, no kernel cache", "the same, kernels in the cache"):
-                with report.attempt(label):
-                    start = time.perf_counter()
-                    subprocess.run(command, env=environment, capture_output=True, check=True)
-                    report.add(label, time=time.perf_counter() - start)
+                diffusers_picture(report, path, asked, ours)
 
 
-def running_process(report: Report, args: Any, path: Path, side: int, steps: int) -> float:
+def running_process(report: Report, args: Any, path: Path, asked: dict[str, Any]) -> float:
     from ..pipeline import load
     from ..request import Request
 
@@ -141,7 +133,7 @@ def running_process(report: Report, args: Any, path: Path, side: int, steps: int
     marks: list[float] = []
 
     def draw() -> None:
-        stream = pipe.stream(Request(PROMPT, "", side, side, steps, seed=0))
+        stream = pipe.stream(Request(**asked, seed=0))
         marks[:] = [time.perf_counter()]
         for _ in stream:
             marks.append(time.perf_counter())
@@ -163,7 +155,7 @@ def running_process(report: Report, args: Any, path: Path, side: int, steps: int
     return ours
 
 
-def diffusers_picture(report: Report, path: Path, side: int, steps: int, ours: float | None) -> None:
+def diffusers_picture(report: Report, path: Path, asked: dict[str, Any], ours: float | None) -> None:
     from diffusers import StableDiffusionPipeline
 
     clock = report.clock
@@ -172,7 +164,8 @@ def diffusers_picture(report: Report, path: Path, side: int, steps: int, ours: f
         options: dict[str, Any] = {"local_files_only": True, "torch_dtype": clock.dtype}
         pipe = StableDiffusionPipeline.from_single_file(str(path), config=folder, **options).to(clock.device)
     pipe.set_progress_bar_config(disable=True)
-    draw: Callable[[], Any] = partial(pipe, PROMPT, width=side, height=side, num_inference_steps=steps)
+    size = {"width": asked["width"], "height": asked["height"]}
+    draw: Callable[[], Any] = partial(pipe, asked["prompt"], num_inference_steps=asked["steps"], **size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         first = clock.once(draw)

@@ -61,9 +61,8 @@ def bench_unet(report: Report, args: Any) -> None:
         laid(True)
         whole_step(report, engine, given, ours)
     peers.bench(report, args.peers, lambda: peers.unet(model, network), peers.unet_call, given, ours, wanted)
-    if "openvino" in args.peers:
-        tensors = [x for x in (given.x, given.t, given.context, given.y) if x is not None]
-        runtimes.bench(report, network, lambda network, *given: network(*given), tensors, ours, wanted)
+    tensors = [x for x in (given.x, given.t, given.context, given.y) if x is not None]
+    runtimes.bench(report, args.peers, runtimes.Called(network, lambda network, *given: network(*given)), tensors, ours, wanted)
 
 
 def whole_step(report: Report, engine: Cuda, given: StepInput, ours: float) -> None:
@@ -126,8 +125,8 @@ def decode_rows(report: Report, args: Any, side: int) -> None:
 
     ours, wanted = own_rows(report, lambda: fused(latents), lambda: network.decode(latents), laid, args.ablate)
     peers.bench(report, args.peers, lambda: peers.vae(network), peers.vae_call, latents, ours, wanted)
-    if "openvino" in args.peers:
-        runtimes.bench(report, network, lambda network, latents: network.decode(latents), [latents], ours, wanted)
+    decoder = runtimes.Called(network, lambda network, latents: network.decode(latents))
+    runtimes.bench(report, args.peers, decoder, [latents], ours, wanted)
 
 
 def title(report: Report, what: str) -> str:

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import Parser
+from .options import Parser, size
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,7 @@ what:
   compile [NAME]   what Triton makes of every kernel for GPUs that need not be there: registers, spills, instructions, occupancy
   unet             one step of the UNet, kernels on and off, against diffusers
   vae              one picture decoded, the same
-  image            prompt to pixels, and a cold process to the file on disk
+  image            a picture from a command to the file on disk, a fresh process each; then prompt to pixels in one that runs
   start            the wait from a command to a picture on disk, entry by entry, with empty and with filled caches
   load             a checkpoint from the page cache to the device
   lora             a LoRA into the weights, another strength, off again, beside diffusers with peft
@@ -56,7 +56,7 @@ PARTS = {
     "taps": ("lab.taps", "bench"),
     "all": ("everything", "bench"),
 }
-PEERS = ("eager", "graph", "compiled", "openvino")
+PEERS = ("eager", "graph", "compiled", "openvino", "onnxruntime", "sdcpp")
 
 # Which parts take an option; those that are not named here all of them do.
 MEASURED = tuple(part for part in PARTS if part not in ("compile", "accuracy", "samplers", "lora", "serve", "taps"))
@@ -69,6 +69,9 @@ TAKEN_BY = {
     "model": ("unet", "image", "start", "load", "roofline"),
     "checkpoint": ("image", "start", "load", "accuracy", "samplers", "taps"),
     "peers": ("unet", "vae", "image", "load", "lora"),
+    "size": ("image",),
+    "steps": ("image",),
+    "processes": ("image",),
     "ablate": ("unet", "vae"),
     "minutes": ("all",),
     "full": (*MEASURED, "accuracy"),
@@ -78,7 +81,7 @@ TAKEN_BY = {
 }
 DEFAULTS: dict[str, Any] = {
     "name": None, "against": None, "shapes_of": None, "tiles": False, "gpu": "h100", "model": "sd15", "checkpoint": None,
-    "peers": list(PEERS), "ablate": False, "minutes": 9.5, "full": False, "repeats": None, "device": None, "dtype": None,
+    "peers": list(PEERS), "size": None, "steps": None, "processes": False, "ablate": False, "minutes": 9.5, "full": False, "repeats": None, "device": None, "dtype": None,
     "json": None, "plot": None, "debug": False,
 }  # fmt: skip
 
@@ -126,8 +129,13 @@ def add_kernels(made: argparse.ArgumentParser) -> None:
 
 def add_networks(made: argparse.ArgumentParser) -> None:
     made.add_argument("--model", choices=("sd15", "sd21", "sdxl"), help=f"{users('model')}: whose architecture (default: sd15)")
-    made.add_argument("--checkpoint", metavar="FILE", help=f"{users('checkpoint')}: a file or its name, not random weights")
+    made.add_argument("-m", "--checkpoint", metavar="FILE", help=f"{users('checkpoint')}: a file or its name, not random weights")
     made.add_argument("--peers", type=peer_kinds, metavar="KINDS", help=f"{users('peers')}: some of {','.join(PEERS)}, or ''")
+    made.add_argument(
+        "--size", type=size, metavar="WxH", help=f"{users('size')}: pixels (default: as trained; on a CPU a quarter)"
+    )
+    made.add_argument("--steps", type=positive, metavar="N", help=f"{users('steps')}: of a picture (default: 20; on a CPU 4)")
+    made.add_argument("--processes", action="store_true", help=f"{users('processes')}: only whole processes")
     made.add_argument("--ablate", action="store_true", help=f"{users('ablate')}: also each kernel switched alone")
 
 
@@ -212,7 +220,7 @@ def bench(args: argparse.Namespace) -> int:
     args.full, args.repeats = args.full or device.type == "cuda" or absent, clock.repeats
     report = Report(clock, args.json, args.debug)
     print("minisd bench on " + ", ".join(f"{name} {value}" for name, value in machine(clock).items()))
-    if not args.full and args.what in MEASURED:
+    if not args.full and args.what in MEASURED and not args.size:
         print("on a CPU: smaller shapes, and no times of kernels")
     module, function = PARTS[args.what]
     getattr(import_module(f"minisd.bench.{module}"), function)(report, args)

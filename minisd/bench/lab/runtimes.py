@@ -1,21 +1,23 @@
-"""OpenVINO beside minisd: the plain modules with the same weights, converted once, as its users do."""
+"""OpenVINO and onnxruntime beside minisd: the plain modules with the same weights, converted once, as their users do."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...system.device import name_of
 from ..report import Report
 from ..timing import Run
-
-INSTALLED = importlib.util.find_spec("openvino") is not None
-HINTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+from ..whole.with_openvino import HINTS, options
 
 
 class Called(nn.Module):
@@ -29,41 +31,61 @@ class Called(nn.Module):
         return self.call(self.network, *given)
 
 
-def bench(
-    report: Report, network: nn.Module, call: Callable[..., Tensor], given: Sequence[Tensor], ours: float, wanted: Tensor
-) -> None:
-    """A row for OpenVINO, on a CPU, where it is installed.
+def bench(report: Report, kinds: list[str], module: Called, given: Sequence[Tensor], ours: float, wanted: Tensor) -> None:
+    """A row for each of them that is asked for and installed, on a CPU.
 
-    call: (network, *given) -> what is measured; ours: seconds, wanted: result of minisd's own.  `first` counts the conversion.
+    module: what is measured; ours: seconds, wanted: result of minisd's own.  `first` counts the conversion.
     """
     clock = report.clock
-    if not INSTALLED or clock.is_cuda:
-        return
-    with report.attempt("OpenVINO"), torch.no_grad():
-        start = time.perf_counter()
-        wide = copy.deepcopy(network).float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        run = compiled(Called(wide, call), [x.float() for x in given], HINTS[clock.dtype])
-        converted = time.perf_counter() - start
-        result = run()
-        first = time.perf_counter() - start
-        error = float((result - wanted.float()).norm() / wanted.float().norm())
-        seconds = clock.seconds(run)
-        report.add(f"OpenVINO, {HINTS[clock.dtype]}", time=seconds, first=first, difference=error, to_ours=seconds / ours)
-        report.note(f"OpenVINO: converting and compiling took {converted:.1f} s")
+    for kind in kinds:
+        if kind not in RUNTIMES or clock.is_cuda or not all(map(importlib.util.find_spec, PACKAGES[kind])):
+            continue
+        label, prepare = RUNTIMES[kind]
+        with report.attempt(label), torch.no_grad():
+            start = time.perf_counter()
+            wide = copy.deepcopy(module).float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            number_format, run = prepare(wide.eval(), [x.float() for x in given], name_of(clock.dtype))
+            converted = time.perf_counter() - start
+            result = run()
+            first = time.perf_counter() - start
+            error = float((result - wanted.float()).norm() / wanted.float().norm())
+            seconds = clock.seconds(run)
+            report.add(f"{label}, {number_format}", time=seconds, first=first, difference=error, to_ours=seconds / ours)
+            report.note(f"{label}: converting and compiling took {converted:.1f} s")
 
 
-def compiled(module: nn.Module, given: Sequence[Tensor], hint: str) -> Run:
+def openvino_run(module: nn.Module, given: Sequence[Tensor], dtype: str) -> tuple[str, Run]:
     """A network in float32, converted and compiled for these inputs, to compute in another format where the CPU can."""
     import openvino
 
     shapes = [openvino.PartialShape(list(x.shape)) for x in given]
-    model = openvino.convert_model(module.eval(), example_input=tuple(given), input=shapes)
-    options = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    request: Any = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+    model = openvino.convert_model(module, example_input=tuple(given), input=shapes)
+    told = options(dtype, torch.get_num_threads())
+    request: Any = openvino.Core().compile_model(model, "CPU", told).create_infer_request()
     arrays = [x.numpy() for x in given]
 
     def run() -> Tensor:
         request.infer(arrays)
         return torch.from_numpy(request.get_output_tensor().data)
 
-    return run
+    return HINTS[dtype], run
+
+
+def onnxruntime_run(module: nn.Module, given: Sequence[Tensor], dtype: str) -> tuple[str, Run]:
+    """Always in float32: on a CPU it has no other format for these networks that is faster."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of constants in the trace, as they are meant
+        path = Path(folder) / "network.onnx"
+        torch.onnx.export(module, tuple(given), str(path), dynamo=False)  # the form by torch.export takes ten times as long
+        told = onnxruntime.SessionOptions()
+        told.intra_op_num_threads = torch.get_num_threads()
+        session: Any = onnxruntime.InferenceSession(str(path), told, providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+    arrays = {name: x.numpy() for name, x in zip(names, given, strict=True)}
+    return "f32", lambda: torch.from_numpy(session.run(None, arrays)[0])
+
+
+PACKAGES = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnx")}  # onnx: what PyTorch exports by
+RUNTIMES = {"openvino": ("OpenVINO", openvino_run), "onnxruntime": ("onnxruntime", onnxruntime_run)}

@@ -103,7 +103,7 @@ def bench_load(report: Report, args: Any) -> None:
 
 @torch.no_grad()
 def bench_image(report: Report, args: Any) -> None:
-    """Whole processes, from a command to the file on disk; then prompt to pixels in a running process, and where its time goes."""
+    """Whole processes, from a command to the file on disk; then prompt to pixels in a running one, and where its time goes."""
     with checkpoint(report, args) as path:
         steps = args.steps or (20 if args.full else 4)
         model = MODELS[args.model]

@@ -81,7 +81,8 @@ TAKEN_BY = {
 }
 DEFAULTS: dict[str, Any] = {
     "name": None, "against": None, "shapes_of": None, "tiles": False, "gpu": "h100", "model": "sd15", "checkpoint": None,
-    "peers": list(PEERS), "size": None, "steps": None, "processes": False, "ablate": False, "minutes": 9.5, "full": False, "repeats": None, "device": None, "dtype": None,
+    "peers": list(PEERS), "size": None, "steps": None, "processes": False, "ablate": False,
+    "minutes": 9.5, "full": False, "repeats": None, "device": None, "dtype": None,
     "json": None, "plot": None, "debug": False,
 }  # fmt: skip
 
@@ -134,7 +135,7 @@ def add_networks(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--size", type=size, metavar="WxH", help=f"{users('size')}: pixels (default: as trained; on a CPU a quarter)"
     )
-    made.add_argument("--steps", type=positive, metavar="N", help=f"{users('steps')}: of a picture (default: 20; on a CPU 4)")
+    made.add_argument("--steps", type=positive, metavar="N", help=f"{users('steps')}: of a picture (default: 20, on a CPU 4)")
     made.add_argument("--processes", action="store_true", help=f"{users('processes')}: only whole processes")
     made.add_argument("--ablate", action="store_true", help=f"{users('ablate')}: also each kernel switched alone")
 

@@ -93,7 +93,8 @@ def slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_key_names_the_unit_of_its_number(part, key, little, slow_clock, tmp_path):
     main([*part, *CPU, "--json", str(tmp_path / "x.json")])
     known = ("PyTorch", "minisd, whole step as drawn", "diffusers, eager", "minisd, prompt to uint8")
-    found = [row for row in rows(tmp_path / "x.json") if row.get("variant", row["label"]) in known]
+    tables = json.loads((tmp_path / "x.json").read_text())["tables"]
+    found = [row for row in tables[-1]["rows"] if row.get("variant", row["label"]) in known]
     assert found
     assert {row[key] for row in found} == {QUARTER[key[5:]]}
 
@@ -505,6 +506,7 @@ def test_wrong_requests_are_named(arguments, message, monkeypatch):
 
 
 VALUES = {"name": "geglu", "shapes_of": "tiny", "against": "x.py", "gpu": "a100", "model": "sdxl", "checkpoint": "x", "peers": ""}
+VALUES |= {"size": "64x64", "steps": "3"}
 VALUES |= {"minutes": "1", "repeats": "2", "device": "cpu", "dtype": "float32", "json": "x.json", "plot": "x.png"}
 
 

@@ -1,7 +1,8 @@
-"""OpenVINO beside minisd: by one that stands in for it, and by itself where it is installed."""
+"""OpenVINO and onnxruntime beside minisd: by what stands in for them, and by themselves where they are installed."""
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import types
 from pathlib import Path
@@ -40,23 +41,24 @@ def standing_in(told: list) -> types.SimpleNamespace:
     )
 
 
-def measured(path: Path, dtype: torch.dtype = torch.float32) -> tuple[list[dict], nn.Linear]:
+def measured(kind: str, path: Path, dtype: torch.dtype = torch.float32) -> tuple[list[dict], nn.Linear]:
     import json
 
     network = nn.Linear(8, 4).to(dtype)
     report = Report(Clock(torch.device("cpu"), dtype, 2), path)
     report.table("title", ("time ms", "first s", "difference", "to ours"))
     x = torch.randn(2, 8).to(dtype)
-    runtimes.bench(report, network, lambda network, x: network(x), [x], 1.0, network(x).detach())
+    called = runtimes.Called(network, lambda network, x: network(x))
+    runtimes.bench(report, [kind], called, [x], 1.0, network(x).detach())
     return json.loads(path.read_text())["tables"][0]["rows"], network
 
 
 @pytest.mark.parametrize(("dtype", "hint"), [(torch.float32, "f32"), (torch.bfloat16, "bf16")])
 def test_a_row_for_openvino_with_its_conversion(dtype, hint, tmp_path, monkeypatch, capsys):
     told: list = []
-    monkeypatch.setattr(runtimes, "INSTALLED", True)
+    monkeypatch.setitem(runtimes.PACKAGES, "openvino", ("json",))  # is there
     monkeypatch.setitem(sys.modules, "openvino", standing_in(told))
-    (row,), network = measured(tmp_path / "x.json", dtype)
+    (row,), network = measured("openvino", tmp_path / "x.json", dtype)
     assert told == [("CPU", hint)]
     assert row["label"] == f"OpenVINO, {hint}"
     assert row["difference"] <= (1e-6 if dtype == torch.float32 else 1e-2)
@@ -66,13 +68,16 @@ def test_a_row_for_openvino_with_its_conversion(dtype, hint, tmp_path, monkeypat
 
 
 def test_none_where_it_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtimes, "INSTALLED", False)
+    monkeypatch.setitem(runtimes.PACKAGES, "openvino", ("no_such_package",))
     report = Report(CLOCK, tmp_path / "x.json")
-    runtimes.bench(report, nn.Linear(1, 1), nn.Module.__call__, [torch.zeros(1, 1)], 1.0, torch.zeros(1, 1))
+    module = runtimes.Called(nn.Linear(1, 1), nn.Module.__call__)
+    runtimes.bench(report, ["openvino", "eager"], module, [torch.zeros(1, 1)], 1.0, torch.zeros(1, 1))
     assert not (tmp_path / "x.json").exists()
 
 
-@pytest.mark.skipif(not runtimes.INSTALLED, reason="OpenVINO is not installed")
-def test_openvino_itself(tmp_path):
-    (row,), _ = measured(tmp_path / "x.json")
+@pytest.mark.parametrize("kind", runtimes.PACKAGES)
+def test_themselves(kind, tmp_path):
+    if not all(map(importlib.util.find_spec, runtimes.PACKAGES[kind])):
+        pytest.skip(f"{kind} is not installed")
+    (row,), _ = measured(kind, tmp_path / "x.json")
     assert row["difference"] <= 1e-5

@@ -18,12 +18,12 @@ PAUSE = 0.02  # seconds between two looks at its memory
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds by the clock and of processors; bytes at the most, where the system tells; seconds until it was ready, if it said so."""
+    """What one process took."""
 
-    seconds: float
-    processor: float
-    peak: int | None
-    ready: float | None
+    seconds: float  # by the clock
+    processor: float  # seconds of processors
+    peak: int | None  # bytes resident at the most; None where the system does not tell
+    ready: float | None  # seconds from the start; None if it never said so
 
 
 def spent(command: Sequence[str], environment: dict[str, str]) -> Spent:

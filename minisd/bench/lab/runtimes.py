@@ -41,7 +41,8 @@ def bench(report: Report, kinds: list[str], module: Called, given: Sequence[Tens
         if kind not in RUNTIMES or clock.is_cuda or not all(map(importlib.util.find_spec, PACKAGES[kind])):
             continue
         label, prepare = RUNTIMES[kind]
-        with report.attempt(label), torch.no_grad():
+        with report.attempt(label), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of shapes that become constants in a trace, as they are meant to
             start = time.perf_counter()
             wide = copy.deepcopy(module).float().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
             number_format, run = prepare(wide.eval(), [x.float() for x in given], name_of(clock.dtype))
@@ -75,10 +76,10 @@ def onnxruntime_run(module: nn.Module, given: Sequence[Tensor], dtype: str) -> t
     """Always in float32: on a CPU it has no other format for these networks that is faster."""
     import onnxruntime
 
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of constants in the trace, as they are meant
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
         torch.onnx.export(module, tuple(given), str(path), dynamo=False)  # the form by torch.export takes ten times as long
+        module.to("meta")  # its memory is wanted for the session
         told = onnxruntime.SessionOptions()
         told.intra_op_num_threads = torch.get_num_threads()
         session: Any = onnxruntime.InferenceSession(str(path), told, providers=["CPUExecutionProvider"])

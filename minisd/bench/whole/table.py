@@ -77,7 +77,7 @@ def bench(report: Report, kinds: list[str], name: str, **asked: Any) -> None:
     """One process each, one after another; kinds: the peers that are wanted; asked: of a `Job`, what the machine does not say."""
     clock = report.clock
     with tempfile.TemporaryDirectory() as folder:
-        machine = {"device": str(clock.device), "dtype": name_of(clock.dtype), "threads": torch.get_num_threads()}
+        machine: dict[str, Any] = {"device": str(clock.device), "dtype": name_of(clock.dtype), "threads": torch.get_num_threads()}
         job = Job(**machine, **asked, folder=folder)
         what = f"{job.width}x{job.height}, {job.steps} steps, guidance, euler, {job.dtype}"
         report.table(f"{name} picture from a command to a PNG, {what}, a fresh process each", COLUMNS)

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families import SMALL
 from PIL import Image
 
+from minisd.bench.networks import Published, random_checkpoint
 from minisd.bench.report import Report
 from minisd.bench.timing import Clock
-from minisd.bench.whole import conversion, table, with_openvino
+from minisd.bench.whole import conversion, table, with_openvino, with_sdcpp
 from minisd.bench.whole.spending import spent
 from minisd.by_hand import draw
 from minisd.cli import main
@@ -23,6 +25,7 @@ from minisd.cli.bench import parsed
 from minisd.library.places import tiny_checkpoint
 
 PROMPT = "a red circle on a blue background"
+CPU = torch.device("cpu")
 ASKED = {"prompt": PROMPT, "width": 64, "height": 64, "steps": 2}
 
 
@@ -53,7 +56,7 @@ def test_the_last_word_of_a_process_that_fails():
 
 
 def measured(tmp_path, kinds: list[str]) -> tuple[dict[str, dict], list[str]]:
-    report = Report(Clock(torch.device("cpu"), torch.float32, 1), tmp_path / "x.json")
+    report = Report(Clock(CPU, torch.float32, 1), tmp_path / "x.json")
     table.bench(report, kinds, "tiny", path=str(tiny_checkpoint()), **ASKED)
     report.write()
     (found,) = json.loads((tmp_path / "x.json").read_text())["tables"]
@@ -126,13 +129,35 @@ def test_openvino_draws_the_picture_of_by_hand(tmp_path, monkeypatch):
     assert np.abs(np.asarray(Image.open(tmp_path / "openvino.png")) - wanted).max() <= 1
 
 
+def test_what_stable_diffusion_cpp_is_asked(tmp_path, monkeypatch):
+    """By the names that its Python package has for these (stable_diffusion_cpp 0.4.7)."""
+    told = {}
+
+    class StableDiffusion:
+        def __init__(self, *, model_path, n_threads, wtype, vae_decode_only, verbose):
+            told.update(path=model_path, weights=wtype)
+
+        def generate_image(self, prompt, *, width, height, seed, cfg_scale, sample_steps, sample_method):
+            told.update(size=(width, height), steps=sample_steps, sampler=sample_method)
+            return [Image.new("RGB", (width, height))]
+
+    monkeypatch.setitem(sys.modules, "stable_diffusion_cpp", types.SimpleNamespace(StableDiffusion=StableDiffusion))
+    with_sdcpp.main(vars(table.Job("x.safetensors", device="cpu", dtype="bfloat16", folder=str(tmp_path), **ASKED)))
+    assert told == {"path": "x.safetensors", "weights": "bf16", "size": (64, 64), "steps": 2, "sampler": "euler"}
+    assert (tmp_path / "sdcpp.png").exists()
+
+
 @pytest.mark.slow
-def test_the_command_line_of_all_that_is_installed(tmp_path, capsys):
-    argv = ["bench", "image", "-m", "tiny", "--size", "64x64", "--steps", "2", "--device", "cpu", "--dtype", "float32"]
-    assert main([*argv, "--processes", "--peers", "openvino,sdcpp", "--json", str(tmp_path / "x.json")]) == 0
+def test_whole_processes(tmp_path):
+    """minisd's command line and, where they are installed, diffusers and OpenVINO, by a small checkpoint."""
+    small = SMALL["sd1"]
+    path = random_checkpoint(Published("small", small.shapes, small.family, 16, small.context), tmp_path / "x.safetensors", CPU)
+    argv = ["bench", "image", "-m", str(path), "--size", "64x64", "--steps", "2", "--device", "cpu", "--dtype", "float32"]
+    assert main([*argv, "--processes", "--peers", "eager,openvino", "--json", str(tmp_path / "x.json")]) == 0
     (found,) = json.loads((tmp_path / "x.json").read_text())["tables"]
-    first, again = found["rows"][:2]
-    for row in (first, again):
-        assert 0 < row["ready_s"] < row["time_s"]
+    assert [row["label"] for row in found["rows"][:3]] == [table.FIRST, table.AGAIN, "diffusers"]
+    for row in found["rows"]:
+        assert "error_text" not in row
+        assert (row["ready_s"] or 0) < row["time_s"]
         assert row["CPU_s"] > 0.1
         assert row["peak_GB"] > 0.1

@@ -13,7 +13,7 @@ what is there (beta = 1) does the sum for one more read, but not the bias as wel
 of the stream and given to every norm that follows, summed with those before it.  As kernels of its own the sum would be 3 N.
 
 Work split.  A program holds whole rows in registers (about 2048 values, so one to four rows), and so makes the mean first and
-the variance about it: no cancellation.
+the variance about it: no cancellation.  For a matrix product in float8 it can write those rows so: see float8.py.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check, check_vector, expect, jit, launcher, rows_of, tl
+from .float8 import empty_rows, row_scale, scaled
 
 
 class Tile(NamedTuple):
@@ -37,13 +38,16 @@ class Tile(NamedTuple):
 TILE, WIDE = Tile(2048, 4), Tile(2048, 16)  # WIDE: of rows longer than that
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None = None) -> Tensor:
-    return F.layer_norm(x if shift is None else x + shift.to(x.dtype), x.shape[-1:], weight, bias, eps)
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None = None, float8: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    y = F.layer_norm(x if shift is None else x + shift.to(x.dtype), x.shape[-1:], weight, bias, eps)
+    return scaled(y) if float8 else y
 
 
 @jit(do_not_specialize=["rows", "eps"])
 def layer_norm_kernel(
-    x, shift, weight, bias, y, rows, channels, x_row, eps,
+    x, shift, weight, bias, y, scales, rows, channels, x_row, eps,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -62,16 +66,22 @@ def layer_norm_kernel(
     scale = tl.load(weight + channel, mask=valid, other=0.0).to(tl.float32)
     offset = tl.load(bias + channel, mask=valid, other=0.0).to(tl.float32)
     values = values * rstd[:, None] * scale[None, :] + offset[None, :]
+    if scales is not None:
+        unit = row_scale(values)[:, None]
+        tl.store(scales + row, unit, mask=row < rows)
+        values = values / unit
     tl.store(y + row * channels + channel[None, :], values.to(y.dtype.element_ty), mask=mask)
 
 
 @launcher
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None = None, tile: Tile | None = None
-) -> Tensor:  # fmt: skip
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None = None, tile: Tile | None = None,
+    float8: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """LayerNorm of x + shift over the last dimension.
 
     x (..., C), C up to 16384, weight, bias and shift (C,) -> (..., C), contiguous, in x's dtype.
+    float8: instead (values (..., C), scales (..., 1)), e4m3 and float32, as `float8.scaled` makes them.
     ValueError for other shapes, dtypes, strides or devices.
     """
     check("x", x, (None,) * x.dim())
@@ -81,14 +91,14 @@ def layer_norm(
     for name, vector in (("weight", weight), ("bias", bias), ("shift", shift)):
         if vector is not None:
             check_vector(name, vector, channels, like=x)
-    y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
+    y, scales = empty_rows(x, channels) if float8 else (torch.empty(x.shape, device=x.device, dtype=x.dtype), None)
     block = 1 << (channels - 1).bit_length()
     tile = tile or (TILE if block <= TILE.numbers else WIDE)
     rows_each = max(1, tile.numbers // block)
     layer_norm_kernel[(-(-rows // rows_each),)](
-        x, shift, weight, bias, y, rows, channels, x_row, eps, ROWS=rows_each, BLOCK_C=block, num_warps=tile.warps
+        x, shift, weight, bias, y, scales, rows, channels, x_row, eps, ROWS=rows_each, BLOCK_C=block, num_warps=tile.warps
     )
-    return y
+    return y if scales is None else (y, scales)
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,7 @@ class Shape:
     rows: int
     channels: int
     shift: bool = True
+    float8: bool = False
 
 
 SHAPES = [
@@ -109,6 +120,9 @@ SHAPES = [
     Shape("SDXL 1280@32x32, first of a transformer", 2 * 32 * 32, 1280, shift=False),
     Shape("SDXL refiner 1536@32x32", 2 * 32 * 32, 1536),
     Shape("CLIP 768@77", 2 * 77, 768, shift=False),
+    Shape("to float8, SD 1.5 320@64x64", 2 * 64 * 64, 320, shift=False, float8=True),
+    Shape("to float8, SDXL 640@64x64", 2 * 64 * 64, 640, shift=False, float8=True),
+    Shape("to float8, SDXL 1280@32x32", 2 * 32 * 32, 1280, shift=False, float8=True),
 ]
 
 
@@ -118,7 +132,8 @@ def make(shape: Shape, device: torch.device | str, dtype: torch.dtype) -> dict[s
 
     c = shape.channels
     arguments = {"x": randn(shape.rows, c), "weight": 1 + randn(c) / 4, "bias": randn(c) / 4, "eps": 1e-5}
-    return arguments | ({"shift": torch.randn(c, device=device)} if shape.shift else {})  # a sum of biases, in float32
+    arguments |= {"shift": torch.randn(c, device=device)} if shape.shift else {}  # a sum of biases, in float32
+    return arguments | ({"float8": True} if shape.float8 else {})
 
 
 def tiles(shape: Shape) -> list[Tile]:
@@ -127,7 +142,7 @@ def tiles(shape: Shape) -> list[Tile]:
 
 
 def traffic(shape: Shape, element_size: int) -> int:
-    return 2 * shape.rows * shape.channels * element_size
+    return shape.rows * shape.channels * (element_size + (1 if shape.float8 else element_size))
 
 
 def flops(shape: Shape) -> int:

@@ -27,12 +27,14 @@ from torch import Tensor
 from minisd import kernels
 from minisd.kernels import checks
 from minisd.kernels.attention import SMALLER, TILES
+from minisd.kernels.float8 import E4M3
 from minisd.kernels.group_norm import TILE, Tile, chunk_moments
 from minisd.kernels.upsample_conv import phase_weights, plain, whole_weights
 
 DEVICE = "cpu" if checks.INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLOOR = {dtype: torch.finfo(dtype).eps * (2 if dtype == torch.float32 else 0.25) for dtype in DTYPES}
+FLOOR[E4M3] = 2e-3  # one number in a thousand lies so near the middle of two that the last digit decides
 
 # A GPU's own operations sum in another order than a CPU's, by which the bounds were chosen: no GPU was there to choose them by.
 FACTOR = 1.1 if checks.INTERPRETED else 1.5
@@ -216,6 +218,23 @@ def test_layer_norm_of_slices():
     compare("layer_norm", {"x": x[:, 1, :64], "shift": rand(64), **norm})
 
 
+def in_float8(name: str, arguments: dict[str, Any]) -> None:
+    """As the reference, and by e4m3 itself: three bits behind the point, down to 2^-9, and the largest of a row at 448."""
+    values, scale = compare(name, arguments | {"float8": True})
+    true = kernels.KERNELS[name].reference(**double(arguments))
+    apart, scale = (values.double() * scale - true).abs(), scale.double()
+    assert (apart <= torch.maximum(true.abs() * (2**-4 + 1e-4), scale * (2**-10 + 1e-4))).all()
+    assert (values.float().abs().amax(-1) == 448).all()
+
+
+@each_dtype
+@pytest.mark.parametrize("channels", [1, 33, 320, 1280, 5000])
+def test_layer_norm_in_float8(channels, dtype):
+    norm = {"weight": 1 + rand(channels, dtype=dtype) / 4, "bias": rand(channels, dtype=dtype), "eps": 1e-5}
+    in_float8("layer_norm", {"x": rand(2, 7, channels, dtype=dtype), **norm})
+    in_float8("layer_norm", {"x": rand(9, channels + 5, dtype=dtype)[:, :channels], "shift": rand(channels), **norm})
+
+
 # --- geglu and linear_geglu -----------------------------------------------------------------------------------------------
 
 
@@ -225,6 +244,15 @@ def test_geglu(shape, dtype):
     compare("geglu", {"x": rand(*shape, dtype=dtype)})
     compare("geglu", {"x": rand(*shape, dtype=dtype) * 100})
     compare("geglu", {"x": rand(shape[0], shape[-1] + 8, dtype=dtype)[:, : shape[-1]]})
+
+
+@each_dtype
+def test_geglu_in_float8(dtype):
+    for shape in ((1, 2), (3, 5, 74), (2, 9, 2560)):
+        in_float8("geglu", {"x": rand(*shape, dtype=dtype)})
+    in_float8("geglu", {"x": rand(33, 608, dtype=dtype)[:, :600] * 100})
+    values, scale = kernels.geglu(torch.zeros(2, 64, device=DEVICE), float8=True)
+    assert not (values.float() * scale).any()
 
 
 @each_dtype

@@ -1,7 +1,8 @@
-"""Triton's interpreter, made to compute bfloat16 as a GPU does.
+"""Triton's interpreter, made to compute bfloat16 and float8 as a GPU does.
 
-As of Triton 3.9 it cuts float32 off to bfloat16 where a GPU rounds, and multiplies bfloat16 matrices by their bit patterns.  That
-of Triton 3.6 makes an index of an array of one number, which NumPy refuses from 2.4 on.
+As of Triton 3.9 it cuts float32 off to bfloat16 where a GPU rounds, and multiplies bfloat16 matrices by their bit patterns.  Of
+a number that e4m3 rounds up to a power of two it makes half of that.  That of Triton 3.6 makes an index of an array of one
+number, which NumPy refuses from 2.4 on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ def convert(x: Any, source: Any, target: Any, rounding: Any) -> Any:
     x = np.asarray(x, order="C")
     if (source, target) == (tl.float32, tl.bfloat16):
         return torch.from_numpy(x.view(np.float32)).to(torch.bfloat16).view(torch.uint16).numpy()
+    if (source, target) == (tl.float32, tl.float8e4nv):
+        return torch.from_numpy(x.view(np.float32)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     assert (source, target) == (tl.bfloat16, tl.float32), (source, target)
     return x.view(np.uint16).astype(np.uint32) << 16
 

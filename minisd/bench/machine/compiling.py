@@ -109,6 +109,10 @@ def fault(label: str, error: Exception) -> None:
     print(json.dumps({"for": label, "error_text": f"{type(error).__name__}: {line[:160]}"}), flush=True)
 
 
+def in_reach(shape: Any, capability: int) -> bool:
+    return capability >= kernels().float8.SINCE or not getattr(shape, "float8", False)
+
+
 def alone(job: dict[str, Any]) -> None:
     """The kernels over the shapes of their own files."""
     pretend(job["capability"])
@@ -126,7 +130,8 @@ def alone(job: dict[str, Any]) -> None:
     given = getattr(torch, job["dtype"])
     for name in job["names"]:
         module = kernels().KERNELS[name]
-        for shape in module.SHAPES if takes(name, given) else []:
+        shapes = [shape for shape in module.SHAPES if in_reach(shape, job["capability"])]
+        for shape in shapes if takes(name, given) else []:
             label = f"{name} {shape.label}"
             try:
                 getattr(kernels(), name)(**module.make(shape, "meta", given))

@@ -33,10 +33,13 @@ class Tile(NamedTuple):
 TILE = Tile(8, 256, 4)
 
 
-def reference(x: Tensor, float8: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+def gated(x: Tensor) -> Tensor:
     value, gate = x.chunk(2, dim=-1)
-    y = value * F.gelu(gate)
-    return scaled(y) if float8 else y
+    return value * F.gelu(gate)
+
+
+def reference(x: Tensor, float8: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    return scaled(gated(x)) if float8 else gated(x)
 
 
 @jit

@@ -27,6 +27,7 @@ from .diffusion.spacings import spacing_named, visited
 from .errors import CheckpointError, UsageError
 from .fast.choice import chosen
 from .fast.engines import engine
+from .fast.lossy.float8 import in_float8
 from .fast.ways import AsLoaded
 from .files.checkpoint import Checkpoint, hashed_ahead, open_checkpoint
 from .files.model import StableDiffusion, averaged, load_model, load_vae
@@ -56,13 +57,9 @@ def load(
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
     vae: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
-    prediction: str | None = None,
-    zero_snr: bool | None = None,
-    offload: bool = False,
-    ema: bool = False,
-    fast: bool | None = None,
-    strict: bool = False,
-) -> Pipeline:
+    prediction: str | None = None, zero_snr: bool | None = None,
+    offload: bool = False, ema: bool = False, fast: bool | None = None, strict: bool = False, fp8: bool = False,
+) -> Pipeline:  # fmt: skip
     """Opens a checkpoint and makes it ready to draw.
 
     path: a checkpoint (.safetensors, .ckpt) of SD 1.x, 2.x, SDXL or its refiner, or its name in the library; else the tiny one.
@@ -75,10 +72,11 @@ def load(
     ema: draw with the moving average of the UNet's weights that some files carry beside them.
     fast: False computes with the modules as they stand, always; by default as the environment's MINISD_FAST (1 or 0) says.
     strict: refuse a checkpoint with tensors that nothing asks for, instead of telling which they are.
+    fp8: keep the UNet's weights in float8, in half the memory, and less exact (fast.lossy.float8).
     Raises CheckpointError (the files), UsageError (the other arguments), OutOfMemoryError.
     """
-    FLAG.check("fast", False if fast is None else fast)
-    FLAG.check("strict", strict)
+    for name, value in (("fast", False if fast is None else fast), ("strict", strict), ("fp8", fp8)):
+        FLAG.check(name, value)
     where = to_device(device)
     kind = to_dtype(dtype, where)
     chosen()  # a wrong MINISD_KERNELS is told before anything is read
@@ -90,6 +88,8 @@ def load(
         pipe = Pipeline(model, recognition, hashed_ahead(checkpoint), where, kind, fast)
         if vae_files:
             pipe.replace_vae(*vae_files)
+        if fp8:
+            in_float8(pipe)
     return pipe
 
 

@@ -67,10 +67,10 @@ def again(args: argparse.Namespace) -> int:
     same = device == recipe.get("device")  # another kind of device has a number format of its own
     common: dict[str, Any] = {"device": device, "dtype": args.dtype or (recipe.get("dtype") if same else None)}
     common |= {"offload": args.offload}
-    how: dict[str, Any] = {name: recipe.get(name) for name in ("prediction", "zero_snr")} | {"ema": recipe.get("ema") is True}
+    how: dict[str, Any] = {name: recipe.get(name) for name in ("prediction", "zero_snr")}
+    how |= {name: recipe.get(name) is True for name in ("ema", "fp8")}
     how |= {"vae": args.vae or recipe.get("vae_paths") or recipe.get("vae_path")}
     pipe = load(args.model or recipe.get("model_path"), **common, **how)
-    round_weights(pipe, recipe)
     refiner = args.refiner or recipe.get("refiner_path")
     request = repeat(recipe, pipe.checkpoint.path, {"init_image": args.init_image, "mask": args.mask})
     second = load(refiner, **common) if refiner else None
@@ -82,13 +82,6 @@ def again(args: argparse.Namespace) -> int:
         sheet = grid(result.images)
         result = replace(result, images=[sheet], seeds=result.seeds[:1], metadata=[as_grid(result)])
     return report(result, output, args)
-
-
-def round_weights(pipe: Pipeline, recipe: Mapping[str, Any]) -> None:
-    if recipe.get("fp8") is True:
-        from ..fast.lossy.float8 import in_float8
-
-        in_float8(pipe)
 
 
 def add_embeddings(pipes: Sequence[Pipeline], recipe: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from ..options import ADDONS
 from .options import (
     Parser,
     add_device,
+    add_fp8,
     add_options,
     add_training,
     check_distinct,
@@ -64,7 +65,7 @@ def add_files(parser: argparse.ArgumentParser) -> None:
     )
     files.add_argument("--refiner", metavar="FILE", help="a second checkpoint that finishes what the first began")
     files.add_argument("--ema", action="store_true", help="draw with the moving average of the weights, where the file has it")
-    files.add_argument("--fp8", action="store_true", help="the UNet's linear layers in float8: half their memory, and less exact")
+    add_fp8(files)
     files.add_argument("--strict", action="store_true", help="refuse a checkpoint with tensors that nothing asks for")
     add_training(files)
 
@@ -127,7 +128,6 @@ def draw(args: argparse.Namespace) -> int:
     from ..warmup.starting import begin_early
 
     begin_early(args.model, args.device, args.dtype, args.size)  # torch, which the next lines import, takes seconds
-    from ..fast.lossy.float8 import in_float8
     from ..fast.operations import attentions_of
     from ..pictures.grids import grid
     from ..pictures.image import save_png
@@ -137,10 +137,9 @@ def draw(args: argparse.Namespace) -> int:
 
     args.controls = controls_of(args)
     common: dict[str, Any] = {"device": args.device, "dtype": args.dtype, "offload": args.offload, "strict": args.strict}
-    pipe = load(args.model, vae=args.vae, prediction=args.prediction, zero_snr=args.zero_snr, ema=args.ema, **common)
+    own: dict[str, Any] = {name: getattr(args, name) for name in ("vae", "prediction", "zero_snr", "ema", "fp8")}
+    pipe = load(args.model, **own, **common)
     args.refiner = load(args.refiner, **common) if args.refiner else None
-    if args.fp8:
-        in_float8(pipe)
     request = request_of(args.prompt, args)
     teach([each for each in (pipe, args.refiner) if each], request)
     look = Preview(pipe, args.preview) if args.preview else None

@@ -6,7 +6,7 @@ import argparse
 import json
 
 from ..errors import MinisdError, UsageError
-from .options import Parser, add_output_options
+from .options import Parser, add_fp8, add_output_options
 
 
 def parser() -> Parser:
@@ -43,6 +43,7 @@ def add_models(made: argparse.ArgumentParser) -> None:
         help="cpu, cuda:0, …; repeatable, each draws (default: a GPU if there is one)",
     )
     made.add_argument("--dtype", metavar="NAME", help="as of minisd draw")
+    add_fp8(made)
 
 
 def add_amounts(made: argparse.ArgumentParser) -> None:
@@ -71,7 +72,7 @@ def serve(args: argparse.Namespace) -> int:
     settings = Settings(
         args.host, args.port, key_of(args.api_key), tuple(args.allow_host or ()), tuple(args.model or ()), args.refiner,
         tuple(args.device or (None,)), args.dtype, int(args.memory * 1e9) if args.memory else None, args.queue, args.grace,
-        args.prompt_loras, not args.no_uploads, args.log_prompts, limits,
+        args.prompt_loras, not args.no_uploads, args.log_prompts, limits, args.fp8,
     )  # fmt: skip
     run(settings, lambda url: print(json.dumps({"url": url}) if args.json else url, flush=True))
     return 0

@@ -177,7 +177,8 @@ def asked_of(path: str | os.PathLike[str]) -> Iterator[None]:
 def pipeline_of(recipe: dict[str, Any], model: str | None, device: str | None, dtype: str | None) -> Pipeline:
     """What a recipe was drawn with; model: another in its place."""
     vae = recipe.get("vae_paths") or recipe.get("vae_path")
-    how: dict[str, Any] = {name: recipe.get(name) for name in ("prediction", "zero_snr")} | {"ema": recipe.get("ema") is True}
+    how: dict[str, Any] = {name: recipe.get(name) for name in ("prediction", "zero_snr")}
+    how |= {name: recipe.get(name) is True for name in ("ema", "fp8")}
     own = device is None or device == recipe.get("device")
     for name in ("model_path", "vae_path", "device", "dtype", "prediction"):
         if recipe.get(name) is not None and not isinstance(recipe[name], str):

@@ -49,7 +49,7 @@ class Service:
         self.later: dict[str, tuple[float, asyncio.Task[Any]]] = {}
 
     def worker(self, device: str | None) -> Worker:
-        shelf = Shelf(device, self.settings.dtype, self.settings.memory, self.embedding)
+        shelf = Shelf(device, self.settings.dtype, self.settings.memory, self.embedding, self.settings.fp8)
         self.metrics.memory.labels(str(shelf.device)).set_function(lambda: shelf.used)
         self.metrics.opened.labels(str(shelf.device)).set_function(lambda: shelf.opened)
         return Worker(self.queue, shelf, self.begin, self.ended)

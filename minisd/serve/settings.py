@@ -51,6 +51,7 @@ class Settings:
     uploads: bool = True
     log_prompts: bool = False
     limits: Limits = field(default_factory=Limits)
+    fp8: bool = False  # UNets keep their weights in float8, and LoRAs are refused
 
     @property
     def public(self) -> bool:

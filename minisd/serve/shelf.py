@@ -77,9 +77,10 @@ class Shelf:
     """
 
     def __init__(
-        self, device: str | None, dtype: str | None, memory: int | None, embedding: Callable[[str], Path] = of_library
-    ) -> None:
-        self.embedding = embedding
+        self, device: str | None, dtype: str | None, memory: int | None, embedding: Callable[[str], Path] = of_library,
+        fp8: bool = False,
+    ) -> None:  # fmt: skip
+        self.embedding, self.fp8 = embedding, fp8
         self.device = to_device(device)
         self.dtype = to_dtype(dtype, self.device)
         self.memory = memory or int((free_memory(self.device) or 4 << 30) * SHARE)
@@ -124,7 +125,7 @@ class Shelf:
 
     def pipeline(self, path: Path, vae: Path | None, in_use: set[Any]) -> Pipeline:
         def opened() -> Pipeline:
-            return load(path, device=str(self.device), dtype=self.dtype, vae=vae)
+            return load(path, device=str(self.device), dtype=self.dtype, vae=vae, fp8=self.fp8)
 
         return self.get((path, vae), path, opened, in_use)  # type: ignore[no-any-return]
 

@@ -79,7 +79,9 @@ def watching(networks: Mapping[str, nn.Module]) -> Iterator[list[Culprit]]:
 
 
 def culprit(name: str, module: nn.Module, inputs: list[Tensor]) -> Culprit:
-    broken = [key for key, weight in module.named_parameters() if not weight.isfinite().all()]
+    broken = [
+        key for key, weight in module.named_parameters() if not weight.float().isfinite().all()
+    ]  # float: of float8 nobody asks
     own = next(module.parameters(), inputs[0] if inputs else torch.zeros(()))
     low, high = (float(min(map(torch.min, inputs))), float(max(map(torch.max, inputs)))) if inputs else (0.0, 0.0)
     return Culprit(name, type(module).__name__, own.dtype, broken[0] if broken else None, low, high)

@@ -11,8 +11,22 @@ from torch import nn
 
 import minisd
 from minisd.cli.main import main
+from minisd.fast import choice
 from minisd.fast.lossy.cached import SHALLOW, Reusing
-from minisd.fast.lossy.float8 import E4M3, Float8Linear, in_float8, is_float8, quantised, reference
+from minisd.fast.lossy.float8 import (
+    E4M3,
+    FLOAT8,
+    Float8Linear,
+    Rows,
+    StoredConv,
+    in_float8,
+    is_float8,
+    multiplied,
+    quantised,
+    reference,
+    to_float8,
+    widened,
+)
 from minisd.library.places import tiny_checkpoint
 from minisd.recipe import repeat
 
@@ -27,6 +41,25 @@ def test_every_row_uses_the_whole_range_of_float8():
     assert torch.equal(values.float().abs().amax(1), torch.full((5,), 448.0))
     assert relative_error(values.float() * scale, x) < 2**-4  # three bits
     assert not quantised(torch.zeros(2, 16))[0].float().any()
+
+
+def test_float8_is_made_wider_by_its_bits():
+    every = torch.arange(256, dtype=torch.uint8).view(E4M3)
+    numbers = every[~every.float().isnan()]
+    assert len(numbers) == 254
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(widened(numbers, dtype), numbers.to(dtype))
+
+
+def test_rows_in_float8_are_a_tensor_like_any_other():
+    x = torch.randn(2, 3, 32)
+    rows, (values, scale) = Rows.of(x), quantised(x)
+    assert rows.shape == x.shape
+    assert torch.equal(rows + 1, values.float() * scale + 1)
+    assert rows.isfinite().all()
+    assert type(rows.reshape(6, 32)) is torch.Tensor
+    assert Rows.of(rows) is rows
+    assert Rows.of(x.bfloat16()).whole().dtype == torch.bfloat16
 
 
 def test_a_float8_layer_is_its_formula_and_near_its_layer():
@@ -44,20 +77,63 @@ def test_a_float8_layer_is_its_formula_and_near_its_layer():
     assert made.weight.element_size() == 1
 
 
+def test_what_a_gpu_multiplies_is_what_the_formula_says():
+    """PyTorch has the same product for a CPU, too."""
+    layer, x = nn.Linear(64, 48), torch.randn(2, 7, 64).bfloat16()
+    weight, scale = quantised(layer.weight.data)
+    for bias in (None, layer.bias.data):
+        wanted = reference(x.float(), weight, scale, bias)
+        for compute in (multiplied, reference):
+            found = compute(x, weight, scale, bias)
+            assert found.shape == wanted.shape
+            assert relative_error(found, wanted) < 4e-3  # bfloat16's rounding
+
+
+def test_a_convolution_keeps_its_weights_in_float8_and_multiplies_as_before():
+    layer, x = nn.Conv2d(16, 32, 3, 2, 1), torch.randn(2, 16, 9, 7)
+    with torch.no_grad():
+        made = StoredConv(layer)
+        weight, scale = quantised(layer.weight, (1, 2, 3))
+        wide = F.conv2d(x, weight.float() * scale, layer.bias, 2, 1)
+        assert relative_error(made(x), wide) < 1e-6
+        assert 1e-3 < relative_error(made(x), layer(x)) < 0.05
+    assert scale.shape == (32, 1, 1, 1)
+
+
+def test_a_transformer_computes_the_same_with_rows_from_the_kernels(own, monkeypatch):
+    from interpreter import repair
+
+    repair(monkeypatch)
+    block = own.unet.middle_block[1].transformer_blocks[0]
+    to_float8(block, inside=True)
+    x, context = torch.randn(1, 6, block.norm1.weight.shape[0]), torch.randn(1, 77, own.unet.context_channels)
+    with torch.no_grad():
+        plain = block(x, context)
+        asked = list[str]()
+        real = choice.kernels().layer_norm, choice.kernels().geglu
+        for kernel in real:
+            name = kernel.__name__
+            monkeypatch.setattr(
+                choice.kernels(), name, lambda *a, kernel=kernel, name=name, **b: asked.append(name) or kernel(*a, **b)
+            )
+        with choice.using("layer_norm,geglu"):
+            assert relative_error(block(x, context), plain) < 2e-3  # where the last digit decides between two of float8
+    assert asked == ["layer_norm", "layer_norm", "layer_norm", "geglu"]
+
+
 @pytest.fixture
 def own() -> minisd.Pipeline:
     return minisd.load(device="cpu", dtype="float32")
 
 
 def test_drawing_in_float8_is_near_halves_weights_and_is_drawn_again(own, tiny):
-    whole = tiny(PROMPT, **SMALL).latents
-    linear = [module for module in own.unet.modules() if type(module) is nn.Linear]
-    before = sum(layer.weight.nbytes for layer in linear)
+    def size():
+        return sum(x.nbytes for x in (*own.unet.parameters(), *own.unet.buffers()))
+
+    whole, before = tiny(PROMPT, **SMALL).latents, size()
     in_float8(own)
-    rounded = [module for module in own.unet.modules() if isinstance(module, Float8Linear)]
-    assert len(rounded) > len(linear) / 2
-    assert sum(layer.weight.nbytes for layer in linear) == before  # the old ones, which nobody holds but this test
-    assert sum(layer.weight.nbytes + layer.weight_scale.nbytes for layer in rounded) < 0.3 * before  # of float32: a quarter
+    assert sum(isinstance(module, FLOAT8) for module in own.unet.modules()) > 100
+    assert size() < 0.27 * before  # of float32
     result = own(PROMPT, **SMALL)
     assert 1e-4 < relative_error(result.latents, whole) < 0.2
     recipe = result.metadata[0]

@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...fast import choice
-from ...fast.lossy.float8 import E4M3, fits, in_float8
+from ...fast.lossy.float8 import E4M3, fits
 from ...inside.layers import numerics
 from ...inside.sides import EMULATED, FLOAT8, side
-from ...models.unet import SpatialTransformer
 from ...pipeline import Pipeline, load
 from ...request import Request
 from ..kernels import runs_here
@@ -134,23 +133,17 @@ def formats(model: str | None, where: str) -> dict[str, Callable[[], Pipeline]]:
         "bfloat16": lambda: load(model, where, "bfloat16", fast=False),
         half[1]: lambda: side(half[0], model, where, side("float32", model, where)).pipe,
         "float8 storage, computed in float32": lambda: stored(load(model, where, "float32", fast=False)),
-        "--fp8 in float32": lambda: float8(load(model, where, "float32", fast=False)),
-        "--fp8 in bfloat16": lambda: float8(load(model, where, "bfloat16", fast=False)),
+        "--fp8 in float32": lambda: load(model, where, "float32", fast=False, fp8=True),
+        "--fp8 in bfloat16": lambda: load(model, where, "bfloat16", fast=False, fp8=True),
     }
-
-
-def float8(pipe: Pipeline) -> Pipeline:
-    in_float8(pipe)
-    return pipe
 
 
 @torch.no_grad()
 def stored(pipe: Pipeline) -> Pipeline:
     """The same layers' weights rounded to float8 as files have them, without scales."""
-    for transformer in [module for module in pipe.unet.modules() if isinstance(module, SpatialTransformer)]:
-        for layer in transformer.modules():
-            if fits(layer):
-                layer.weight.copy_(layer.weight.to(E4M3))  # type: ignore[union-attr, operator, arg-type]
+    for layer in pipe.unet.modules():
+        if fits(layer):
+            layer.weight.copy_(layer.weight.to(E4M3))  # type: ignore[union-attr, operator, arg-type]
     return pipe
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import MinisdError, UsageError, shown
 from ...options import MAX_SEED, OPTIONS, whole
-from ..options import Parser, add_device, add_options, add_training
+from ..options import Parser, add_device, add_fp8, add_options, add_training
 
 if TYPE_CHECKING:
     from ...batch.job import Job
@@ -37,6 +37,7 @@ def parser() -> Parser:
     made.add_argument("--vae", metavar="FILE", action="append", help="the VAE of another file")
     made.add_argument("--refiner", metavar="FILE", help="a second checkpoint that finishes what the first began")
     made.add_argument("--ema", action="store_true", help="draw with the moving average of the weights, where the file has it")
+    add_fp8(made)
     add_training(made)
     add_work(made)
     add_options(made, [name for name in OPTIONS if name not in BY_ROW])
@@ -110,7 +111,8 @@ def job_of(args: argparse.Namespace) -> Job:
     defaults: dict[str, Any] = {name: value for name, value in asked.items() if value not in (OPTIONS[name].default, None)}
     for name, value in defaults.items():
         checked(name, value)
-    loading = {name: getattr(args, name) for name in ("device", "dtype", "vae", "prediction", "zero_snr", "offload", "ema")}
+    named = ("device", "dtype", "vae", "prediction", "zero_snr", "offload", "ema", "fp8")
+    loading = {name: getattr(args, name) for name in named}
     numbers = {
         "threads": whole(1, 1024),
         "shard_rows": whole(1, 1_000_000),

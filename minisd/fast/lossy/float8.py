@@ -1,25 +1,35 @@
-"""The UNet's transformers in float8: weights in e4m3 with a scale for each row, activations likewise (--fp8).
+"""The UNet in float8: weights in e4m3 with a scale for each row, and in its transformers activations likewise (--fp8).
 
     w[n, k] = s[n] q[n, k],   s[n] = max_k |w[n, k]| / 448,   q in e4m3 (Micikevicius et al. 2022, arXiv 2209.05433)
     y[m, n] = a[m] s[n] sum_k p[m, k] q[n, k] + bias[n],   a[m] = max_k |x[m, k]| / 448,   p = e4m3(x[m, k] / a[m])
 
-On a GPU from Hopper on `torch._scaled_mm` multiplies in float8; elsewhere the same numbers are made in float32 (`reference`), so
-a CPU can say what a GPU would lose.  Convolutions, the time embedding and all norms stay as they are.  It is lossy: `minisd
-bench accuracy` says how much.  The weights take half the memory of float16.
+A linear layer of a transformer multiplies in float8: on a GPU from Hopper on by `torch._scaled_mm`, elsewhere the same numbers
+are multiplied wider (`reference`), so a CPU can say what a GPU would lose.  LayerNorm and GEGLU hand their rows on in float8; on
+a GPU their kernels write them so.  Convolutions, which are two thirds of SD 1.5's UNet, and the time embedding keep their weights
+in float8, with a scale for each output channel, and multiply them out when they are used.  Norms, biases and the two convolutions
+from and to the latents stay as they are.
+
+The UNet takes half the memory of float16.  It is lossy: `minisd bench accuracy` says how much.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ...errors import UsageError
 from ...files.model import StableDiffusion
-from ...models.unet import SpatialTransformer, UNet
+from ...models import ops
+from ...models.layers import LayerNorm
+from ...models.unet import GEGLU, SpatialTransformer, UNet
+from ..choice import kernels
 from ..engine import Engine, Plain
+from ..operations import kernel_geglu, kernel_layer_norm
 from ..ways import AsLoaded
 
 E4M3, LARGEST = torch.float8_e4m3fn, 448.0
@@ -27,63 +37,181 @@ MULTIPLE = 16  # of rows and columns that `_scaled_mm` takes
 HOPPER = (9, 0)  # scales for each row need it
 
 
-def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., K) -> e4m3 (..., K), and the scales (..., 1), float32, that it is to be multiplied with."""
+def quantised(x: Tensor, over: Sequence[int] = (-1,)) -> tuple[Tensor, Tensor]:
+    """x -> the same in e4m3, and the scales, float32, to multiply it with: one for all that is in the dimensions `over`."""
     wide = x.float()
-    scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-12) / LARGEST
+    scale = wide.abs().amax(tuple(over), keepdim=True).clamp(min=1e-12) / LARGEST
     return (wide / scale).clamp(-LARGEST, LARGEST).to(E4M3), scale
 
 
+def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """e4m3 -> the same numbers in float32 or bfloat16.
+
+    On a CPU by their bits, in a quarter of the time: moved by 7 places they are a float16, of 2^-8 times the number (but NaN).
+    """
+    if x.device.type != "cpu":
+        return x.to(dtype)
+    bits = x.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)  # one of the two signs goes
+    return bits.view(torch.float16).to(dtype).mul_(256)
+
+
+class Rows(Tensor):
+    """(..., K) as e4m3 and the scales (..., 1), for linear layers; all else that is computed with it gets it multiplied out."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Rows:
+        return Tensor._make_wrapper_subclass(cls, values.shape, dtype=dtype, device=values.device)  # type: ignore[no-any-return, attr-defined]
+
+    def __init__(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        self.e4m3, self.scale = values, scale
+
+    @classmethod
+    def of(cls, x: Tensor) -> Rows:
+        return x if isinstance(x, cls) else cls(*quantised(x), x.dtype)
+
+    def whole(self) -> Tensor:
+        return (widened(self.e4m3, torch.float32) * self.scale).to(self.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, given: Any = (), named: Any = None) -> Any:  # type: ignore[override]
+        given, named = tree_map_only(cls, cls.whole, (given, named or {}))
+        return function(*given, **named)
+
+
 def reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., K), weight e4m3 (N, K), scale (N, 1) -> (..., N), in x's dtype: products of float8 numbers, summed in float32."""
-    values, own = quantised(x)
-    y = F.linear(values.float(), weight.float()) * own * scale.T
+    """x (..., K), weight e4m3 (N, K), scale (N, 1) -> (..., N), in x's dtype: products of float8 numbers, summed in float32.
+
+    They are exact in bfloat16 as well, in which a CPU may be faster.
+    """
+    rows = Rows.of(x)
+    exact = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    y = F.linear(widened(rows.e4m3, exact), widened(weight, exact)) * rows.scale * scale.T
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def multiplied(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """The same by the GPU's own float8 product, whose result is bfloat16."""
-    values, own = quantised(x.reshape(-1, x.shape[-1]))
+    rows = Rows.of(x)
+    values, own = rows.e4m3.reshape(-1, x.shape[-1]), rows.scale.reshape(-1, 1)
     y = torch._scaled_mm(values, weight.T, scale_a=own, scale_b=scale.T, out_dtype=torch.bfloat16)
     return (y if bias is None else y + bias).view(*x.shape[:-1], -1).to(x.dtype)
 
 
+Layer = nn.Linear | nn.Conv2d
+
+
+def store(new: Layer, layer: Layer) -> None:
+    """In the place of a layer: `new.weight` is e4m3, and there is no gradient."""
+    weight, scale = quantised(layer.weight.data, range(1, layer.weight.dim()))
+    new.weight, new.bias = nn.Parameter(weight, requires_grad=False), layer.bias
+    new.register_buffer("weight_scale", scale, persistent=False)  # (N, 1, …), as many dimensions as the weight
+
+
+def whole(layer: Layer, dtype: torch.dtype) -> Tensor:
+    return widened(layer.weight, torch.float32).mul_(layer.weight_scale).to(dtype)  # type: ignore[arg-type]
+
+
 class Float8Linear(nn.Linear):
-    """In the place of a linear layer: `weight` is e4m3, and there is no gradient."""
+    """Multiplies in float8.  Of a map over pixels that a file stores as a 1x1 convolution, too."""
 
     def __init__(self, layer: nn.Linear) -> None:
         with torch.device("meta"):
             super().__init__(layer.in_features, layer.out_features, layer.bias is not None)
-        weight, scale = quantised(layer.weight.data)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = layer.bias
-        self.register_buffer("weight_scale", scale, persistent=False)
+        store(self, layer)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
-        here = x.device
+        here, scale = x.device, self.weight_scale
+        assert isinstance(scale, Tensor)
         fast = here.type == "cuda" and torch.cuda.get_device_capability(here) >= HOPPER
-        assert isinstance(self.weight_scale, Tensor)
-        return (multiplied if fast else reference)(x, self.weight, self.weight_scale, self.bias)
+        return (multiplied if fast else reference)(x, self.weight.flatten(1), scale.flatten(1), self.bias)
+
+
+class StoredLinear(Float8Linear):
+    """Keeps its weight in float8, and multiplies as it always did."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, whole(self, x.dtype), self.bias)
+
+
+class StoredConv(nn.Conv2d):
+    """Likewise."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        with torch.device("meta"):
+            super().__init__(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)  # type: ignore[arg-type]
+        store(self, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, whole(self, x.dtype), self.bias)
+
+
+FLOAT8 = (Float8Linear, StoredConv)
+
+
+class Float8LayerNorm(LayerNorm):
+    def __init__(self, layer: nn.LayerNorm) -> None:
+        with torch.device("meta"):
+            super().__init__(layer.normalized_shape, layer.eps)
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = (x, self.weight, self.bias, self.eps)
+        return in_rows(kernel_layer_norm(*given), ops.layer_norm, *given)
+
+
+class Float8GEGLU(GEGLU):
+    def __init__(self, layer: GEGLU) -> None:
+        nn.Module.__init__(self)
+        self.proj = layer.proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj(x)
+        return in_rows(kernel_geglu(x), ops.geglu, x)
+
+
+def in_rows(kernel: Callable[..., Any] | None, plain: Callable[..., Tensor], x: Tensor, *given: Any) -> Rows:
+    """An operation's result as Rows: from its kernel if there is one for x, and a GPU that has float8."""
+    if kernel and kernels().checks.capability(x) >= kernels().float8.SINCE:
+        values, scale = kernel(x, *given, float8=True)
+        return Rows(values, scale, x.dtype)
+    return Rows.of(plain(x, *given))
 
 
 def fits(layer: nn.Module) -> bool:
-    return type(layer) is nn.Linear and layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0
+    """Whether it is a layer whose weights go into float8: all but those from or to the few channels of latents."""
+    return isinstance(layer, Layer) and all(size % MULTIPLE == 0 for size in layer.weight.shape[:2])
 
 
-def to_float8(unet: UNet) -> int:
-    """Puts the linear layers of its transformers into float8, for good; returns how many there are now."""
+def in_float8_of(layer: nn.Module, inside: bool) -> nn.Module | None:
+    """What takes the place of a layer; inside: of a transformer."""
+    if isinstance(layer, FLOAT8):
+        return None
+    if isinstance(layer, nn.Linear) and fits(layer):
+        return Float8Linear(layer) if inside else StoredLinear(layer)
+    if isinstance(layer, nn.Conv2d) and fits(layer):
+        return StoredConv(layer)
+    if inside and isinstance(layer, LayerNorm):
+        return Float8LayerNorm(layer)
+    return Float8GEGLU(layer) if inside and isinstance(layer, GEGLU) else None
+
+
+def to_float8(network: nn.Module, inside: bool = False) -> int:
+    """Puts the layers of a UNet into float8, for good; returns how many now have their weights so."""
+    inside |= isinstance(network, SpatialTransformer)
     count = 0
-    for transformer in [module for module in unet.modules() if isinstance(module, SpatialTransformer)]:
-        for module in [*transformer.modules()]:
-            for name, layer in module.named_children():
-                if fits(layer):
-                    setattr(module, name, Float8Linear(layer))  # type: ignore[arg-type]
-                    count += 1
+    for name, layer in [*network.named_children()]:
+        count += to_float8(layer, inside)
+        new = in_float8_of(layer, inside)
+        if new is not None:
+            setattr(network, name, new)
+            count += isinstance(new, FLOAT8)
     return count
 
 
 def is_float8(unet: nn.Module) -> bool:
-    return any(isinstance(module, Float8Linear) for module in unet.modules())
+    return any(isinstance(module, FLOAT8) for module in unet.modules())
 
 
 class Loaded(Protocol):
@@ -98,7 +226,8 @@ class Loaded(Protocol):
 def in_float8(pipe: Loaded) -> None:
     """Draws in float8 from now on.  Raises UsageError where a LoRA is on, or for a UNet without layers that fit.
 
-    On a GPU it goes the plain way, module by module: the fused form knows no float8 yet.
+    The UNet goes the plain way, module by module: its fused form knows no float8 yet.  `pipeline.load` does this before anything
+    is drawn; later the fused form would keep the weights as they were.
     """
     stack = getattr(pipe, "stack", None)
     if stack is not None and stack.active:

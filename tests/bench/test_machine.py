@@ -151,14 +151,15 @@ def test_accuracy_of_the_tiny_checkpoint(tmp_path, monkeypatch):
 
     one = accuracy.requests_for
     monkeypatch.setattr(accuracy, "requests_for", lambda pipe, full: one(pipe, full)[:1])
+    monkeypatch.setattr(accuracy, "runs_here", lambda device: False)  # kernels in the interpreter: half an hour
     bench(parsed(["accuracy", "--device", "cpu", "--json", str(tmp_path / "x.json")]))
     formats, shortcuts, layers = json.loads((tmp_path / "x.json").read_text())["tables"]
     found = {row["label"]: row for row in (*formats["rows"], *shortcuts["rows"])}
     assert found["bfloat16"]["PSNR_dB"] > found["--fp8 in bfloat16"]["PSNR_dB"] > 35
     assert found["float16, emulated"]["PSNR_dB"] > 55
-    assert found["--fp8 in float32"]["UNet_MB"] < found["float32"]["UNet_MB"]
+    assert found["--fp8 in bfloat16"]["UNet_MB"] < 0.52 * found["bfloat16"]["UNet_MB"]
     assert found["--cfg-until 0.5"]["work"] < found["--cfg-until 0.7"]["work"] < 1
     assert found["--cache 3"]["work"] < found["--cache 2"]["work"] < 0.7
     worst = {row["label"]: row for row in layers["rows"]}
     assert worst["Linear"]["float16"] < worst["Linear"]["bfloat16"] < worst["Linear"]["fp8"] < 0.1
-    assert worst["Conv2d"]["fp8"] == 0
+    assert worst["Conv2d"]["float16"] < worst["Conv2d"]["fp8"] < 0.1

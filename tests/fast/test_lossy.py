@@ -152,6 +152,24 @@ def test_float8_is_neither_saved_nor_layered_on(own, tmp_path):
         own.set_loras([str(tiny_checkpoint().with_name("tiny-outline.safetensors"))])
     with pytest.raises(minisd.UsageError, match="fp8: expected linear layers"):
         in_float8(own)
+    with pytest.raises(minisd.UsageError, match="fp8: expected true or false, found 'yes'"):
+        minisd.load(fp8="yes")
+
+
+def test_where_float8_makes_no_numbers_is_said(own):
+    in_float8(own)
+    own.unet.time_embed[0].bias.data.fill_(torch.inf)
+    with pytest.raises(minisd.NonFiniteError, match=r"time_embed\.0 \(StoredLinear\): its bias holds NaN or infinity"):
+        own(PROMPT, **SMALL)
+
+
+def test_a_batch_and_a_server_are_told_of_float8():
+    from minisd.cli.serve import parser as serving
+    from minisd.cli.work.batch import job_of, parser
+
+    assert job_of(parser().parse_args(["-", "-o", "x", "--fp8"])).loading == {"fp8": True}
+    assert job_of(parser().parse_args(["-", "-o", "x"])).loading == {}
+    assert serving().parse_args(["--fp8"]).fp8
 
 
 @pytest.mark.slow

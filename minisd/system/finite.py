@@ -79,12 +79,15 @@ def watching(networks: Mapping[str, nn.Module]) -> Iterator[list[Culprit]]:
 
 
 def culprit(name: str, module: nn.Module, inputs: list[Tensor]) -> Culprit:
-    broken = [
-        key for key, weight in module.named_parameters() if not weight.float().isfinite().all()
-    ]  # float: of float8 nobody asks
-    own = next(module.parameters(), inputs[0] if inputs else torch.zeros(()))
+    broken = [key for key, weight in module.named_parameters() if not weight.float().isfinite().all()]
+    own = dtype_of(module, inputs[0].dtype if inputs else torch.float32)
     low, high = (float(min(map(torch.min, inputs))), float(max(map(torch.max, inputs)))) if inputs else (0.0, 0.0)
-    return Culprit(name, type(module).__name__, own.dtype, broken[0] if broken else None, low, high)
+    return Culprit(name, type(module).__name__, own, broken[0] if broken else None, low, high)
+
+
+def dtype_of(module: nn.Module, otherwise: torch.dtype) -> torch.dtype:
+    """What it computes in: that of its weights, but for those in float8, which are multiplied out when they are used."""
+    return next((weight.dtype for weight in module.parameters() if weight.element_size() > 1), otherwise)
 
 
 class Rescuing(nn.Module):
@@ -127,7 +130,7 @@ class Rescuing(nn.Module):
 
     def computed(self, name: str, module: nn.Module, own: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
         """What comes in float32 did not fit the narrower numbers; what goes out does so only where it does not fit, either."""
-        dtype = next((weight.dtype for weight in module.parameters()), torch.float32)
+        dtype = dtype_of(module, torch.float32)
         fits = all(value.dtype == dtype for value in floats(given))
         if name not in self.rescued and fits:
             return own(*given, **named)

@@ -49,7 +49,7 @@ def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
 
     On a CPU by their bits, in a quarter of the time: moved by 7 places they are a float16, of 2^-8 times the number (but NaN).
     """
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or x.dtype != E4M3:  # a block that is rescued is in float32
         return x.to(dtype)
     bits = x.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)  # one of the two signs goes
     return bits.view(torch.float16).to(dtype).mul_(256)
@@ -124,7 +124,7 @@ class Float8Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         here, scale = x.device, self.weight_scale
         assert isinstance(scale, Tensor)
-        fast = here.type == "cuda" and torch.cuda.get_device_capability(here) >= HOPPER
+        fast = here.type == "cuda" and self.weight.dtype == E4M3 and torch.cuda.get_device_capability(here) >= HOPPER
         return (multiplied if fast else reference)(x, self.weight.flatten(1), scale.flatten(1), self.bias)
 
 

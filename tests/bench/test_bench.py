@@ -63,7 +63,8 @@ def test_kernels(tmp_path, capsys):
     assert "smaller shapes" in capsys.readouterr().out
     found = rows(tmp_path / "x.json")
     assert {row["variant"] for row in found} == {"minisd", "PyTorch"}
-    assert all("error_text" not in row and row["error"] < 1e-6 for row in found)
+    assert not any("error_text" in row for row in found)
+    assert all(row["error"] < 1e-6 for row in found if not row["label"].startswith("to float8"))
     assert all((row["time_us"] is None) == (row["variant"] == "minisd") for row in found)  # an interpreter is not timed
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from ...models import ops
 from .operations import onednn
 
-MANY = 1024  # queries from which on it pays
+MANY = 256  # queries from which on it pays
 BLOCK = 1 << 20  # scores at a time: 2 MB in bfloat16 stay in the cache, and each thread has half
 BELOW = {torch.bfloat16: 8.0, torch.float32: 20.0}  # c: exp(-c) is a sixth of bfloat16's rounding, a thirtieth of float32's
 FARTHEST = 66.0  # of bound + c: what is less than float32 can hold is 1e-9 of a row's sum then

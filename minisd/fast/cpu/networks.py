@@ -89,7 +89,7 @@ class TransformerBlock(fused.TransformerBlock):
     def feed_forward(self, x: Tensor) -> Tensor:
         """x (B, L, C) -> same, with its feed-forward added."""
         norm, last = self.block.norm3, self.block.ff.net[2]
-        pieces = x.flatten(0, 1).split(max(256, ROWS // len(self.proj.weight)))
+        pieces = x.flatten(0, 1).split(max(256, ROWS // len(self.proj.weight) // 64 * 64))
         inner = (geglu(norm(piece), self.proj.weight, self.proj.bias) for piece in pieces)
         out = [linear(h, last.weight, last.bias, piece) for h, piece in zip(inner, pieces, strict=True)]  # type: ignore[arg-type]
         return (out[0] if len(out) == 1 else torch.cat(out)).view(x.shape)

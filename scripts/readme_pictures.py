@@ -10,6 +10,8 @@ import re
 import shlex
 from pathlib import Path
 
+from PIL import Image, PngImagePlugin
+
 from minisd.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -21,11 +23,20 @@ def cells() -> list[tuple[Path, list[str]]]:
     return [(ROOT / path, shlex.split(command)) for path, command in CELL.findall((ROOT / "README.md").read_text())]
 
 
+def without_place(path: Path) -> None:
+    """Its recipe names files of the checkout, wherever that is."""
+    picture, told = Image.open(path), PngImagePlugin.PngInfo()
+    for name, text in picture.info.items():
+        told.add_itxt(name, text.replace(f"{ROOT}/", ""))
+    picture.save(path, pnginfo=told)
+
+
 def merged() -> None:
     """The picture of two checkpoints and what lies halfway between them, which takes two commands."""
     (first, second) = re.findall(r"^minisd (.*half\.safetensors.*)$", (ROOT / "docs" / "files.md").read_text(), re.MULTILINE)
     main(shlex.split(first))
     main([*shlex.split(second), "-o", "weights/samples/merge.png"])
+    without_place(ROOT / "weights/samples/merge.png")
     Path("half.safetensors").unlink()
 
 
@@ -34,4 +45,5 @@ if __name__ == "__main__":
     for path, arguments in cells():
         path.parent.mkdir(parents=True, exist_ok=True)
         main([*arguments, "-o", str(path)])
+        without_place(path)
     merged()

@@ -1,9 +1,8 @@
 """Trains a LoRA: another style on the tiny checkpoint, with all that it knows.
 
-    python scripts/train_lora.py -m FILE --out FOLDER      (2 CPU cores: about half an hour)
+    python scripts/train_lora.py --pictures 8000 --steps 900      (a quarter of an hour of one CPU core)
 
-None is in weights/ yet: the autoencoder of tiny.safetensors flattens the style.  FILE is one whose decoder knows it, as
-`train_tiny.py --start tiny.safetensors` trains it on both.
+The checkpoint's decoder must know the style: `train_tiny.py --start tiny.safetensors` trains it on all of them.
 Low-rank changes of the UNet's matrices and convolutions (Hu et al. 2021, arXiv 2106.09685) learn pictures of the style; the
 checkpoint itself stays as it is.  They begin at zero: training begins with its own pictures.  Needs matplotlib for the curve.
 """

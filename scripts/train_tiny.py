@@ -47,7 +47,7 @@ def tiny() -> Shapes:
     return blueprint.assemble(
         SD1,
         blueprint.unet(64, (1, 2), blocks=2, depths=(0, 1), context=64),
-        blueprint.vae((32, 64, 128), (64, 64, 128), blocks=(1, 1)),
+        blueprint.vae((32, 64, 128), (32, 64, 128), blocks=(1, 2)),
         blueprint.clip_text(64, 4),
     )
 

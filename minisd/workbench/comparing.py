@@ -21,7 +21,7 @@ from ..errors import CheckpointError, MinisdError, NonFiniteError, OutOfMemoryEr
 from ..files.checkpoint import open_checkpoint
 from ..files.recognition import recognise
 from ..library.names import resolve
-from ..library.places import tiny_checkpoint
+from ..library.places import SUFFIXES, tiny_checkpoint
 from ..options import AXES, MAX_IMAGES, TEXT, checked
 from ..pictures.grids import labelled_grid
 from ..pictures.image import save_png
@@ -279,7 +279,7 @@ def check_size(request: Request) -> None:
 def labels(axis: Axis) -> list[str]:
     """What stands at the columns or rows."""
     if axis.name == "lora":
-        return [shown(re.sub(r"\.\w+(?=(:[^:]*)*$)", "", os.path.basename(value)), 200) for value in axis.values]
+        return [shown(of_lora(value), 200) for value in axis.values]
     if axis.name != "model":
         return [f"{axis.name} {value:g}" if isinstance(value, float) else f"{axis.name} {value}" for value in axis.values]
     for name in (lambda path: path.stem, lambda path: f"{path.parent.name}/{path.stem}"):
@@ -287,6 +287,13 @@ def labels(axis: Axis) -> list[str]:
         if len(set(found)) == len(set(axis.values)):
             return found
     return [shown(str(path), 200) for path in axis.values]
+
+
+def of_lora(value: str) -> str:
+    """A LoRA without its folder and suffix, and its strengths."""
+    name, *strengths = os.path.basename(value).split(":")
+    stem, suffix = os.path.splitext(name)
+    return ":".join([stem if suffix in SUFFIXES else name, *strengths])
 
 
 def recipe_of(cells: Cells, first: Mapping[str, Any]) -> dict[str, Any]:

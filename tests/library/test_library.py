@@ -31,7 +31,7 @@ CONV = "model.diffusion_model.input_blocks.0.0.weight"
 SD1 = {CONV: (32, 4, 3, 3), "first_stage_model.x": (2,), "cond_stage_model.transformer.x": (2,)}
 VAE = {"decoder.conv_in.weight": (8, 4, 3, 3), "encoder.conv_in.weight": (8, 3, 3, 3)}
 LORA = {"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight": (4, 2048)}
-BOX = {"tiny", "tiny-lit", "tiny-outline"}
+BOX = ["tiny", "tiny-lit", "tiny-clay", "tiny-outline"]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def listed() -> dict[str, str]:
 
 
 def test_an_empty_machine_has_the_box():
-    assert [model.name for model in list_models()] == ["tiny", "tiny-lit", "tiny-outline"]
+    assert [model.name for model in list_models()] == BOX
     assert resolve("tiny") == tiny_checkpoint()
     assert searched() == []
 
@@ -66,7 +66,7 @@ def test_an_empty_machine_has_the_box():
 def test_what_was_searched_on_an_empty_machine_is_said_as_it_is(capsys):
     assert main(["models"]) == 0
     said = capsys.readouterr()
-    assert len(said.out.splitlines()) == 3
+    assert len(said.out.splitlines()) == len(BOX)
     assert said.err == "minisd: searched minisd's own folder alone: there is no ./models, and MINISD_MODELS names none\n"
     assert main(["models", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["searched"] == []
@@ -289,13 +289,13 @@ def test_two_hundred_checkpoints_and_a_second_time(capsys, monkeypatch):
     monkeypatch.setattr("minisd.library.names.identify", lambda path: opened.append(path) or identify(path))
     assert main(["models", "--json"]) == 0
     first = json.loads(capsys.readouterr().out)
-    assert len(opened) == 203
+    assert len(opened) == 204
     opened.clear()
     assert main(["models", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == first
     assert opened == []
     names = [model["name"] for model in first["models"]]
-    assert names == [f"mix{i:03}" for i in range(200)] + sorted(BOX)
+    assert names == [f"mix{i:03}" for i in range(200)] + BOX
     entry = first["models"][0]
     assert entry == {
         "name": "mix000",
@@ -317,7 +317,7 @@ def test_a_file_that_may_not_be_read_today_is_looked_at_again_tomorrow(monkeypat
         closed.setattr("os.access", lambda *_: False)
         closed.setattr("minisd.library.names.open_checkpoint", lambda _: (_ for _ in ()).throw(refused))
         assert {model.kind for model in list_models()} == {"other"}
-    assert {model.kind for model in list_models()} == {"checkpoint", "controlnet"}
+    assert {model.kind for model in list_models()} == {"checkpoint", "lora", "controlnet"}
 
 
 def test_listing_does_not_import_torch():
@@ -408,7 +408,7 @@ def test_the_kind_that_is_wanted_decides():
         "models/loras",
         "models/vae",
     ]
-    assert [model.name for model in list_models()] == ["mix", "tiny", "tiny-lit", "mix", "mix", "tiny-outline"]
+    assert [model.name for model in list_models()] == ["mix", "tiny", "tiny-lit", "mix", "mix", "tiny-clay", "tiny-outline"]
     put("models/only.safetensors", LORA)
     with pytest.raises(CheckpointError, match="this looks like a LoRA"):
         minisd.load("only")
@@ -442,7 +442,7 @@ def test_hostile_names_are_shown_escaped(capsys):
     shown = capsys.readouterr()
     assert all(line.isprintable() for line in (shown.out + shown.err).splitlines())
     assert r"evil\x1b[2J\rname\n\u202e\udcff" in shown.out
-    assert len(shown.out.splitlines()) == 5
+    assert len(shown.out.splitlines()) == 2 + len(BOX)
     assert main(["models", "--json"]) == 0
     assert [model["path"] for model in json.loads(capsys.readouterr().out)["models"]].count(str(path)) == 1
     with pytest.raises(CheckpointError) as error:

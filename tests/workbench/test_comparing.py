@@ -198,6 +198,11 @@ def test_strengths_of_a_lora_are_an_axis(reduced_file, tmp_path, capsys):
         assert "X Type: LoRA" in sheet.info["parameters"]
 
 
+def test_the_name_of_a_lora_is_without_folder_and_suffix():
+    axis = Axis("lora", ("a/b/clay.safetensors:0.5", "clay:0.8:0.3", "style.v2:1", "x.y.sft"))
+    assert labels(axis) == ["clay:0.5", "clay:0.8:0.3", "style.v2:1", "x.y"]
+
+
 def test_a_lora_of_an_axis_that_does_not_fit_is_told_before_anything_is_drawn(reduced_file, tmp_path, capsys, monkeypatch):
     save_file({"lora_unet_nothing.lora_up.weight": torch.ones(1, 1)}, tmp_path / "wrong.safetensors")
     save_file(whole(), tmp_path / "clay.safetensors")

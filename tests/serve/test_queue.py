@@ -82,6 +82,7 @@ def test_one_that_waits_and_goes_away_is_never_drawn(server):
 def test_an_end_lets_the_picture_in_the_making_be_finished(tmp_path):
     with serving(tmp_path / "here") as running, ThreadPoolExecutor(3) as threads:
         asked = [threads.submit(running.post, "/generate/sd", QUICK | {"steps": 60}) for _ in range(3)]
+        until(lambda: running.get("/sdapi/v1/progress").json["state"]["sampling_step"])  # before, two of three may wait, too
         until(lambda: running.get("/healthz").json["waiting"] == 2)
         running.process.send_signal(signal.SIGTERM)
         answers = [each.result() for each in asked]

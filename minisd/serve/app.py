@@ -86,6 +86,11 @@ class Protocol(H11Protocol):
         super().connection_made(transport)
         self.wait_for_head()
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self.timer is not None:
+            self.timer.cancel()  # or all of the request would be kept until then
+
     def data_received(self, data: bytes) -> None:
         before = self.cycle
         super().data_received(data)

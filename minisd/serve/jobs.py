@@ -22,6 +22,7 @@ from .shelf import Drawing, Shelf
 
 LONGEST_WAIT = 30  # seconds: what OctoAI's client obeys in Retry-After
 PREVIEW_EVERY = 0.25  # seconds
+LARGE = 128 * 128  # pixels: a PNG of so many takes 2 ms
 
 
 class Cancelled(Exception):  # noqa: N818  # no error: nobody wants the picture any more
@@ -34,6 +35,11 @@ class Done:
     pictures: list[Image.Image]  # as they leave the server
     seconds: float  # of drawing, models in memory
     warnings: list[str]
+
+    @property
+    def large(self) -> bool:
+        """Whether it takes longer to make PNGs of them than to change to another thread and back."""
+        return sum(each.width * each.height for each in self.pictures) > LARGE
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request as Asked
 
@@ -30,6 +30,7 @@ from .metrics import Log, Metrics
 from .settings import Settings, check_limits
 from .shelf import Drawing, Shelf
 
+Outcome = TypeVar("Outcome")
 KEPT = 64  # answers that wait to be fetched
 KEPT_SECONDS = 600.0
 TEXTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
@@ -193,6 +194,11 @@ class Service:
 
     def model_of(self, name: str | None, field: str = "model") -> Listed:
         return self.index.find(name, "checkpoint", field) if name else self.index.default()
+
+
+async def aside(long: bool, work: Callable[..., Outcome], *args: Any) -> Outcome:
+    """In a thread where it takes long, so that others are answered meanwhile; else here: a busy machine wakes a thread late."""
+    return await asyncio.to_thread(work, *args) if long else work(*args)
 
 
 def forgotten(future: asyncio.Future[Any]) -> None:

@@ -145,6 +145,7 @@ class Shelf:
             self.make_room(self.size_of(path), in_use)
             value = make()
             self.opened += 1
+            give_back(self.device)  # what reading the file took besides
             found = Kept(value, bytes_of(value), state)
         self.kept[key] = found
         self.make_room(0, in_use)

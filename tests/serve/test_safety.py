@@ -74,8 +74,9 @@ def marked(prompt: str) -> list[str]:
 
 def test_a_large_body_is_refused_before_it_is_read(server):
     server.post("/generate/sd", QUICK)
-    before, began = server.rss, time.monotonic()
+    before = server.rss
     for chunked in (False, True):
+        began = time.monotonic()
         connection = socket.create_connection(("127.0.0.1", server.port), timeout=20)
         head = f"POST /generate/sd HTTP/1.1\r\nHost: localhost:{server.port}\r\nContent-Type: application/json\r\n"
         head += "Transfer-Encoding: chunked\r\n\r\n" if chunked else f"Content-Length: {300 << 20}\r\n\r\n"
@@ -86,8 +87,8 @@ def test_a_large_body_is_refused_before_it_is_read(server):
         answer = connection.recv(4096)
         connection.close()
         assert answer.startswith(b"HTTP/1.1 413 "), answer[:100]
-    assert time.monotonic() - began < 5
-    assert server.rss - before < 45 << 20
+        assert time.monotonic() - began < 2
+        assert server.rss - before < 20 << 20
     assert server.lines("request")[-1]["status"] == 413
 
 
@@ -172,13 +173,13 @@ def test_pictures_that_are_bombs_or_none(server):
         b"GIF89a" + bytes(50),
         b"<svg/>",
     ):
-        began = time.monotonic()
-        answer = server.post("/generate/sd", QUICK | {"init_image": base64.b64encode(data).decode()})
-        assert answer.status == 422
+        answers = [server.post("/generate/sd", QUICK | {"init_image": base64.b64encode(data).decode()}) for _ in range(3)]
+        answer = answers[-1]
+        assert {each.status for each in answers} == {422}
         assert answer.json["detail"][0]["loc"] == ["body", "init_image"]
         assert b"PIL" not in answer.body
         assert b" 0x" not in answer.body
-        assert time.monotonic() - began < 0.5
+        assert min(line["seconds"] for line in server.lines("request")[-3:]) < 0.05  # others may be at work on the machine
     assert server.rss - before < 20 << 20
     for image in (
         Image.new("CMYK", (64, 64)),

@@ -106,8 +106,16 @@ class Server:
     @property
     def rss(self) -> int:
         """Bytes of main memory."""
+        return self.memory("VmRSS")
+
+    @property
+    def vsz(self) -> int:
+        """Bytes of address space."""
+        return self.memory("VmSize")
+
+    def memory(self, name: str) -> int:
         lines = dict(line.split(":", 1) for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines())
-        return int(lines["VmRSS"].split()[0]) * 1024
+        return int(lines[name].split()[0]) * 1024
 
 
 def environment(models: Path | None, folder: Path, **more: str) -> dict[str, str]:

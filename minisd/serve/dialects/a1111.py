@@ -7,7 +7,6 @@ package webuiapi 0.9.17 (what is sent, and read).
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ from ...pictures.metadata import parameters_text
 from ..errors import RefusedError, clean, told
 from ..jobs import Done
 from ..pictures import blurred, filled, from_base64, grey, pasted_softly, region_of, to_base64
-from ..service import Service
+from ..service import Service, aside
 from ..shelf import Drawing, public
 
 router = APIRouter(prefix="/sdapi/v1")
@@ -136,7 +135,7 @@ async def img2img(body: Image2Image, asked: Request) -> JSONResponse:
 async def generated(body: Common, asked: Request) -> JSONResponse:
     service: Service = asked.app.state.service
     ignored = unused(body)
-    drawing = service.checked(await asyncio.to_thread(drawing_of, body, service, ignored))
+    drawing = service.checked(await aside(True, drawing_of, body, service, ignored))
     echo = {name: value for name, value in body.model_dump().items() if name not in ("init_images", "mask", "alwayson_scripts")}
     try:
         done = await service.drawn(drawing, asked, "a1111")
@@ -144,7 +143,7 @@ async def generated(body: Common, asked: Request) -> JSONResponse:
         if refused.code != "interrupted":
             raise
         return JSONResponse({"images": [], "parameters": echo, "info": json.dumps({"interrupted": True})})
-    return JSONResponse(await asyncio.to_thread(answer, body, drawing, done, echo, ignored))
+    return JSONResponse(await aside(done.large, answer, body, drawing, done, echo, ignored))
 
 
 def unused(body: Common) -> list[str]:

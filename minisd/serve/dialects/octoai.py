@@ -18,7 +18,7 @@ from ...library.styles import styled, styles
 from ..errors import RefusedError, told
 from ..jobs import Done
 from ..pictures import Region, from_base64, region_of, to_base64
-from ..service import Service
+from ..service import Service, aside
 from ..shelf import Drawing, public
 
 router = APIRouter()
@@ -28,6 +28,7 @@ NAMES = {
     "guidance_scale": "cfg_scale", "mask": "mask_image", "model": "checkpoint", "controls": "controlnet_image",
     "embeddings": "textual_inversions", "refiner": "use_refiner", "style": "style_preset",
 }  # fmt: skip
+HEAVY = ("init_image", "mask_image", "controlnet_image", "vae", "loras", "textual_inversions", "controlnet", "style_preset")
 Base64 = Annotated[str, Field(max_length=40 << 20)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -112,7 +113,7 @@ async def elsewhere(engine: str) -> JSONResponse:
 async def generated(body: Generate, engine: str, asked: Request) -> JSONResponse:
     """At once, or with X-OctoAI-Async: 1 by an address to ask again at."""
     service: Service = asked.app.state.service
-    drawing = service.checked(await asyncio.to_thread(drawing_of, body, engine, service))
+    drawing = service.checked(await aside(not light(body, service), drawing_of, body, engine, service))
     kind = body.image_encoding or "jpeg"
     if asked.headers.get("x-octoai-async") != "1":
         return JSONResponse(await answered(service, drawing, kind, asked))
@@ -126,7 +127,7 @@ async def generated(body: Generate, engine: str, asked: Request) -> JSONResponse
 
 async def answered(service: Service, drawing: Drawing, kind: str, asked: Request | None) -> dict[str, Any]:
     done = await service.drawn(drawing, asked, "octoai")
-    return await asyncio.to_thread(answer, drawing, done, kind)
+    return await aside(done.large, answer, drawing, done, kind)
 
 
 def answer(drawing: Drawing, done: Done, kind: str) -> dict[str, Any]:
@@ -195,6 +196,12 @@ def drawing_of(body: Generate, engine: str, service: Service) -> Drawing:
     )  # fmt: skip
 
 
+def light(body: Generate, service: Service) -> bool:
+    """Whether it is known at once what a body wants: nothing to unpack, and no name that the library is looked through for."""
+    heavy = any(getattr(body, name, None) for name in HEAVY)
+    return not heavy and (not body.checkpoint or bool(service.index.hits(body.checkpoint, "checkpoint")))
+
+
 def refuse_unsupported(body: Generate) -> None:
     for name in ("outpainting", "transfer_images"):
         if getattr(body, name):
@@ -202,7 +209,9 @@ def refuse_unsupported(body: Generate) -> None:
 
 
 def prompts_of(body: Generate) -> tuple[str, str]:
-    found = styles().get(body.style_preset or "base")
+    if not body.style_preset:
+        return body.prompt, body.negative_prompt or ""
+    found = styles().get(body.style_preset)
     if found is None:
         raise RefusedError(422, "style_preset: there is no such style; GET /sdapi/v1/prompt-styles lists them", "style_preset")
     return styled(found, body.prompt, body.negative_prompt or "")

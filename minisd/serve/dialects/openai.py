@@ -24,7 +24,7 @@ from ...options import OPTIONS
 from ..errors import RefusedError, told
 from ..jobs import Done, Job
 from ..pictures import from_bytes, grey, to_base64
-from ..service import Service
+from ..service import Service, aside
 from ..shelf import Drawing, public
 
 router = APIRouter(prefix="/v1")
@@ -194,7 +194,7 @@ async def answered(body: Generation, drawing: Drawing, asked: Request, event: st
         making.job = service.put(drawing, "openai", making.watch)
         return StreamingResponse(events(body, drawing, service, making, event), media_type="text/event-stream")
     done = await service.drawn(drawing, asked, "openai")
-    return JSONResponse(await asyncio.to_thread(answer, body, drawing, done))
+    return JSONResponse(await aside(done.large, answer, body, drawing, done))
 
 
 def answer(body: Generation, drawing: Drawing, done: Done) -> dict[str, Any]:
@@ -235,7 +235,8 @@ async def events(body: Generation, drawing: Drawing, service: Service, making: M
             index, picture = partial
             fields = {"partial_image_index": index, "b64_json": await asyncio.to_thread(to_base64, picture, "png")}
             yield said(f"{event}.partial_image", fields | {"created_at": int(time.time())})
-        found = await asyncio.to_thread(answer, body, drawing, task.result())
+        done = task.result()
+        found = await aside(done.large, answer, body, drawing, done)
         for each in found["data"]:
             fields = each | {"created_at": found["created"], "output_format": found["output_format"], "size": found["size"]}
             yield said(f"{event}.completed", fields)

@@ -13,7 +13,7 @@ from ..errors import told
 from ..guard import ClientGone
 from ..jobs import Done, Job
 from ..pictures import to_base64
-from ..service import Service
+from ..service import Service, aside
 from ..shelf import public
 
 
@@ -41,7 +41,7 @@ async def events(job: Job, service: Service, watched: Watched) -> AsyncIterator[
             yield said("step", {"step": index, "steps": total} | seen)
         done = task.result()
         for i in range(len(done.pictures)):
-            yield said("picture", await asyncio.to_thread(answer, job, done, i))
+            yield said("picture", await aside(done.large, answer, job, done, i))
         yield said("done", {"seconds": round(done.seconds, 3), "warnings": done.warnings})
     except (ClientGone, asyncio.CancelledError):
         raise

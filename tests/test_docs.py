@@ -196,4 +196,12 @@ def test_unet_figure_shows_what_runs():
     made = [block.made[0] for block in blocks[12:-1]]
     assert [block.given[0] for block in blocks[13:]] == [a + b for a, b in zip(made, reversed(taken), strict=True)]
     figures = {path.name for path in (ROOT / "docs" / "figures").iterdir()}
-    assert figures == {"unet.png", "schedules.png", "denoising.png", "samplers.png", "serve-light.png", "serve-phone.png"}
+    assert figures == {
+        "clay.png",
+        "unet.png",
+        "schedules.png",
+        "denoising.png",
+        "samplers.png",
+        "serve-light.png",
+        "serve-phone.png",
+    }

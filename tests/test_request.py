@@ -17,6 +17,7 @@ from minisd.cli import main
 from minisd.diffusion.denoiser import ClassifierFree, Conditioning, Timeline
 from minisd.diffusion.program import program
 from minisd.errors import UsageError
+from minisd.fast.engine import Plain
 from minisd.options import AXES, OPTIONS, RECIPE, RECORDED
 from minisd.pictures.metadata import parameters_text
 from minisd.plan import planned
@@ -395,7 +396,7 @@ def test_a_step_says_what_it_is(tiny):
     assert [step.seed for step in steps] == [5, 5, 5, 8, 8, 8]
     assert {step.total for step in steps} == {6}
     assert [round(step.timestep) for step in steps[:3]] == [999, 500, 0]
-    assert {step.way for step in steps} == {"network" if tiny.dtype == torch.float32 else "plain"}
+    assert {step.way for step in steps} == {"plain" if isinstance(tiny.engine, Plain) else "network"}
     for step in steps:
         assert torch.allclose(step.before, step.denoised + step.sigma * step.eps, atol=1e-4)
     assert repr(steps[0]) == "Step(1 of 6, sigma 14.61, timestep 999, 1x4x8x8 latents, seed 5)"

@@ -111,7 +111,11 @@ def test_pictures_of_the_readme_were_drawn_by_the_commands_under_them(tiny):
     for path, (prompt, option, seed, *model) in cells():
         recipe = read_recipe(path)
         assert (recipe["prompt"], option, str(recipe["seed"])) == (prompt, "--seed", seed)
-        assert model in ([], ["-m", "weights/tiny-lit.safetensors"], *(["--lora", f"weights/tiny-clay.safetensors{strength}"] for strength in ("", ":0.5")))
+        assert model in (
+            [],
+            ["-m", "weights/tiny-lit.safetensors"],
+            *(["--lora", f"weights/tiny-clay.safetensors{s}"] for s in ("", ":0.5")),
+        )
         checkpoint = LIT if "-m" in model else tiny.checkpoint.path
         loras = [(Path(each["source"]).stem, each["strength"]) for each in recipe.get("loras") or ()]
         assert loras == ([("tiny-clay", 0.5 if model[1].endswith("0.5") else 1.0)] if "--lora" in model else [])

@@ -46,7 +46,7 @@ def test_facts(home, monkeypatch):
     assert (found["minisd"], found["torch"]) == (minisd.__version__, torch.__version__)
     assert found["device"]["cores"] >= 1
     assert found["models"][0] == {"folder": "~/models", "files": 2}
-    assert found["models"][-1]["files"] == 3  # the box
+    assert found["models"][-1]["files"] == 4  # the box
     assert found["caches"] == {"minisd_bytes": 1000, "Triton_bytes": 0}
     assert found["disk"]["cache"] == "~/cache/minisd"
     assert 0 < found["memory"]["free_bytes"] < found["memory"]["all_bytes"]
@@ -81,7 +81,7 @@ def test_a_package_that_is_missing_or_broken_costs_its_lines_alone(package, tmp_
         found = json.loads(done.stdout)
         assert found[package] == said
         assert done.stderr == b""
-        assert (found["python"], found["models"][-1]["files"]) == (doctor.python(), 3)
+        assert (found["python"], found["models"][-1]["files"]) == (doctor.python(), 4)
 
 
 def test_no_home_no_cache_a_wrong_variable(monkeypatch):

@@ -297,7 +297,7 @@ def test_fused_forms_layer_by_layer(spec, a):
     wanted = [name for name, module in a.pipe.model.named_modules() if isinstance(module, FUSED_KINDS)]
     assert {name for name in wanted if "encoder" not in name.split(".")} | {UNET, VAE} <= layers.keys()
     assert facts["first"] is facts["first_accumulated"] is None
-    assert 0 < max(max(layer["entering"], layer["accumulated"]) for layer in layers.values()) < 1e-6
+    assert 0 < max(max(layer["entering"], layer["accumulated"]) for layer in layers.values()) < 3e-6
     assert sum(layer["entering"] > 0 and layer["accumulated"] > 0 for layer in layers.values()) >= len(layers) - 2
     assert f"{UNET}.input_blocks.4 " in as_text(facts, [name for name, _ in parts_of(a.pipe.model)])
     assert all(type(part.layer).__module__ != "minisd.inside.fused" for part in b.fused.parts.values())  # nobody watches any more

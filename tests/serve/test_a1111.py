@@ -119,7 +119,7 @@ def test_what_there_is(client):
     }
     assert {"Euler", "DPM++ 2M", "DDIM"} <= {each["name"] for each in client.get_samplers()}
     assert {"Automatic", "Karras"} <= {each["label"] for each in client.get_schedulers()}
-    assert [each["name"] for each in client.get_loras()] == ["clay"]
+    assert [each["name"] for each in client.get_loras()] == ["clay", "tiny-clay"]
     assert list(client.get_embeddings()["loaded"]) == ["sparkle"]
     assert [each["model_name"] for each in client.get_sd_vae()] == ["lit-vae"]
     assert client.get_memory()["ram"]["total"] > 0

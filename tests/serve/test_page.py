@@ -63,7 +63,7 @@ def test_a_drawing_is_told_step_by_step_and_its_recipe_found_again(server, tiny)
 def test_choices_have_names_and_no_folders(server, models):
     answer = server.get("/minisd/choices")
     assert {each["name"] for each in answer.json["models"]} == {"tiny", "tiny-lit", "small", "small-xl"}
-    assert [each["name"] for each in answer.json["loras"]] == ["clay"]
+    assert [each["name"] for each in answer.json["loras"]] == ["clay", "tiny-clay"]
     assert answer.json["model"] == "tiny"
     assert str(models).encode() not in answer.body
 

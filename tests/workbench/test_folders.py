@@ -16,9 +16,11 @@ import minisd
 from minisd.cli import main
 from minisd.files.recognition import ranking
 from minisd.files.writers import is_unneeded
-from minisd.models.family import SD2
+from minisd.library.places import tiny_checkpoint
+from minisd.models.family import SD2, VAE
 from minisd.models.naming import is_open, names_of, places
 from minisd.models.shapes import Shapes
+from minisd.workbench import blueprint
 from minisd.workbench.converting import convert
 from minisd.workbench.folders import folder as diffusers_folder
 from minisd.workbench.folders.folder import REST, from_folder, to_folder
@@ -309,9 +311,22 @@ def test_distilled_unets_have_no_plain_config(tmp_path):
 
 
 def test_a_vae_that_diffusers_cannot_have_is_refused(tmp_path, capsys):
-    """The tiny checkpoint's decoder is wider than its encoder."""
-    assert main(["convert", "tiny", "--diffusers", "-o", str(tmp_path / "folder")]) == 3
+    """Its decoder is wider than its encoder."""
+    file, uneven = tmp_path / "uneven.safetensors", blueprint.under(VAE, blueprint.vae((32, 64), (64, 64), (1, 2)))
+    kept = {key: value for key, value in load_file(tiny_checkpoint()).items() if not key.startswith(VAE)}
+    save_file(kept | {key: torch.zeros(shape) for key, shape in uneven.items()}, file)
+    assert main(["convert", str(file), "--diffusers", "-o", str(tmp_path / "folder")]) == 3
     message = capsys.readouterr().err
     assert "has a VAE that diffusers cannot have: its encoder and decoder would have the same widths" in message
     assert "minisd convert FILE --vae OTHER" in message
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_diffusers_has_the_tiny_checkpoints_vae(tmp_path):
+    from diffusers import AutoencoderKL
+
+    assert main(["convert", "tiny", "--diffusers", "-o", str(tmp_path / "folder")]) == 0
+    theirs = AutoencoderKL.from_pretrained(tmp_path / "folder", subfolder="vae")
+    latents = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        assert_close(minisd.load(device="cpu", dtype="float32").vae.decode(latents), theirs.decode(latents).sample, 1e-5)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from families import SMALL
 from helpers import relative_error
+from live_bytes import peak_bytes
 from PIL import Image
 
 import minisd
@@ -125,11 +126,13 @@ def by_formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) ->
 def test_heads_whose_scores_are_large_are_as_exact(monkeypatch, size):
     """One of two, the other near zero; a bound too large for exponentials that are numbers is PyTorch's to treat."""
     monkeypatch.setattr(attention, "onednn", lambda dtype: True)
+    monkeypatch.setattr(attention, "BLOCK", 1 << 16)
     q, k, v = (noise(1, 1024, 32, seed=seed) for seed in (1, 2, 3))
     q[..., :16] *= size
     wanted = by_formula(q, k, v, 2)
     limit = max(LIMIT, 1.01 * relative_error(ops.attention(q, k, v, 2).double(), wanted))  # float32's own, of scores of 1e4
     assert relative_error(attention.attention(q, k, v, 2).double(), wanted) <= limit
+    assert peak_bytes(lambda: attention.attention(q, k, v, 2)) < 2 << 20  # all scores of a head are 4 MB
 
 
 @pytest.mark.parametrize("where", [0, 1, 2])

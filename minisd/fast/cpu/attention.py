@@ -51,7 +51,8 @@ def attention_by_sigmoids(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     for i in range(b):
         for head in range(heads):
             if not near[i][head]:
-                out[i, :, head] = F.scaled_dot_product_attention(q[i, None, head], k[i, None, head], v[i, None, head])[0]
+                one = slice(i, i + 1), slice(head, head + 1)  # as four dimensions, or PyTorch would make all scores at once
+                out[i, :, head] = F.scaled_dot_product_attention(q[one], k[one], v[one])[0, 0]
                 continue
             for start in range(0, length, rows):
                 here = slice(start, start + rows)

@@ -27,7 +27,7 @@ def without_place(path: Path) -> None:
     """Its recipe names files of the checkout, wherever that is."""
     picture, told = Image.open(path), PngImagePlugin.PngInfo()
     for name, text in picture.info.items():
-        told.add_itxt(name, str(text).replace(f"{ROOT}/", ""))
+        told.add_itxt(str(name), str(text).replace(f"{ROOT}/", ""))
     picture.save(path, pnginfo=told)
 
 

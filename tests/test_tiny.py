@@ -145,13 +145,13 @@ def test_a_checkpoint_decides_the_style_and_the_prompt_the_content(tiny):
 
 
 def test_the_lora_is_what_the_other_checkpoint_has_more(tiny):
-    """tiny-lit is tiny with tiny-clay merged into it, rounded once to float16."""
+    """tiny-lit is tiny with tiny-clay merged into it, rounded to float16: the last bit is that of the machine's products."""
     assert CLAY.stat().st_size + OUTLINE.stat().st_size <= 8e6
     pipe = minisd.load(device="cpu", dtype="float32")
     pipe.set_loras([CLAY])
     lit = minisd.load(LIT, device="cpu", dtype="float32").model.state_dict()
     for key, value in pipe.model.state_dict().items():
-        assert torch.equal(value.half(), lit[key].half()), key
+        torch.testing.assert_close(value.half().float(), lit[key], rtol=2**-10, atol=2**-20)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -73,7 +73,8 @@ def marked(prompt: str) -> list[str]:
 
 
 def test_a_large_body_is_refused_before_it_is_read(server):
-    server.post("/generate/sd", QUICK)
+    for _ in range(3):  # so that the allocator has what drawing keeps
+        server.post("/generate/sd", QUICK)
     before = server.rss
     for chunked in (False, True):
         began = time.monotonic()
@@ -87,8 +88,8 @@ def test_a_large_body_is_refused_before_it_is_read(server):
         answer = connection.recv(4096)
         connection.close()
         assert answer.startswith(b"HTTP/1.1 413 "), answer[:100]
-        assert time.monotonic() - began < 10
-        assert server.rss - before < 64 << 20  # of 300 MB; 0 to 22 were seen, with what the allocator keeps
+        assert time.monotonic() - began < 5
+        assert server.rss - before < 45 << 20
     assert server.lines("request")[-1]["status"] == 413
 
 
@@ -180,7 +181,7 @@ def test_pictures_that_are_bombs_or_none(server):
         assert b"PIL" not in answer.body
         assert b" 0x" not in answer.body
         assert min(line["seconds"] for line in server.lines("request")[-3:]) < 0.05  # others may be at work on the machine
-    assert server.rss - before < 64 << 20
+    assert server.rss - before < 20 << 20
     for image in (
         Image.new("CMYK", (64, 64)),
         Image.new("I;16", (64, 64), 60_000),

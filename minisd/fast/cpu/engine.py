@@ -46,7 +46,9 @@ class Cpu(Cuda):
         if not chosen().auto:
             return vae.decode(latents)
         recorder = self.recorder(vae, lambda: decoder_recorder(vae, False, decoder_layer))
-        return recorder(latents) if recorder else vae.decode(latents)
+        if recorder is None:
+            return vae.decode(latents)
+        return torch.cat([recorder(each) for each in latents.split(1)])  # as many in less memory, and each as if it were alone
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
         super().replace(old, new.to(memory_format=torch.channels_last))  # type: ignore[call-overload]

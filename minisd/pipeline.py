@@ -117,6 +117,7 @@ class Pipeline:
         self.stack = Stack(model, self.family, self.as_loaded.layering)
         self.embeddings: dict[str, Embedding] = {}  # by the name that prompts have for it
         self.vae_files: list[Checkpoint] = []  # of another VAE than the checkpoint's own
+        self.batch_size = 1  # pictures of a step on a CPU; with more, those beside a picture may change its last digits
 
     def __repr__(self) -> str:
         where = f"{name_of(self.dtype)} on {self.device}"
@@ -168,15 +169,14 @@ class Pipeline:
         request, addons = wanted(request, self.stack.kept)
         self.stack.check(addons)
         plan = planned(request, self.capabilities())
-        if request.refiner is not None:
-            check_refiner(self, request.refiner)
+        check_refiner(self, request.refiner)
         check_words(plan, self)
         return self.draw(plan, addons)
 
     @torch.no_grad()
     def draw(self, plan: Plan, addons: Wanted = NOTHING) -> Generator[Step, None, Result]:
         """The way itself, picture by picture on a CPU, all at once on a GPU."""
-        legs, parts = course(plan, self), in_parts(plan, self.device)
+        legs, parts = course(plan, self), in_parts(plan, self)
         progress, drawn = Progress(plan, legs, len(parts)), Drawn(plan.seeds)
         with keeping_finished(drawn.result), memory_errors(), self.stack.holding(addons):
             known = known_latents(plan, self)

@@ -48,6 +48,7 @@ class Stations(Protocol):
     network: Network  # noisy latents and conditioning -> its answer
     engine: Engine  # walks down noise levels
     codec: Codec  # pictures <-> latents
+    batch_size: int  # pictures of a step on a CPU
 
 
 @dataclass(frozen=True)

@@ -137,10 +137,11 @@ def known_latents(plan: Plan, pipe: Stations) -> Tensor | None:
     return pipe.codec.encode(plan.init.pixels) if plan.init and pipe.recognition.task != "edit" else None
 
 
-def in_parts(plan: Plan, device: torch.device) -> list[slice]:
+def in_parts(plan: Plan, pipe: Stations) -> list[slice]:
     """One picture at a time on a CPU: as fast, less memory, and picture i is bit for bit that of the single run."""
     count = len(plan.seeds)
-    return [slice(i, i + 1) for i in range(count)] if device.type == "cpu" else [slice(0, count)]
+    size = pipe.batch_size if pipe.device.type == "cpu" else count
+    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def start(plan: Plan, part: slice, leg: Leg, known: Tensor | None) -> tuple[Tensor, Noise]:
@@ -389,8 +390,10 @@ def check_words(plan: Plan, base: Stations) -> None:
                 raise UsageError(f"refiner: does not know the embedding {missing[0]!r}; refiner.add_embedding(FILE) teaches it")
 
 
-def check_refiner(base: Stations, refiner: Stations) -> None:
-    """Raises UsageError unless the two can share latents and noise levels."""
+def check_refiner(base: Stations, refiner: Stations | None) -> None:
+    """Raises UsageError unless the two, where there are two, can share latents and noise levels."""
+    if refiner is None:
+        return
     if not hasattr(refiner, "recognition"):
         raise UsageError(f"refiner: expected a pipeline, as minisd.load gives it, found {type(refiner).__name__}")
     if base.recognition.task != "draw" or refiner.recognition.task != "draw":

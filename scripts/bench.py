@@ -23,7 +23,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-PICTURES = 120  # of a batch
+PICTURES = 240  # of a batch
 
 
 def median(run: Callable[[], object], repeats: int) -> float:

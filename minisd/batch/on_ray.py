@@ -19,7 +19,7 @@ from .formats import ids_in
 from .job import Job
 from .manifest import Record
 from .rows import Row, RowError, mark, row_id, row_of
-from .shards import Answer, Done, Failed, Piece
+from .shards import Answer, Done, Failed, Piece, grouped, kin
 from .workers import asked
 
 FOLDERS = 256  # that pictures are spread over where rows have no lines
@@ -34,20 +34,22 @@ OBJECTS = 100 << 20  # bytes of memory for Ray's objects, which are rows and ans
 class Actor:
     """What every actor has: a job's models."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, kept: dict[int, Any] | None = None) -> None:
+        """kept: takes the pictures, by line, where none are written."""
         import torch
 
         from .drawing import Drawer
 
         torch.set_num_threads(job.threads)
         self.job, self.answers = job, list[Answer]()
-        self.drawer = Drawer(job, self.answers.append)
+        self.drawer = Drawer(job, self.answers.append, keep=kept)
 
     def draw(self, piece: Piece) -> list[Answer]:
         """Of every row that is missing.  One that is there by now was drawn before a death, and is not drawn again."""
-        there = piece.there | ids_in(self.drawer.store, self.job, piece.rows[0].shard)
+        shards = {row.shard for row in piece.rows} if self.drawer.keep is None else ()
+        there = piece.there.union(*(ids_in(self.drawer.store, self.job, shard) for shard in shards))
         self.answers += [Done(row.line) for row in piece.missing if row.id in there]
-        left = Piece(piece.rows, frozenset(there))
+        left = Piece(piece.rows, there)
         if left.missing:
             self.drawer.draw(left)
             self.drawer.flush()
@@ -92,49 +94,42 @@ class draw_rows:  # noqa: N801  read as a verb: ds.map_batches(draw_rows, …)
         if format not in ("png", "jpeg", "webp", "latents"):
             raise UsageError(f"format: expected png, jpeg, webp or latents, found {format!r}")
         loading: dict[str, Any] = {name: options.pop(name) for name in ("device", "dtype", "vae") if name in options}
-        self.out = out
-        self.actor = Actor(Job(out or "", seed, format, model, options, loading, threads))
+        self.out, self.kept = out, dict[int, Any]()
+        self.actor = Actor(Job(out or "", seed, format, model, options, loading, threads), self.kept if out is None else None)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         count = len(batch["id"])
         records = [Record(i + 1, {name: plain(column[i]) for name, column in batch.items()}) for i in range(count)]
-        rows: list[Row | None] = []
-        errors: list[str | None] = [None] * count
-        for i, record in enumerate(records):
+        rows: dict[int, Row] = {}  # by line, as all that follows
+        errors: dict[int, str] = {}
+        for record in records:
             try:
-                rows.append(self.row(record))
+                rows[record.line] = self.row(record)
             except RowError as error:
-                rows.append(None)
-                errors[i] = str(error)
+                errors[record.line] = str(error)
+        for alike in grouped(list(rows.values()), kin):
+            answers = self.actor.draw(Piece(tuple(alike)))
+            errors |= {answer.line: answer.reason for answer in answers if isinstance(answer, Failed)}
+        lines = range(1, count + 1)
         given = {name: list(column) for name, column in batch.items()}
-        seeds = [row and row.fields["seed"] for row in rows]
-        made = self.images(rows, errors) if self.out is None else self.paths(rows, errors)
-        return given | made | {"seed": seeds, "error": errors}
+        made = [self.made(line, rows.get(line) if line not in errors else None) for line in lines]
+        seeds = [rows[line].fields["seed"] if line in rows else None for line in lines]
+        what = "image" if self.out is None else "path"
+        return given | {what: made, "seed": seeds, "error": [errors.get(line) for line in lines]}
 
     def row(self, record: Record) -> Row:
         fields = {name: value for name, value in (record.fields or {}).items() if value is not None}
         id = row_id(Record(record.line, fields))
         return row_of(Record(record.line, fields), id, mark(id) % FOLDERS, self.actor.job.seed, os.getcwd())
 
-    def paths(self, rows: list[Row | None], errors: list[str | None]) -> dict[str, Any]:
-        job, found = self.actor.job, list[str | None]()
-        for i, row in enumerate(rows):
-            answers = self.actor.draw(Piece((row,))) if row else []
-            errors[i] = next((each.reason for each in answers if isinstance(each, Failed)), errors[i])
-            found.append(f"{job.out}/{job.folder(row.shard)}/{row.id}{job.suffix}" if row and errors[i] is None else None)
-        return {"path": found}
-
-    def images(self, rows: list[Row | None], errors: list[str | None]) -> dict[str, Any]:
+    def made(self, line: int, row: Row | None) -> Any:
+        """The path of a picture, or itself; None, or no pixels, where there is none."""
         import numpy as np
 
-        found: list[Any] = []
-        for i, row in enumerate(rows):
-            try:
-                found.append(np.asarray(self.actor.drawer.drawn([row]).images[0]) if row else np.zeros((0, 0, 3), np.uint8))
-            except MinisdError as error:
-                errors[i] = " ".join(str(error).split())
-                found.append(np.zeros((0, 0, 3), np.uint8))
-        return {"image": found}
+        job = self.actor.job
+        if self.out is None:
+            return np.asarray(self.kept.pop(line)) if row else np.zeros((0, 0, 3), np.uint8)
+        return f"{job.out}/{job.folder(row.shard)}/{row.id}{job.suffix}" if row else None
 
 
 def plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..addons.wanted import TAG
@@ -31,6 +31,7 @@ class Piece:
 
     rows: tuple[Row, ...]
     there: frozenset[str] = frozenset()  # ids
+    apart: bool = False  # a worker died of one of them: on a CPU they are drawn one by one, and it shows of which
 
     @property
     def model(self) -> str:
@@ -183,3 +184,10 @@ def kin(row: Row) -> str:
     """What rows must have in common to be drawn in one call: all that is not by picture, and the LoRAs that a prompt names."""
     common = {name: value for name, value in row.fields.items() if name not in APART}
     return json.dumps([common, sorted(row.fields.keys() & APART), TAG.findall(row.fields["prompt"])], sort_keys=True)
+
+
+def grouped(rows: Sequence[Row], by: Callable[[Row], object]) -> list[list[Row]]:
+    found: dict[object, list[Row]] = {}
+    for row in rows:
+        found.setdefault(by(row), []).append(row)
+    return list(found.values())

@@ -234,7 +234,7 @@ class Workers:
         for piece in worker.pieces:
             there = piece.there | {row.id for row in piece.missing if row.line not in worker.open}
             if len(there) < len(piece.rows):
-                left.append(Piece(piece.rows, there))
+                left.append(Piece(piece.rows, there, apart=True))
         self.pieces.extendleft(reversed(left))
         self.all[number] = self.born(number)
         return found

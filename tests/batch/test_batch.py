@@ -12,9 +12,11 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from batches import QUICK, drawn, errors, rows, write
 from PIL import Image
 from safetensors.torch import load_file
@@ -125,7 +127,16 @@ def test_what_was_begun_otherwise_is_not_gone_on_with(manifest, tmp_path, capsys
     assert re.search(words, capsys.readouterr().err)
 
 
-def test_many_models_and_options(tmp_path, tiny):
+@pytest.fixture
+def one_thread():
+    """As workers have: of an encoder, other numbers of threads give other last digits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_many_models_and_options(tmp_path, tiny, one_thread):
     """Each row by itself: model, size, sampler, negative prompt, a picture to draw over whose path begins at the manifest."""
     Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
     given = [
@@ -342,13 +353,57 @@ def test_together_rows_are_those_that_one_call_draws(tiny, tmp_path):
     drawer.device = type("Gpu", (), {"type": "cuda"})()
     again = Shards(job, kept, (0, 1), pytest.fail, lambda _: None, lambda _: (9, True))
     for piece in again.pieces(str(tmp_path / "m.jsonl")):
-        calls = list(drawer.calls(piece))
+        calls = list(drawer.together.calls(piece))
         assert [len(rows) for rows in calls] == ([2, 1] if "e" in [row.id for row in piece.rows] else [len(piece.rows)])
         for rows_ in calls:
             result = drawer.drawn(rows_)
             for i, row in enumerate(rows_):
                 fields = {**job.defaults, **row.fields}
                 assert np.array_equal(np.asarray(result.images[i]), np.asarray(tiny(**fields).images[0])), row.id
+
+
+def piece_of(count: int, **more: object) -> tuple[Any, list[dict[str, Any]]]:
+    from minisd.batch.rows import Row
+    from minisd.batch.shards import Piece
+
+    given = [{"prompt": row["prompt"], "seed": i} for i, row in enumerate(rows(count))]
+    return Piece(tuple(Row(i + 1, f"r{i}", 0, fields) for i, fields in enumerate(given)), **more), given
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_small_pictures_are_drawn_in_fours_where_that_changes_no_digit(tiny, tmp_path, monkeypatch, equal):
+    """On a CPU.  The first four are drawn in both ways; whatever is found, each picture is that of its own call."""
+    from minisd.batch.drawing import Drawer, together
+    from minisd.batch.job import Job
+
+    monkeypatch.setattr(together, "same", lambda joint, i, one: equal and isinstance(i, int))
+    drawer, calls = Drawer(Job(str(tmp_path), defaults={"steps": 2}, loading={"device": "cpu"}), lambda _: None), list[int]()
+    own = drawer.drawn
+    drawer.drawn = lambda rows: (calls.append(len(rows)), own(rows))[1]
+    piece, given = piece_of(9)
+    drawer.draw(piece)
+    drawer.finish()
+    assert calls == ([4, 1, 1, 1, 1, 4, 1] if equal else [4, 1, 1, 1, 1, *[1] * 5])
+    for i in (0, 3, 8) if equal else (0, 6):  # those that are drawn one by one in any case
+        with Image.open(tmp_path / "00000" / f"r{i}.png") as picture:
+            assert np.array_equal(np.asarray(picture), np.asarray(tiny(**given[i], steps=2).images[0]))
+
+
+def test_what_is_not_drawn_in_fours(tmp_path):
+    """Large pictures, pictures that are drawn over, rows that differ, and those of which one may have ended a worker."""
+    from minisd.batch.drawing import Drawer
+    from minisd.batch.job import Job
+
+    def calls(count: int, defaults: dict[str, Any], **more: object) -> list[int]:
+        drawer = Drawer(Job(str(tmp_path), defaults=defaults, loading={"device": "cpu"}), lambda _: None)
+        return [len(rows) for rows in drawer.together.calls(piece_of(count, **more)[0])]
+
+    assert calls(4, {"width": 64, "height": 64}) == [4]
+    assert calls(3, {}) == [1] * 3
+    assert calls(4, {"width": 64, "height": 72}) == [1] * 4
+    assert calls(4, {"init_image": "a.png"}) == [1] * 4
+    assert calls(4, {}, apart=True) == [1] * 4
+    assert calls(4, {}, there=frozenset({"r1"})) == [1] * 3
 
 
 def test_missing_rows_are_drawn_with_those_that_were_there(tmp_path):

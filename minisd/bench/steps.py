@@ -25,6 +25,7 @@ from ..fast.decoder import FusedDecoder
 from ..fast.operations import attentions_of
 from ..fast.ways import Walk
 from ..system.device import name_of
+from ..system.memory import keeping_freed_memory
 from . import peers
 from .lab import runtimes
 from .networks import MODELS, StepInput, laid_out, random_unet, random_vae, step_input
@@ -62,7 +63,9 @@ def bench_unet(report: Report, args: Any) -> None:
         whole_step(report, engine, given, ours)
     peers.bench(report, args.peers, lambda: peers.unet(model, network), peers.unet_call, given, ours, wanted)
     tensors = [x for x in (given.x, given.t, given.context, given.y) if x is not None]
-    runtimes.bench(report, args.peers, runtimes.Called(network, lambda network, *given: network(*given)), tensors, ours, wanted)
+    laid(True)
+    module = runtimes.Called(network, lambda network, *given: network(*given))
+    runtimes.bench(report, args.peers, module, tensors, as_drawn(fast), wanted)
 
 
 def whole_step(report: Report, engine: Cuda, given: StepInput, ours: float) -> None:
@@ -126,7 +129,8 @@ def decode_rows(report: Report, args: Any, side: int) -> None:
     ours, wanted = own_rows(report, lambda: fused(latents), lambda: network.decode(latents), laid, args.ablate)
     peers.bench(report, args.peers, lambda: peers.vae(network), peers.vae_call, latents, ours, wanted)
     decoder = runtimes.Called(network, lambda network, latents: network.decode(latents))
-    runtimes.bench(report, args.peers, decoder, [latents], ours, wanted)
+    laid(True)
+    runtimes.bench(report, args.peers, decoder, [latents], as_drawn(lambda: fused(latents)), wanted)
 
 
 def title(report: Report, what: str) -> str:
@@ -144,7 +148,7 @@ def own_rows(report: Report, fast: Run, plain: Run, lay: Callable[[bool], None],
     clock = report.clock
     with choice.using("torch"), FlopCounterMode(display=False) as counter:
         wanted = plain().clone()
-    ours = own_row(report, "minisd, fused", None, fast, partial(lay, True), wanted, None)
+    ours = own_row(report, "minisd, fused", None, fast if clock.is_cuda else as_drawn(fast), partial(lay, True), wanted, None)
     lay_out = partial(lay, False)
     own_row(report, "minisd, plain modules", None, plain, lay_out, wanted, ours)
     if clock.is_cuda:
@@ -162,6 +166,11 @@ def own_rows(report: Report, fast: Run, plain: Run, lay: Callable[[bool], None],
             torch.backends.cudnn.benchmark = before
     report.add(FLOOR, time=counter.get_total_flops() / clock.matmul_rate)
     return ours, wanted
+
+
+def as_drawn(fast: Run) -> Run:
+    """As the engine of a CPU computes."""
+    return keeping_freed_memory()(fast)
 
 
 def own_row(

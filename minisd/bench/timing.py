@@ -62,6 +62,11 @@ class Clock:
         calls = min(20, max(1, round(1e-3 / first * 10)))  # eager calls of small operations take up to ten times as long
         return self.replayed(captured(run, calls)) / calls
 
+    def in_turns(self, *runs: Run) -> list[float]:
+        """Median seconds of each on a CPU, one after the other and again: a machine is not as fast in every minute."""
+        times = [[self.once(run) for run in runs] for _ in range(1 + self.repeats)][1:]
+        return [statistics.median(column) for column in zip(*times, strict=True)]
+
     def replayed(self, run: Run) -> float:
         """Median seconds of a call between two CUDA events: for a graph, or what makes its own."""
         run()

@@ -27,6 +27,7 @@ from .operations import onednn
 MANY = 256  # queries from which on it pays
 BLOCK = 1 << 20  # scores at a time: 2 MB in bfloat16 stay in the cache, and each thread has half
 BELOW = {torch.bfloat16: 8.0, torch.float32: 20.0}  # c: exp(-c) is a sixth of bfloat16's rounding, a thirtieth of float32's
+COLUMNS = 48  # of a product at a time, in oneDNN's kernels
 FARTHEST = 66.0  # of bound + c: what is less than float32 can hold is 1e-9 of a row's sum then
 
 
@@ -56,28 +57,33 @@ def attention_by_sigmoids(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 continue
             for start in range(0, length, rows):
                 here = slice(start, start + rows)
-                sums = weighted(queries[i, head, here], keys[i, head], values[i, head])
-                torch.div(sums[:, :d], sums[:, d : d + 1], out=out[i, here, head])
+                weights = products(queries[i, head, here], keys[i, head], "sigmoid")  # (rows, S)
+                sums = products(weights, values[i, head].T)
+                total = sums[:, d : d + 1] if sums.shape[1] > d else weights.sum(-1, keepdim=True)
+                torch.div(sums[:, :d], total, out=out[i, here, head])
     return out.transpose(1, 2)
 
 
 def widened(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Two more columns: a row's bound for the queries, ones for keys and values; zeros, because bfloat16 is multiplied in pairs.
+    """Queries and keys with two more columns, a row's bound and ones; of zeros the second, as bfloat16 is multiplied in pairs.
+    Values with a column of ones, if what makes a product 48 columns at a time has room for it: not those of 64, 160 or 512.
 
-    q (B, heads, L, d), k and v (B, heads, S, d) -> (B, heads, L, d + 2), twice (B, heads, S, d + 2).
+    q (B, heads, L, d), k and v (B, heads, S, d) -> (B, heads, L, d + 2), (B, heads, S, d + 2), (B, heads, S, d or more).
     """
     d, scale = q.shape[-1], q.shape[-1] ** -0.5
-    queries, keys, values = F.pad(q, (0, 2)), k.new_zeros(*k.shape[:3], d + 2), F.pad(v, (0, 2))
+    queries, keys = F.pad(q, (0, 2)), k.new_zeros(*k.shape[:3], d + 2)
     mean = k.mean(2, keepdim=True, dtype=torch.float32)
     torch.add((-scale * mean).to(k.dtype), k, alpha=scale, out=keys[..., :d])  # rounded once
     longest = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32).amax(-1)[:, :, None]  # (B, heads, 1)
     bound = torch.linalg.vector_norm(queries, dim=-1, dtype=torch.float32) * longest + BELOW[q.dtype]  # (B, heads, L)
     queries[..., d] = -bound
-    keys[..., d] = values[..., d] = 1
+    keys[..., d] = 1
+    values = v.contiguous() if d % 32 == 0 else F.pad(v, (0, COLUMNS - d % COLUMNS))
+    if values.shape[-1] > d:
+        values[..., d] = 1
     return queries, keys, values
 
 
-def weighted(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """queries (rows, d + 2), keys (S, d + 2), values (S, d + 2) -> (rows, d + 2): sums of the values, and of the weights."""
-    weights = torch.ops.mkldnn._linear_pointwise(queries, keys, None, "sigmoid", [], "")  # (rows, S)
-    return torch.ops.mkldnn._linear_pointwise(weights, values.T, None, "none", [], "")  # type: ignore[no-any-return]
+def products(x: Tensor, weight: Tensor, then: str = "none") -> Tensor:
+    """x (rows, K), weight (N, K) -> (rows, N)."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, then, [], "")  # type: ignore[no-any-return]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ...diffusion.denoiser import Noise
 from ...models.clip import TextEncoder
 from ...models.vae import AutoencoderKL
+from ...system.memory import keeping_freed_memory
 from ..choice import chosen
 from ..cuda import Cuda, decoder_recorder
 from ..unet import FusedUNet
-from ..ways import Walk, Way
+from ..ways import Moment, Walk, Way
 from .networks import decoder_layer, last_layers, unet_layer
 
 
@@ -29,6 +31,10 @@ class Cpu(Cuda):
         fused = FusedUNet(self.unet, unet_layer)
         fused.out = last_layers(self.unet.out)
         return fused
+
+    def walk(self, walk: Walk, x: Tensor, noise: Noise) -> Iterator[Moment]:
+        with keeping_freed_memory():
+            yield from super().walk(walk, x, noise)
 
     def way(self, walk: Walk, x: Tensor) -> tuple[Way, str]:
         if not chosen().auto:
@@ -48,7 +54,8 @@ class Cpu(Cuda):
         recorder = self.recorder(vae, lambda: decoder_recorder(vae, False, decoder_layer))
         if recorder is None:
             return vae.decode(latents)
-        return torch.cat([recorder(each) for each in latents.split(1)])  # as many in less memory, and each as if it were alone
+        with keeping_freed_memory():
+            return torch.cat([recorder(each) for each in latents.split(1)])  # in less memory, and each as if it were alone
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
         super().replace(old, new.to(memory_format=torch.channels_last))  # type: ignore[call-overload]

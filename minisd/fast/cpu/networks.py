@@ -18,7 +18,7 @@ from .. import decoder
 from .. import unet as fused
 from ..unet import Known, image, rows
 from .attention import attention
-from .operations import ROWS, conv3x3, geglu, linear
+from .operations import ROWS, conv3x3, geglu, linear, phase_weights, upsample_conv
 
 PIXELS, CHANNELS = 1024, 1920  # of a map: with fewer and as many a norm goes through float32 sooner
 
@@ -72,9 +72,17 @@ class ResBlock(fused.ResBlock):
 
 
 class Upsample(fused.Upsample):
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(conv)
+        self.summed = phase_weights(conv.weight.detach())
+
+    def refresh(self) -> None:
+        self.summed.copy_(phase_weights(self.conv.weight))
+
     def __call__(self, x: Tensor, size: torch.Size | None = None) -> tuple[Tensor, Known]:  # (B, C, H, W) -> (B, C, *size)
-        size = size or torch.Size(2 * side for side in x.shape[2:])
-        return conv3x3(F.interpolate(x, size=tuple(size), mode="nearest"), self.conv.weight, self.conv.bias), None
+        if size is not None and (size[0], size[1]) != (2 * x.shape[2], 2 * x.shape[3]):
+            return conv3x3(F.interpolate(x, size=tuple(size), mode="nearest"), self.conv.weight, self.conv.bias), None
+        return upsample_conv(x, self.summed, self.conv.bias), None
 
 
 class Downsample:

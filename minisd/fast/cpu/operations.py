@@ -13,6 +13,7 @@ Which one it is follows from the processor and the number format alone, so that 
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROWS = 1 << 20  # numbers of a feed-forward's inner map at a time: 4 MB in float32 stay in the last cache
+PIXELS = 2048  # of `upsample_conv` at a time
 
 
 @cache
@@ -80,3 +82,35 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int =
     rows = None if add is None else add.permute(0, 2, 3, 1).reshape(b * height * width, len(weight))
     out = linear(neighbourhoods, weight.permute(0, 2, 3, 1).reshape(len(weight), 9 * c), bias, rows)
     return out.view(b, height, width, len(weight)).permute(0, 3, 1, 2)
+
+
+def upsample_conv(x: Tensor, phases: Tensor, bias: Tensor | None) -> Tensor:
+    """conv3x3 of x at twice its size, each pixel four times: (B, C, H, W), `phase_weights`, (C',) -> (B, C', 2*H, 2*W).
+
+    Of the nine pixels under a weight some are the same: in even rows the second and third, in odd ones the first and second, and
+    so with columns.  Those weights are summed once, and what is left is 2x2 pixels of x for each of four phases: 4/9 of the
+    arithmetic.  Times as fast on two cores (AMD EPYC, Zen 5): 1.8 to 2.0 in bfloat16, 1.8 to 2.1 in float32.
+    """
+    b, c, height, width = x.shape
+    pixels = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)  # (B, H + 2, W + 2, C)
+    out = x.new_empty(b, height, 2, width, 2, phases.shape[2])
+    lines = max(1, PIXELS // (b * width))
+    for row, column in product((0, 1), repeat=2):
+        for top in range(0, height, lines):
+            here = out[:, top : top + lines, row, :, column]  # (B, lines, W, C')
+            end = top + here.shape[1]
+            four = [pixels[:, top + row + i : end + row + i, column + j : column + j + width] for i in (0, 1) for j in (0, 1)]
+            neighbourhoods = torch.cat(four, dim=-1).view(-1, 4 * c)
+            here.copy_(linear(neighbourhoods, phases[row, column], bias).view(here.shape))
+    return out.view(b, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
+
+
+def phase_weights(weight: Tensor) -> Tensor:
+    """(C', C, 3, 3) -> (2, 2, C', 4*C), by the rows' phase and the columns', the pixels' channels side by side."""
+
+    def halves(w: Tensor, dim: int) -> Tensor:
+        first, second, third = w.unbind(dim)
+        return torch.stack([torch.stack([first, second + third], dim), torch.stack([first + second, third], dim)])
+
+    rows = halves(weight.permute(0, 2, 3, 1).float(), 1)  # (2, C', 2, 3, C)
+    return halves(rows, 3).transpose(0, 1).flatten(3).to(weight.dtype)  # (2, 2, C', 2, 2, C), summed in float32

@@ -54,7 +54,8 @@ class Fused:
     def unet(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
         """`unet.UNet.forward`, at one timestep for the whole batch."""
         self.pictures = len(x)
-        return self.network(x, self.network.shifts(t[:1], y)[0], self.network.keys_values(context))
+        given = x, self.network.shifts(t[:1], y)[0], self.network.keys_values(context)
+        return FusedUNet.__call__(self.network, *given)  # each picture by itself, also where a CPU computes one for all
 
     @contextmanager
     def watching(self, see: See) -> Iterator[None]:

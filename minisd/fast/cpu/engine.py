@@ -15,7 +15,7 @@ from ..choice import chosen
 from ..cuda import Cuda, decoder_recorder
 from ..unet import FusedUNet
 from ..ways import Moment, Walk, Way
-from .networks import decoder_layer, last_layers, unet_layer
+from .networks import UNet, decoder_layer, last_layers, unet_layer
 
 
 class Cpu(Cuda):
@@ -28,7 +28,7 @@ class Cpu(Cuda):
         super().__init__(unet, False, others)  # type: ignore[arg-type]
 
     def fuse(self) -> FusedUNet:
-        fused = FusedUNet(self.unet, unet_layer)
+        fused = UNet(self.unet, unet_layer)
         fused.out = last_layers(self.unet.out)
         return fused
 

@@ -16,14 +16,17 @@ import minisd
 from minisd.fast import choice
 from minisd.fast.cpu import attention, operations
 from minisd.fast.cpu.engine import Cpu
-from minisd.fast.cpu.networks import decoder_layer, unet_layer
+from minisd.fast.cpu.networks import UNet as CpuUNet
+from minisd.fast.cpu.networks import decoder_layer, normed, period, unet_layer
 from minisd.fast.decoder import FusedDecoder
 from minisd.fast.engine import Plain
 from minisd.fast.unet import FusedUNet
 from minisd.models import ops
+from minisd.models.layers import GroupNorm
 from minisd.models.shapes import below
 from minisd.models.unet import UNet
 from minisd.models.vae import AutoencoderKL
+from minisd.system import memory
 from minisd.workbench import blueprint
 
 LIMIT = 1e-5
@@ -90,6 +93,32 @@ def test_convolutions_of_small_and_large_maps(library, channels, height, width, 
     add = noise(*wanted.shape, seed=3).to(memory_format=last)
     assert relative_error(operations.conv3x3(x, weight, bias, stride), wanted) <= LIMIT
     assert relative_error(operations.conv3x3(x, weight, None, stride, add), wanted - bias[:, None, None] + add) <= LIMIT
+
+
+@pytest.mark.parametrize("last", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 3), (8, 8)])
+def test_a_convolution_after_upsampling(library, height, width, last, monkeypatch):
+    """By phases of summed weights, in pieces of two lines; against the map made large, in float64."""
+    monkeypatch.setattr(operations, "PIXELS", 4 * width)
+    x, weight, bias = noise(2, 8, height, width).to(memory_format=last), noise(12, 8, 3, 3, seed=1), noise(12, seed=2)
+    large = F.interpolate(x.double(), scale_factor=2.0, mode="nearest")
+    wanted = F.conv2d(large, weight.double(), bias.double(), padding=1).float()
+    assert relative_error(operations.upsample_conv(x, operations.phase_weights(weight), bias), wanted) <= LIMIT
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize(("channels", "side"), [(64, 8), (64, 40)])
+def test_a_norm_in_bfloat16_is_rounded_once(channels, side, silu):
+    """Whether a small map goes through float32 or a large one does not: the error is that of rounding, 2^-9 at most."""
+    norm = GroupNorm(channels, 1e-5, silu).bfloat16().requires_grad_(False)
+    norm.weight.copy_(noise(channels, seed=1))
+    norm.bias.copy_(noise(channels, seed=2))
+    x = noise(2, channels, side, side).bfloat16()
+    wanted = F.group_norm(x.double(), 32, norm.weight.double(), norm.bias.double(), 1e-5)
+    wanted = F.silu(wanted) if silu else wanted
+    found = normed(x, norm)
+    assert relative_error(found.float(), wanted.float()) <= (2**-9 if side < 32 or not silu else 2**-8)
+    assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("silu", [False, True])
@@ -164,6 +193,44 @@ def test_the_unet_by_either_library_and_in_pieces(library, vectors, monkeypatch)
     fused = FusedUNet(network, unet_layer)
     given = y[:1] if vectors == "one" else y
     assert relative_error(fused(x, fused.shifts(t[:1], given)[0], fused.keys_values(context)), wanted) <= LIMIT
+
+
+@pytest.mark.parametrize(("order", "period_"), [([0, 0], 1), ([0, 1, 0, 1], 2), ([0, 1, 1], 3), ([0, 1, 0], 3), ([0], 1)])
+@torch.no_grad()
+def test_what_differs_by_the_prompt_alone_is_computed_once(order, period_):
+    """As with guidance, where the same latents are asked about with several prompts."""
+    shapes = below(SMALL["sd1"].shapes(), "model.diffusion_model")
+    network = UNet(shapes).requires_grad_(False)
+    network.load_state_dict(blueprint.random_weights(shapes, 3))
+    x, t = noise(2, network.in_channels, 16, 8)[order], torch.full((len(order),), 321.5)
+    context = noise(len(order), 77, network.context_channels, seed=1)
+    fused = CpuUNet(network, unet_layer)
+    assert period(x) == period_
+    seen: list[int] = []
+    first = fused.down[1][0]
+    fused.down[1][0].__class__ = type("Seen", (type(first),), {"__call__": seeing(seen, type(first).__call__)})
+    found = fused(x, fused.shifts(t[:1], None)[0], fused.keys_values(context))
+    assert seen == [period_]
+    assert relative_error(found, network(x, t, context)) <= LIMIT
+
+
+def seeing(seen, call):
+    def called(self, x, *given):
+        seen.append(len(x))
+        return call(self, x, *given)
+
+    return called
+
+
+def test_freed_memory_is_kept_while_somebody_draws(monkeypatch):
+    """Two at once: the allocator is told at the first and after the last."""
+    told: list[object] = []
+    monkeypatch.setattr(memory, "tell_allocator", told.append)
+    with memory.keeping_freed_memory():
+        with pytest.raises(ValueError, match="x"), memory.keeping_freed_memory():
+            raise ValueError("x")
+        assert told == [memory.KEPT]
+    assert told == [memory.KEPT, memory.USUAL]
 
 
 @torch.no_grad()

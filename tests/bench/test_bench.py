@@ -408,7 +408,7 @@ def test_a_kernel_that_fails_does_not_end_the_peers(little, monkeypatch, tmp_pat
     main(["unet", *CPU, "--json", str(tmp_path / "x.json")])
     found = rows(tmp_path / "x.json")
     assert found[0]["error_text"] == "RuntimeError: broken"
-    assert found[-1]["time_ms"] > 0
+    assert next(row for row in found if row["label"] == "diffusers, eager")["time_ms"] > 0
 
 
 def test_all_keeps_what_a_part_measured_before_it_stopped(tmp_path, monkeypatch, capsys):

@@ -49,7 +49,7 @@ def measured(kind: str, path: Path, dtype: torch.dtype = torch.float32) -> tuple
     report.table("title", ("time ms", "first s", "difference", "to ours"))
     x = torch.randn(2, 8).to(dtype)
     called = runtimes.Called(network, lambda network, x: network(x))
-    runtimes.bench(report, [kind], called, [x], 1.0, network(x).detach())
+    runtimes.bench(report, [kind], called, [x], lambda: network(x).detach(), network(x).detach())
     return json.loads(path.read_text())["tables"][0]["rows"], network
 
 
@@ -58,7 +58,9 @@ def test_a_row_for_openvino_with_its_conversion(dtype, hint, tmp_path, monkeypat
     told: list = []
     monkeypatch.setitem(runtimes.PACKAGES, "openvino", ("json",))  # is there
     monkeypatch.setitem(sys.modules, "openvino", standing_in(told))
-    (row,), network = measured("openvino", tmp_path / "x.json", dtype)
+    (row, own), network = measured("openvino", tmp_path / "x.json", dtype)
+    assert own["label"] == "minisd, fused, in turns with OpenVINO"
+    assert row["to_ours"] == pytest.approx(row["time_ms"] / own["time_ms"])
     assert told == [("CPU", hint)]
     assert row["label"] == f"OpenVINO, {hint}"
     assert row["difference"] <= (1e-6 if dtype == torch.float32 else 1e-2)
@@ -71,7 +73,7 @@ def test_none_where_it_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(runtimes.PACKAGES, "openvino", ("no_such_package",))
     report = Report(CLOCK, tmp_path / "x.json")
     module = runtimes.Called(nn.Linear(1, 1), nn.Module.__call__)
-    runtimes.bench(report, ["openvino", "eager"], module, [torch.zeros(1, 1)], 1.0, torch.zeros(1, 1))
+    runtimes.bench(report, ["openvino", "eager"], module, [torch.zeros(1, 1)], lambda: torch.zeros(1, 1), torch.zeros(1, 1))
     assert not (tmp_path / "x.json").exists()
 
 
@@ -79,5 +81,5 @@ def test_none_where_it_is_not_installed(tmp_path, monkeypatch):
 def test_themselves(kind, tmp_path):
     if not all(map(importlib.util.find_spec, runtimes.PACKAGES[kind])):
         pytest.skip(f"{kind} is not installed")
-    (row,), _ = measured(kind, tmp_path / "x.json")
+    (row, _), _ = measured(kind, tmp_path / "x.json")
     assert row["difference"] <= 1e-5

@@ -26,6 +26,7 @@ from .fast.engine import moments
 from .fast.lossy.cached import Reusing
 from .fast.ways import Moment, Walk
 from .models.family import REFINER, UNET, Training
+from .options import MAX_IMAGES, whole
 from .pictures.masks import at_latents, without_masked
 from .plan import Plan, words_of
 from .request import Stations
@@ -138,8 +139,10 @@ def known_latents(plan: Plan, pipe: Stations) -> Tensor | None:
 
 
 def in_parts(plan: Plan, pipe: Stations) -> list[slice]:
-    """One picture at a time on a CPU: as fast, less memory, and picture i is bit for bit that of the single run."""
+    """On a CPU one picture at a time, if not told otherwise: large ones as fast, in less memory, and picture i bit for bit that
+    of the single run.  Raises UsageError."""
     count = len(plan.seeds)
+    whole(1, MAX_IMAGES).check("batch_size", pipe.batch_size)
     size = pipe.batch_size if pipe.device.type == "cpu" else count
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 

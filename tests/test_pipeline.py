@@ -55,6 +55,16 @@ def test_batch_in_one_go_equals_the_single_run_within_rounding(reduced, monkeypa
     assert torch.allclose(both[1:], alone, atol=1e-4 * float(alone.abs().max()))
 
 
+def test_batch_size_is_how_many_pictures_a_step_has_on_a_cpu(reduced, monkeypatch):
+    monkeypatch.setattr(reduced, "batch_size", 2)
+    steps = list(reduced.stream("a star", seed=3, num_images=3, **FAST))
+    assert {len(step.latents) for step in steps if step.picture == 0} == {2}
+    assert {len(step.latents) for step in steps if step.picture == 2} == {1}
+    monkeypatch.setattr(reduced, "batch_size", 0)
+    with pytest.raises(minisd.UsageError, match=r"batch_size: expected a whole number from 1 to .*, found 0"):
+        reduced("a star", **FAST)
+
+
 def test_list_of_prompts(tiny):
     result = tiny(["a red circle", "a blue star"], num_images=2, seed=1, **FAST)
     assert [recipe["prompt"] for recipe in result.metadata] == ["a red circle"] * 2 + ["a blue star"] * 2

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +22,7 @@ from ..library.names import Listed
 from ..pipeline import Pipeline, load
 from ..request import Request
 from ..system.device import to_device, to_dtype
-from ..system.memory import free_memory
+from ..system.memory import free_memory, trim
 from ..workbench.teaching import teach
 
 SHARE = 0.6  # of what is free when the server starts, for models: the rest is for drawing
@@ -172,8 +170,7 @@ def give_back(device: torch.device) -> None:
     """Lets the system have memory that is free, where else it is kept for the next model."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    with contextlib.suppress(AttributeError, OSError):  # a C library that has no such thing
-        ctypes.CDLL(None).malloc_trim(0)
+    trim()
 
 
 def bytes_of(value: Any) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import math
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -77,7 +79,18 @@ def keeping_freed_memory() -> Iterator[None]:
 
 
 def tell_allocator(settings: dict[int, int]) -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
+    if mallopt := of_glibc("mallopt"):
         for name, value in settings.items():
             mallopt(name, value)
+
+
+def trim() -> None:
+    """Lets the system have the main memory that is free, where else it is kept for what is asked for next."""
+    if malloc_trim := of_glibc("malloc_trim"):
+        malloc_trim(0)
+
+
+@cache
+def of_glibc(name: str) -> Callable[..., int] | None:
+    """A function of the C library's allocator; None in a library, or on a system, that has no such thing."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

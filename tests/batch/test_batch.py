@@ -389,6 +389,35 @@ def test_small_pictures_are_drawn_in_fours_where_that_changes_no_digit(tiny, tmp
             assert np.array_equal(np.asarray(picture), np.asarray(tiny(**given[i], steps=2).images[0]))
 
 
+def test_what_decides_whether_four_were_tried_before(tmp_path):
+    """Not what pictures show, but the sizes that it leads to; two are tried anew, and one by one where four were not equal."""
+    from dataclasses import replace
+
+    from minisd.batch.drawing import Drawer, together
+    from minisd.batch.job import Job
+
+    drawer = Drawer(Job(str(tmp_path), loading={"device": "cpu"}), lambda _: None)
+    four = piece_of(4)[0].rows
+
+    def kind(**more: object) -> str:
+        return drawer.together.kind([replace(row, fields={**row.fields, **more}) for row in four])
+
+    assert {kind(steps=3), kind(negative_prompt="grey"), kind(guidance_scale=5), kind(prompt="a ring")} == {kind()}
+    others = [{"guidance_scale": 1}, {"width": 32}, {"prompt": "word " * 100}, {"seed": 1}, {"seed": 1, "prompt": "a ring"}]
+    assert len({kind(), *(kind(**more) for more in others)}) == 6
+    calls: list[int] = []
+
+    def draw(rows: Any) -> Any:
+        calls.append(len(rows))
+        return rows
+
+    drawer.together.known = {drawer.together.kind(four): False, drawer.together.kind(four[:2]): True}
+    assert drawer.together.drawn(four, draw) == [[row] for row in four]
+    assert drawer.together.drawn(four[:2], draw) == [four[:2]]
+    assert calls == [1, 1, 1, 1, 2]
+    assert together.FEW == 4
+
+
 def test_what_is_not_drawn_in_fours(tmp_path):
     """Large pictures, pictures that are drawn over, rows that differ, and those of which one may have ended a worker."""
     from minisd.batch.drawing import Drawer

@@ -233,6 +233,18 @@ def test_freed_memory_is_kept_while_somebody_draws(monkeypatch):
     assert told == [memory.KEPT, memory.USUAL]
 
 
+@pytest.mark.parametrize("system", ["win32", "darwin"])
+def test_an_allocator_that_is_not_glibcs_is_left_alone(system, monkeypatch):
+    monkeypatch.setattr(memory.sys, "platform", system)
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: pytest.fail("there is none to be loaded"))
+    memory.of_glibc.cache_clear()
+    try:
+        with memory.keeping_freed_memory():
+            memory.trim()
+    finally:
+        memory.of_glibc.cache_clear()
+
+
 @torch.no_grad()
 def test_the_decoder_by_either_library(library):
     shapes = blueprint.vae((32, 64), (32, 64), (1, 1))

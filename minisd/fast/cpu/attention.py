@@ -6,10 +6,11 @@ and a bound (Cauchy and Schwarz: no score is larger than the query is long times
 
     softmax(s)_j = exp(s_j - bound - c) / sum_j,   exp(x) = sigmoid(x) * (1 + exp(x)), and here exp(x) <= exp(-c)
 
-The bound is one more column of the queries, beside a column of ones in the keys; a column of ones in the values makes the sums.
-So a block of rows is two products and a division.  The keys' mean is taken off first, which moves the scores of a row, too: they
-are zero in the mean then, so the mean of exp(s) is at least 1 (Jensen), and the sum of what is computed at least exp(-bound - c)
-times the number of keys.  Where the bound is too large for that to be a number, PyTorch's attention is taken.
+The bound is one more column of the queries, beside a column of ones in the keys; a column of ones in the values, where a product
+has room for one more, makes the sums.  So a block of rows is two products, and a head one division.  The keys' mean is taken off
+first, which moves the scores of a row, too: they are zero in the mean then, so the mean of exp(s) is at least 1 (Jensen), and the
+sum of what is computed at least exp(-bound - c) times the number of keys.  Where the bound is too large for that to be a number,
+PyTorch's attention is taken.
 
 Processor time of one core (AVX-512 bf16, batch 2, 8 heads of 40 channels, 4096 queries and keys): bfloat16 0.20 s, PyTorch's
 own 0.60 s; float32 0.31 s, PyTorch's own 0.53 s.  With 1024 of 80 channels 26 ms of 61, and 45 ms of 59.

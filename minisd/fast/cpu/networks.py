@@ -20,7 +20,7 @@ from ..unet import Known, image, rows
 from .attention import attention
 from .operations import ROWS, conv3x3, geglu, linear, phase_weights, upsample_conv
 
-PIXELS, CHANNELS = 1024, 1920  # of a map: with fewer and as many a norm goes through float32 sooner
+SMALL, NARROW = 1024, 1920  # pixels and channels of a map: with fewer and as many its norm goes through float32
 
 
 def normed(x: Tensor, norm: GroupNorm) -> Tensor:
@@ -31,7 +31,7 @@ def normed(x: Tensor, norm: GroupNorm) -> Tensor:
     but 642 and 709 (2560, 16x16).
     """
     x = x.contiguous(memory_format=torch.channels_last)
-    if x.dtype == torch.float32 or x[0, 0].numel() >= PIXELS or x.shape[1] > CHANNELS:
+    if x.dtype == torch.float32 or x[0, 0].numel() >= SMALL or x.shape[1] > NARROW:
         return norm(x)
     wide = F.group_norm(x.float(), norm.num_groups, norm.weight.float(), norm.bias.float(), norm.eps)
     return (F.silu(wide, inplace=True) if norm.silu else wide).to(x.dtype)

@@ -15,8 +15,10 @@ from typing import Any
 
 from PIL import Image
 
+from ..errors import OutOfMemoryError
 from ..pipeline import Pipeline
 from ..result import Result, Step
+from ..system.memory import let_go
 from .errors import RefusedError
 from .shelf import Drawing, Shelf
 
@@ -171,6 +173,8 @@ class Worker(threading.Thread):
             return Done(result, pictures, seconds, job.warnings)
         except BaseException as error:
             error.__traceback__ = error.__traceback__ if not isinstance(error, Cancelled) else None
+            if isinstance(error, OutOfMemoryError):
+                let_go(error, self.shelf.device)
             return error
 
     def drawn(self, job: Job, pipe: Pipeline, steps: Generator[Step, None, Result]) -> Result:

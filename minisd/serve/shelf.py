@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from ..addons.controls.control import Control
@@ -22,7 +21,7 @@ from ..library.names import Listed
 from ..pipeline import Pipeline, load
 from ..request import Request
 from ..system.device import to_device, to_dtype
-from ..system.memory import free_memory, trim
+from ..system.memory import free_memory, give_back
 from ..workbench.teaching import teach
 
 SHARE = 0.6  # of what is free when the server starts, for models: the rest is for drawing
@@ -164,13 +163,6 @@ class Shelf:
         if gone:
             gc.collect()
             give_back(self.device)
-
-
-def give_back(device: torch.device) -> None:
-    """Lets the system have memory that is free, where else it is kept for the next model."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    trim()
 
 
 def bytes_of(value: Any) -> int:

@@ -6,6 +6,7 @@ import ctypes
 import math
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -84,10 +85,21 @@ def tell_allocator(settings: dict[int, int]) -> None:
             mallopt(name, value)
 
 
-def trim() -> None:
-    """Lets the system have the main memory that is free, where else it is kept for what is asked for next."""
+def give_back(device: torch.device) -> None:
+    """Lets the system have memory that is free, where else it is kept for what is asked for next."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     if malloc_trim := of_glibc("malloc_trim"):
         malloc_trim(0)
+
+
+def let_go(error: BaseException, device: torch.device) -> None:
+    """Of the tensors in the functions that an error has ended, which live as long as it does: the next picture may need them."""
+    reason: BaseException | None = error
+    while reason is not None:
+        traceback.clear_frames(reason.__traceback__)
+        reason = reason.__cause__ or reason.__context__
+    give_back(device)
 
 
 @cache

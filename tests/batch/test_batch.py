@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -387,6 +388,26 @@ def test_small_pictures_are_drawn_in_fours_where_that_changes_no_digit(tiny, tmp
     for i in (0, 3, 8) if equal else (0, 6):  # those that are drawn one by one in any case
         with Image.open(tmp_path / "00000" / f"r{i}.png") as picture:
             assert np.array_equal(np.asarray(picture), np.asarray(tiny(**given[i], steps=2).images[0]))
+
+
+def test_what_four_took_is_let_go_before_two_are_tried(tmp_path):
+    """Where memory is full, what they had made would leave no room for fewer."""
+    from minisd.batch.drawing import Drawer
+    from minisd.batch.job import Job
+
+    drawer, held, failed = Drawer(Job(str(tmp_path), loading={"device": "cpu"}), print), [], []
+    drawer.failed = lambda rows, missing, error: failed.append((len(rows), error))
+
+    def without_room(rows: Any) -> Any:
+        assert not any(each() is not None for each in held)
+        maps = torch.zeros(len(rows))
+        held.append(weakref.ref(maps))
+        raise minisd.OutOfMemoryError("none") from torch.OutOfMemoryError("none")
+
+    drawer.drawn = without_room
+    drawer.draw(piece_of(4)[0])
+    assert [count for count, _ in failed] == [1] * 4
+    assert len(held) >= 7
 
 
 def test_what_decides_whether_four_were_tried_before(tmp_path):

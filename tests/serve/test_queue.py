@@ -186,6 +186,22 @@ def test_a_fault_is_told_and_the_next_picture_is_right(service, monkeypatch, tin
         assert same(draw(service).pictures[0], expected)
 
 
+def test_the_tensors_of_a_picture_without_room_do_not_live_as_long_as_its_error(service, monkeypatch):
+    held = []
+
+    def fill_memory(x):
+        large = x + 1
+        held.append(weakref.ref(large))
+        raise_lack(large)
+
+    draw(service)
+    failing(service, monkeypatch, fill_memory)
+    with pytest.raises(RefusedError) as refused:
+        draw(service)
+    assert isinstance(refused.value.__context__, minisd.OutOfMemoryError)
+    assert [each() for each in held] == [None]
+
+
 def test_a_lora_of_one_request_is_none_of_the_next(service, tiny):
     done = draw(service)
     assert same(done.pictures[0], tiny(PROMPT, steps=2, seed=1).images[0])

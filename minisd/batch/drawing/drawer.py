@@ -19,6 +19,7 @@ from ...pipeline import Pipeline, load
 from ...request import Request
 from ...result import Result
 from ...system.device import to_device
+from ...system.memory import let_go
 from ...workbench.teaching import teach
 from ..formats import as_json, encoded
 from ..job import Job
@@ -69,6 +70,7 @@ class Drawer:
         try:
             results = self.together.drawn(rows, self.drawn) if self.device.type == "cpu" else [self.drawn(rows)]
         except OutOfMemoryError as error:
+            let_go(error, self.device)
             if len(rows) == 1:
                 self.failed(rows, missing, error)
                 return

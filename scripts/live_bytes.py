@@ -24,22 +24,29 @@ class LiveBytes(TorchDispatchMode):
         self.storages: set[int] = set()
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        inputs = {identity(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.storages | inputs:
-                self.count(x.untyped_storage())
+            if isinstance(x, torch.Tensor) and identity(x) not in self.storages | inputs:
+                self.count(x)
         return result
 
-    def count(self, storage: Any) -> None:
-        self.storages.add(storage._cdata)
-        self.now += storage.nbytes()
+    def count(self, x: torch.Tensor) -> None:
+        key = identity(x)
+        size = x.numel() * x.element_size() if x.is_mkldnn else x.untyped_storage().nbytes()
+        self.storages.add(key)
+        self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        weakref.finalize(x if x.is_mkldnn else x.untyped_storage(), self.free, key, size)
 
-    def free(self, storage: int, size: int) -> None:
-        self.storages.remove(storage)
+    def free(self, key: int, size: int) -> None:
+        self.storages.remove(key)
         self.now -= size
+
+
+def identity(x: torch.Tensor) -> int:
+    """Of its memory; what oneDNN has in an order of its own has no storage, and no views."""
+    return id(x) if x.is_mkldnn else x.untyped_storage()._cdata
 
 
 def peak_bytes(run: Callable[[], object]) -> int:

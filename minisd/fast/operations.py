@@ -32,7 +32,7 @@ def kernel_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool =
     if (few or takes("attention", *apart)) and copyable(*apart):
         return by_heads(kernels().attention)
     slow = q.device.type == "cpu" and q.dtype == torch.bfloat16  # PyTorch's, which is no faster than in float32
-    return by_heads(on_cpu.attention_by_sigmoids) if slow and on_cpu.pays(apart[0]) else None
+    return by_heads(on_cpu.attention_by_sigmoids) if slow and on_cpu.pays(*apart[:2]) else None
 
 
 def by_heads(attend: Operation) -> Operation:

@@ -18,7 +18,7 @@ from .. import decoder
 from .. import unet as fused
 from ..unet import Known, image, rows
 from .attention import attention
-from .operations import ROWS, conv3x3, geglu, linear, phase_weights, upsample_conv
+from .operations import ROWS, conv3x3, geglu, linear, packed, phase_weights, upsample_conv
 
 SMALL, NARROW = 1024, 1920  # pixels and channels of a map: with fewer and as many its norm goes through float32
 
@@ -108,9 +108,11 @@ class TransformerBlock(fused.TransformerBlock):
     def feed_forward(self, x: Tensor) -> Tensor:
         """x (B, L, C) -> same, with its feed-forward added."""
         norm, last = self.block.norm3, self.block.ff.net[2]
-        pieces = x.flatten(0, 1).split(max(256, ROWS // len(self.proj.weight) // 64 * 64))
-        inner = (geglu(norm(piece), self.proj.weight, self.proj.bias) for piece in pieces)
-        out = [linear(h, last.weight, last.bias, piece) for h, piece in zip(inner, pieces, strict=True)]  # type: ignore[arg-type]
+        stream = x.flatten(0, 1)
+        values, gates, out_weight = (packed(w, len(stream)) for w in (*self.proj.weight.chunk(2), last.weight))  # type: ignore[arg-type]
+        pieces = stream.split(max(256, ROWS // len(self.proj.weight) // 64 * 64))
+        inner = (geglu(norm(piece), values, gates, self.proj.bias) for piece in pieces)
+        out = [linear(h, out_weight, last.bias, piece) for h, piece in zip(inner, pieces, strict=True)]  # type: ignore[arg-type]
         return (out[0] if len(out) == 1 else torch.cat(out)).view(x.shape)
 
 

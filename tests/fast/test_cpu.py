@@ -83,6 +83,18 @@ def test_products_and_their_sums(library, bias, add):
     assert relative_error(operations.geglu(x, *weight.chunk(2), noise(48, seed=3)), wanted) <= LIMIT
 
 
+@pytest.mark.parametrize("rows", [4, 3])
+def test_a_weight_is_put_in_order_for_many_rows(monkeypatch, rows):
+    """For four and more here; a weight as it stands and one in order make the same."""
+    monkeypatch.setattr(operations, "onednn", lambda dtype: True)
+    monkeypatch.setattr(operations, "MANY", 4)
+    x, weight, bias = noise(rows, 24), noise(48, 24, seed=1), noise(48, seed=2)
+    ordered = operations.packed(weight, rows)
+    assert ordered.is_mkldnn == (rows == 4)
+    for given in (weight, ordered):
+        assert relative_error(operations.linear(x, given, bias), F.linear(x, weight, bias)) <= LIMIT
+
+
 @pytest.mark.parametrize("last", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("channels", "height", "width"), [(64, 4, 4), (64, 5, 3), (8, 5, 4), (1, 1, 1)])
@@ -133,8 +145,10 @@ def test_a_norm_of_channels_last_maps_far_from_zero(silu):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("queries", "keys", "heads", "d"), [(1024, 77, 2, 40), (1030, 1030, 1, 64), (2048, 1, 2, 5)])
-def test_attention_by_sigmoids(monkeypatch, dtype, queries, keys, heads, d):
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "d"), [(1024, 77, 2, 40), (1030, 1030, 1, 64), (65536, 1, 2, 5), (256, 77, 2, 40), (5, 3, 1, 8)]
+)
+def test_attention_of_many_scores_and_of_few(monkeypatch, dtype, queries, keys, heads, d):
     """Scores of the size that networks have, against the formula in float64; in bfloat16 those of the rounded numbers."""
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN computes no bfloat16 here")

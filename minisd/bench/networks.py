@@ -74,7 +74,7 @@ def random_checkpoint(model: Published, path: Path, device: torch.device) -> Pat
 
 @dataclass(frozen=True)
 class StepInput:
-    """What a UNet is given in a step with guidance: batch 2."""
+    """What a UNet is given in a step with guidance: the same latents with two prompts."""
 
     x: Tensor
     t: Tensor
@@ -93,7 +93,8 @@ def step_input(model: Published, side: int, device: torch.device, dtype: torch.d
     def randn(*size: int) -> Tensor:
         return torch.randn(*size, device=device).to(dtype)
 
-    x, context, t = randn(2, 4, side, side), randn(2, 77, model.context), torch.full((2,), 500.0, device=device)
+    x, t = randn(1, 4, side, side).repeat(2, 1, 1, 1), torch.full((2,), 500.0, device=device)
+    context = randn(2, 77, model.context)
     if not model.vector:
         return StepInput(x, t, context, None, None, None)
     numbers, pooled = [8 * side, 8 * side, 0, 0, 8 * side, 8 * side], randn(2, model.pooled)

@@ -48,6 +48,7 @@ def pays(q: Tensor, k: Tensor) -> bool:
 
 
 def possible(q: Tensor) -> bool:
+    """Whether anything here is: products are oneDNN's, and nobody wants gradients."""
     return onednn(q.dtype) and not (torch.is_grad_enabled() and q.requires_grad)
 
 

@@ -1,4 +1,4 @@
-"""Attention on a CPU.  Where there are many queries, its exponentials are made within the product that makes the scores.
+"""Attention on a CPU.  Where a head has many scores, its exponentials are made within the product that makes the scores.
 
 oneDNN applies a sigmoid to a product while it is in the cache, and no exponential.  But sigmoid(x) is exp(x) / (1 + exp(x)):
 where x is far below zero, the two are the same number.  Softmax does not change when all scores of a row are moved by as much,
@@ -7,7 +7,7 @@ and a bound (Cauchy and Schwarz: no score is larger than the query is long times
     softmax(s)_j = exp(s_j - bound - c) / sum_j,   exp(x) = sigmoid(x) * (1 + exp(x)), and here exp(x) <= exp(-c)
 
 The bound is one more column of the queries, beside a column of ones in the keys; a column of ones in the values, where a product
-has room for one more, makes the sums.  So a block of rows is two products, and a head one division.  The keys' mean is taken off
+has room for one more, makes the sums.  So a block of rows is two products and a division.  The keys' mean is taken off
 first, which moves the scores of a row, too: they are zero in the mean then, so the mean of exp(s) is at least 1 (Jensen), and the
 sum of what is computed at least exp(-bound - c) times the number of keys.  Where the bound is too large for that to be a number,
 PyTorch's attention is taken.
@@ -28,7 +28,7 @@ from ...models import ops
 from .operations import onednn, packed
 
 MANY = 1 << 16  # scores of a head from which on it pays
-BLOCK = 1 << 21  # scores at a time: 4 MB in bfloat16, in which the keys and values are put in order for a product once
+BLOCK = 1 << 21  # scores at a time: 4 MB in bfloat16; half as many take a tenth longer, as values are put in order for each
 BELOW = {torch.bfloat16: 8.0, torch.float32: 20.0}  # c: exp(-c) is a sixth of bfloat16's rounding, a thirtieth of float32's
 COLUMNS = 48  # of a product at a time, in oneDNN's kernels
 FARTHEST = 66.0  # of bound + c: what is less than float32 can hold is 1e-9 of a row's sum then

@@ -6,11 +6,11 @@ and a bound (Cauchy and Schwarz: no score is larger than the query is long times
 
     softmax(s)_j = exp(s_j - bound - c) / sum_j,   exp(x) = sigmoid(x) * (1 + exp(x)), and here exp(x) <= exp(-c)
 
-The bound is one more column of the queries, beside a column of ones in the keys; a column of ones in the values, where a product
-has room for one more, makes the sums.  So a block of rows is two products and a division.  The keys' mean is taken off
-first, which moves the scores of a row, too: they are zero in the mean then, so the mean of exp(s) is at least 1 (Jensen), and the
-sum of what is computed at least exp(-bound - c) times the number of keys.  Where the bound is too large for that to be a number,
-PyTorch's attention is taken.
+The bound of the longest query is the bias of the product; a column of ones in the values, where a product has room for one more,
+makes the sums.  So a block of rows is two products and a division.  The keys' mean is taken off first, which moves the scores
+of a row, too: they are zero in the mean then, so the mean of exp(s) is at least 1 (Jensen), and the sum of what is computed at
+least exp(-bound - c) times the number of keys.  Where the bound is too large for that to be a number, PyTorch's attention is
+taken.
 
 Processor time of one core (AVX-512 bf16, batch 2, 8 heads of 40 channels, 4096 queries and keys): bfloat16 0.20 s, PyTorch's
 own 0.60 s; float32 0.31 s, PyTorch's own 0.53 s.  With 1024 of 80 channels 26 ms of 61, and 45 ms of 59.
@@ -55,59 +55,73 @@ def possible(q: Tensor) -> bool:
 def attention_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """All heads in one product, for few scores: q (B, heads, L, d), k and v (B, heads, S, d) -> (B, heads, L, d).
 
-    Milliseconds of two cores (AMD EPYC, Zen 5) in bfloat16 and float32, batch 2, of 256 queries for 77 keys: 20 heads of 64
-    channels 1.4 and 1.6, head by head 2.9 and 3.0, PyTorch's own 1.9 and 1.9.
+    In float32 up to the weights: rounded to bfloat16, a score would be so before it is an exponent.  Milliseconds of two cores
+    (AMD EPYC, Zen 5) in bfloat16, batch 2, 256 queries for 77 keys: 20 heads of 64 channels 1.3, head by head 2.9, PyTorch's own
+    1.9; 8 heads of 160 channels 1.0, 1.4 and 1.5.
     """
-    scores = q.float() @ (k.float() * q.shape[-1] ** -0.5).mT  # in bfloat16 it would be rounded before it is an exponent
+    queries, keys = (x.to(torch.float32, memory_format=torch.contiguous_format) for x in (q, k))
+    scores = queries.contiguous() @ (keys * q.shape[-1] ** -0.5).mT
     return scores.softmax(-1).to(v.dtype) @ v
 
 
 def attention_by_sigmoids(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (B, heads, L, d), k and v (B, heads, S, d) -> (B, heads, L, d)."""
     b, heads, length, d = q.shape
-    queries, keys, values, near = widened(q, k, v)
-    rows = max(64, BLOCK // k.shape[2])
+    queries, values = q.contiguous(), with_ones(v)
+    keys, below, near = centred(queries, k)
     out = q.new_empty(b, length, heads, d).transpose(1, 2)
-    for i, head in product(range(b), range(heads)):
+    each = zip(*(x.flatten(0, 1) for x in (queries, keys, values, below)), strict=True)
+    for (i, head), of_head in zip(product(range(b), range(heads)), each, strict=True):
         if near[i][head]:
-            of_head = packed(keys[i, head], length) if length > rows else keys[i, head]
-            for block, place in zip(queries[i, head].split(rows), out[i, head].split(rows), strict=True):
-                sums, total = weighted(block, of_head, values[i, head], d)
-                torch.div(sums, total, out=place)
+            head_by_sigmoids(*of_head, out[i, head])
         else:
             one = slice(i, i + 1), slice(head, head + 1)  # as four dimensions, or PyTorch would make all scores at once
             out[one] = F.scaled_dot_product_attention(q[one], k[one], v[one])
     return out
 
 
-def weighted(queries: Tensor, keys: Tensor, values: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """queries (rows, d + 2), keys (S, d + 2), values (S, d or more) -> weighted sums (rows, d), and of the weights (rows, 1)."""
-    weights = products(queries, keys, "sigmoid")  # (rows, S)
-    sums = products(weights, values.T)
-    return sums[:, :d], sums[:, d : d + 1] if sums.shape[1] > d else weights.sum(-1, keepdim=True)
+def head_by_sigmoids(queries: Tensor, keys: Tensor, values: Tensor, below: Tensor, out: Tensor) -> None:
+    """queries (L, d), keys (S, d), values (S, d or more), below (S,) -> out (L, d)."""
+    rows, d, values = max(64, BLOCK // len(keys)), out.shape[1], values.T
+    if rows < len(queries):
+        keys = packed(keys, len(queries))
+    for block, place in zip(queries.split(rows), out.split(rows), strict=True):
+        weights = products(block, keys, below, "sigmoid")  # (rows, S)
+        sums = products(weights, values)  # (rows, d or more)
+        total = sums[:, d : d + 1] if len(values) > d else weights.sum(-1, keepdim=True)
+        torch.div(sums[:, :d], total, out=place)
 
 
-def widened(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, list[list[bool]]]:
-    """Queries and keys with two more columns, a row's bound and ones; of zeros the second, as bfloat16 is multiplied in pairs.
-    Values with a column of ones, if what makes a product 48 columns at a time has room for it: not those of 64, 160 or 512.
+def centred(queries: Tensor, k: Tensor) -> tuple[Tensor, Tensor, list[list[bool]]]:
+    """Keys less their mean and scaled, what is added to all scores of a head to bring them below zero, and of which heads it is
+    near enough.
 
-    q (B, heads, L, d), k and v (B, heads, S, d) -> (B, heads, L, d + 2), (B, heads, S, d + 2), (B, heads, S, d or more), and of
-    which heads all bounds are near enough.
+    queries (B, heads, L, d), k (B, heads, S, d) -> (B, heads, S, d), (B, heads, S), [B][heads].
     """
-    d, scale = q.shape[-1], q.shape[-1] ** -0.5
-    queries, keys = F.pad(q, (0, 2)), k.new_zeros(*k.shape[:3], d + 2)
+    scale = k.shape[-1] ** -0.5
     mean = k.mean(2, keepdim=True, dtype=torch.float32)
-    torch.add((-scale * mean).to(k.dtype), k, alpha=scale, out=keys[..., :d])  # rounded once
-    longest = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32).amax(-1)[:, :, None]  # (B, heads, 1)
-    bound = torch.linalg.vector_norm(queries, dim=-1, dtype=torch.float32) * longest + BELOW[q.dtype]  # (B, heads, L)
-    queries[..., d] = -bound
-    keys[..., d] = 1
-    values = v.contiguous() if d % 32 == 0 else F.pad(v, (0, COLUMNS - d % COLUMNS))
-    if values.shape[-1] > d:
-        values[..., d] = 1
-    return queries, keys, values, (bound.amax(-1) <= FARTHEST).tolist()  # not near where there is NaN
+    keys = torch.empty_like(k, memory_format=torch.contiguous_format)
+    torch.add((-scale * mean).to(k.dtype), k, alpha=scale, out=keys)  # rounded once
+    longest_query, longest_key = (
+        torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax(-1, keepdim=True) for x in (queries, keys)
+    )
+    bound = longest_query * longest_key + BELOW[k.dtype]  # (B, heads, 1)
+    return keys, -bound.to(k.dtype).expand(keys.shape[:3]).contiguous(), (bound <= FARTHEST).squeeze(-1).tolist()  # NaN is not
 
 
-def products(x: Tensor, weight: Tensor, then: str = "none") -> Tensor:
-    """x (rows, K), weight (N, K) -> (rows, N)."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, then, [], "")  # type: ignore[no-any-return]
+def with_ones(v: Tensor) -> Tensor:
+    """Values with a column of ones, if what makes a product 48 columns at a time has room for it: not those of 64, 160 or 512.
+
+    v (B, heads, S, d) -> (B, heads, S, d or more).
+    """
+    d = v.shape[-1]
+    if d % 32 == 0:
+        return v.contiguous()
+    values = F.pad(v, (0, COLUMNS - d % COLUMNS))
+    values[..., d] = 1
+    return values
+
+
+def products(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
+    """x (rows, K), weight (N, K), bias (N,) -> (rows, N)."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "")  # type: ignore[no-any-return]

@@ -110,7 +110,7 @@ class TransformerBlock(fused.TransformerBlock):
         norm, last = self.block.norm3, self.block.ff.net[2]
         stream = x.flatten(0, 1)
         values, gates, out_weight = (packed(w, len(stream)) for w in (*self.proj.weight.chunk(2), last.weight))  # type: ignore[arg-type]
-        pieces = stream.split(max(256, ROWS // len(self.proj.weight) // 64 * 64))
+        pieces = stream.split(ROWS)
         inner = (geglu(norm(piece), values, gates, self.proj.bias) for piece in pieces)
         out = [linear(h, out_weight, last.bias, piece) for h, piece in zip(inner, pieces, strict=True)]  # type: ignore[arg-type]
         return (out[0] if len(out) == 1 else torch.cat(out)).view(x.shape)

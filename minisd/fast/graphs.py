@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import OutOfMemoryError
 from ..system.memory import first_line, memory_errors
 from .choice import chosen
-from .ways import version_of
+from .ways import address_of, version_of
 
 KEPT = 4  # recordings of one function; each holds the memory of its intermediate results, in a pool that they share
 
@@ -171,7 +171,7 @@ class NetworkRecorder:
 
 def addresses(network: nn.Module) -> tuple[int, ...]:
     """Changes when a weight is replaced."""
-    return tuple(weight.data_ptr() for weight in network.parameters())
+    return tuple(address_of(weight) for weight in network.parameters())
 
 
 def versions(network: nn.Module) -> tuple[int, ...]:

@@ -165,6 +165,12 @@ def version_of(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
+def address_of(x: Tensor) -> int:
+    """Changes when a tensor's memory is another; 0 of one that has none of its own."""
+    with torch._C.DisableTorchFunctionSubclass():  # or one that is held in another form would be made plain, to have an address
+        return x.data_ptr()
+
+
 class AsLoaded:
     """Networks as a file gave them, and what has been done to them since."""
 
@@ -202,13 +208,13 @@ class Snapshot:
             (each._modules, name, child) for each in modules for name, child in each._modules.items() if child is not None
         ]
         weights = [(each._parameters, name, weight) for each in modules for name, weight in each._parameters.items()]
-        self.weights = [(own, name, x, x.data_ptr(), version_of(x)) for own, name, x in weights if x is not None]
+        self.weights = [(own, name, x, address_of(x), version_of(x)) for own, name, x in weights if x is not None]
 
     def still(self) -> bool:
         for branch, name, child in self.children:
             if branch.get(name) is not child or child._forward_hooks or child._forward_pre_hooks or "forward" in vars(child):
                 return False
         for leaves, name, weight, address, version in self.weights:
-            if leaves.get(name) is not weight or version_of(weight) != version or weight.data_ptr() != address:
+            if leaves.get(name) is not weight or version_of(weight) != version or address_of(weight) != address:
                 return False
         return True

@@ -168,8 +168,8 @@ class Shelf:
 def bytes_of(value: Any) -> int:
     """Of the weights of a pipeline, or of a network."""
     model = value.model if isinstance(value, Pipeline) else value
-    weights = {each.data_ptr(): each.numel() * each.element_size() for each in model.state_dict().values()}
-    return sum(weights.values())
+    weights = {id(each): each for each in model.state_dict(keep_vars=True).values()}
+    return sum(each.numel() * each.element_size() for each in weights.values())
 
 
 def forget_loras(pipe: Pipeline) -> None:

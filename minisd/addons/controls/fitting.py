@@ -16,7 +16,7 @@ def check_fits(network: ControlModel, unet: UNet, downscale: int = 8) -> None:
     """Raises UsageError unless the network was made for such a UNet, and for latents so many times smaller than the picture."""
     if isinstance(network, LLLite):
         return check_layers(network, unet)
-    shapes = Shapes({key: tuple(value.shape) for key, value in unet.state_dict().items()})
+    shapes = Shapes({key: tuple(value.shape) for key, value in unet.state_dict(keep_vars=True).items()})
     _, widths = trunk(shapes, unet.context_channels, unet.vector_channels)  # of what is added to
     if isinstance(network, T2IAdapter):
         kind, made_for = "T2I-Adapter", "Stable Diffusion XL" if network.patch == 16 else "Stable Diffusion 1.x"

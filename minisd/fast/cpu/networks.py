@@ -7,6 +7,7 @@ before them is written, the time embedding is the bias of a convolution, and a f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from .. import decoder
 from .. import unet as fused
 from ..unet import Known, image, rows
 from .attention import attention
-from .operations import ROWS, conv3x3, geglu, linear, packed, phase_weights, upsample_conv
+from .operations import ROWS, conv3x3, geglu, held, linear, ordered, phase_weights, upsample_conv
 
 SMALL, NARROW = 1024, 1920  # pixels and channels of a map: with fewer and as many its norm goes through float32
 
@@ -51,6 +52,12 @@ def last_layers(out: nn.Module) -> Callable[[Tensor], Tensor]:
 class ResBlock(fused.ResBlock):
     """Of the UNet or of the VAE."""
 
+    def __init__(self, *modules: Any) -> None:
+        super().__init__(*modules)
+        self.weight1, self.weight2 = (held(conv.weight, conv) for conv in (self.conv1, self.conv2))
+        if isinstance(self.shortcut, nn.Conv2d):
+            self.straight = held(self.shortcut.weight.detach().flatten(1), self.shortcut)
+
     def precede(self, transformer: fused.Transformer) -> None:
         """Nothing: a product here adds its own bias."""
 
@@ -61,13 +68,13 @@ class ResBlock(fused.ResBlock):
         x = x if skip is None else torch.cat([x, repeated(skip, len(x))], dim=1)
         h = normed(x, self.norm1)
         if len(shift) == 1 or shift.stride(0) == 0:  # the same for each picture
-            h = conv3x3(h, self.conv1.weight, shift[0].to(x.dtype))
+            h = conv3x3(h, self.weight1, shift[0].to(x.dtype))
         else:
-            h = conv3x3(h, self.conv1.weight).add_(shift[:, :, None, None].to(x.dtype))
+            h = conv3x3(h, self.weight1).add_(shift[:, :, None, None].to(x.dtype))
         straight = x
         if isinstance(self.shortcut, nn.Conv2d):
-            straight = image(linear(rows(x), self.shortcut.weight.flatten(1), self.shortcut.bias), x)
-        return conv3x3(normed(h, self.norm2), self.conv2.weight, self.conv2.bias, add=straight), None
+            straight = image(linear(rows(x), self.straight, self.shortcut.bias), x)
+        return conv3x3(normed(h, self.norm2), self.weight2, self.conv2.bias, add=straight), None
 
 
 class Upsample(fused.Upsample):
@@ -86,34 +93,49 @@ class Upsample(fused.Upsample):
 
 class Downsample:
     def __init__(self, conv: nn.Conv2d) -> None:
-        self.conv = conv
+        self.weight, self.bias = held(conv.weight, conv), conv.bias
 
     def __call__(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2))
-        return conv3x3(x, self.conv.weight, self.conv.bias, stride=2)
+        return conv3x3(x, self.weight, self.bias, stride=2)
 
 
 class TransformerBlock(fused.TransformerBlock):
+    def __init__(self, block: unet.BasicTransformerBlock) -> None:
+        super().__init__(block)
+        first, second = block.attn1, block.attn2
+        self.weights = held(self.qkv, first.to_q, first.to_k, first.to_v)
+        del self.qkv  # or somebody would hold it plain
+        self.to_out1, self.to_q, self.to_out2, self.last = (
+            held(layer.weight, layer)  # type: ignore[arg-type]
+            for layer in (first.to_out[0], second.to_q, second.to_out[0], block.ff.net[2])
+        )
+        self.values_gates = held(self.proj.weight, self.proj, parts=2)
+
     def forward(self, x: Tensor, keys_values: Tensor) -> Tensor:
         """x (B, L, C), or those of them that differ before they see the prompt, keys_values (B, S, 2*C) -> (B, L, C)."""
         block = self.block
-        q, k, v = linear(block.norm1(x), self.qkv).chunk(3, dim=-1)
-        out: nn.Linear = block.attn1.to_out[0]  # type: ignore[assignment]
-        x = linear(attention(q, k, v, self.heads), out.weight, out.bias, add=x)
+        q, k, v = linear(block.norm1(x), self.weights).chunk(3, dim=-1)
+        x = linear(attention(q, k, v, self.heads), self.to_out1, bias_of(block.attn1), add=x)
         x = repeated(x, len(keys_values))
         k, v = keys_values.chunk(2, dim=-1)
-        q, out = linear(block.norm2(x), block.attn2.to_q.weight), block.attn2.to_out[0]  # type: ignore[assignment]
-        x = linear(attention(q, k, v, self.heads), out.weight, out.bias, add=x)
+        q = linear(block.norm2(x), self.to_q)
+        x = linear(attention(q, k, v, self.heads), self.to_out2, bias_of(block.attn2), add=x)
         return self.feed_forward(x)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """x (B, L, C) -> same, with its feed-forward added."""
         norm, last = self.block.norm3, self.block.ff.net[2]
         stream = x.flatten(0, 1)
-        values, gates, out_weight = (packed(w, len(stream)) for w in (*self.proj.weight.chunk(2), last.weight))  # type: ignore[arg-type]
+        values, gates = ordered(self.values_gates, len(stream), parts=2)
+        (out_weight,) = ordered(self.last, len(stream))
         pieces = stream.split(ROWS)
         inner = (geglu(norm(piece), values, gates, self.proj.bias) for piece in pieces)
         out = [linear(h, out_weight, last.bias, piece) for h, piece in zip(inner, pieces, strict=True)]  # type: ignore[arg-type]
         return (out[0] if len(out) == 1 else torch.cat(out)).view(x.shape)
+
+
+def bias_of(attention: unet.CrossAttention) -> Tensor:
+    return attention.to_out[0].bias  # type: ignore[return-value]
 
 
 class Transformer(fused.Transformer):
@@ -121,16 +143,19 @@ class Transformer(fused.Transformer):
 
     def __init__(self, transformer: unet.SpatialTransformer) -> None:
         self.norm, self.proj_in, self.proj_out = transformer.norm, transformer.proj_in, transformer.proj_out
+        self.weight_in, self.weight_out = (
+            held(layer.weight.detach().flatten(1), layer) for layer in (self.proj_in, self.proj_out)
+        )
         self.blocks = [TransformerBlock(block) for block in transformer.transformer_blocks]  # type: ignore[arg-type]
 
     def refresh(self) -> None:
         """Nothing: all is read from the modules."""
 
     def __call__(self, x: Tensor, keys_values: Iterator[Tensor], known: Known = None) -> Tensor:  # (B, C, H, W) -> same
-        h = linear(rows(normed(x, self.norm)), self.proj_in.weight.flatten(1), self.proj_in.bias)
+        h = linear(rows(normed(x, self.norm)), self.weight_in, self.proj_in.bias)
         for block in self.blocks:
             h = block.forward(h, next(keys_values))
-        return image(linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias, add=repeated(rows(x), len(h))), x)
+        return image(linear(h, self.weight_out, self.proj_out.bias, add=repeated(rows(x), len(h))), x)
 
 
 def repeated(x: Tensor, count: int) -> Tensor:

@@ -12,13 +12,16 @@ Which one it is follows from the processor and the number format alone, so that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from .packing import Weight, hold
 
 ROWS = 1024  # of a feed-forward at a time: 1 to 3 % faster than 256 or all of 8192
 MANY = 1024  # rows of products from which on `packed` pays
@@ -42,27 +45,43 @@ def is_amd() -> bool:
         return False
 
 
+def held(weight: Tensor, *layers: nn.Module, parts: int = 1) -> Weight | Tensor:
+    """A weight of layers, one above the other, which is kept in oneDNN's order from now on, in so many equal parts.
+
+    weight (N, K), or (C', C, 3, 3) of a convolution.  Where products are not oneDNN's, the same weight.
+    """
+    weight = weight.detach()
+    made = Weight(weight, parts)
+    return made if onednn(weight.dtype) and hold(made, layers) else weight
+
+
 def packed(weight: Tensor, count: int) -> Tensor:
     """A weight (N, K) in the order that oneDNN multiplies in, for products of so many rows in all: it makes no other numbers.
 
     A product puts its weight into that order by itself, piece by piece and more than once. Microseconds of two cores (AMD EPYC,
     Zen 5, bfloat16) for the order, the product in it and the product without: 114, 4959, 6057 (8192 rows, 320 to 960 channels);
-    235, 4945, 5858 (2048, 640 to 1920); but 743, 5032, 5541 (512, 1280 to 3840). It lasts for one call: kept, all weights would
-    be in memory twice, and those that a LoRA is in would have to be made again.
+    235, 4945, 5858 (2048, 640 to 1920); but 743, 5032, 5541 (512, 1280 to 3840). It lasts for one call.
     """
     if count < MANY or not onednn(weight.dtype):
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight, count)  # type: ignore[no-any-return]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None) -> Tensor:
+def ordered(weight: Tensor | Weight, count: int, parts: int = 1) -> Sequence[Tensor]:
+    """What to multiply so many rows with, in parts: a weight that stays in oneDNN's order, or is brought into it for a call."""
+    if isinstance(weight, Weight):
+        return weight.packed(lambda part: torch.ops.mkldnn._reorder_linear_weight(part, count))
+    return [part if part.is_mkldnn else packed(part, count) for part in (weight.chunk(parts) if parts > 1 else [weight])]
+
+
+def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None, add: Tensor | None = None) -> Tensor:
     """x (..., K), weight (N, K), bias (N,), add (..., N) -> (..., N): the linear layer, and a sum."""
     if onednn(x.dtype):
-        weight = weight if weight.is_mkldnn else packed(weight, x.numel() // x.shape[-1])
+        (weight,) = ordered(weight, x.numel() // x.shape[-1])
         if add is None:
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(x, add, weight, bias, "add")
-    out = F.linear(x, weight, bias)
+    out = F.linear(x, weight, bias)  # type: ignore[arg-type]
     return out if add is None else out.add_(add)
 
 
@@ -75,14 +94,19 @@ def geglu(x: Tensor, values: Tensor, gates: Tensor, bias: Tensor) -> Tensor:
     return F.linear(x, values, value_bias).mul_(F.gelu(F.linear(x, gates, gate_bias)))
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, add: Tensor | None = None) -> Tensor:
+def conv3x3(
+    x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None, stride: int = 1, add: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """A convolution with a border of one pixel, and a sum: x (B, C, H, W), weight (C', C, 3, 3), add (B, C', H', W') -> such.
 
-    oneDNN brings the weights into an order of its own at every call, which takes as long as the convolution where the map is
-    small: there it is one product over the pixels' neighbourhoods.  Times faster on one core (AMD Zen 3, float32), by the pixels
-    of a batch of two and the channels: 3.5 (32, 1280), 2.0 (128, 1280), 1.2 (512, 1280), 1.1 (128, 640); but 0.96 (512, 640).
-    The batch itself decides nothing: a picture is the same beside others.
+    Where its weight does not stay in oneDNN's order, that is made at every call, which takes as long as the convolution where
+    the map is small: there it is one product over the pixels' neighbourhoods.  Times faster on one core (AMD Zen 3, float32), by
+    the pixels of a batch of two and the channels: 3.5 (32, 1280), 2.0 (128, 1280), 1.2 (512, 1280), 1.1 (128, 640); but 0.96
+    (512, 640).  The batch itself decides nothing: a picture is the same beside others.
     """
+    if isinstance(weight, Weight):
+        (packed_,) = weight.packed(lambda whole: convolution_order(whole, x, stride), (*x.shape[2:], stride))
+        return packed_conv3x3(x, packed_, bias, stride, add)
     b, c, height, width = x.shape
     height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
     if 4 * height * width > c or not weight.is_contiguous(memory_format=torch.channels_last):
@@ -95,6 +119,20 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int =
     rows = None if add is None else add.permute(0, 2, 3, 1).reshape(b * height * width, len(weight))
     out = linear(neighbourhoods, weight.permute(0, 2, 3, 1).reshape(len(weight), 9 * c), bias, rows)
     return out.view(b, height, width, len(weight)).permute(0, 3, 1, 2)
+
+
+def convolution_order(weight: Tensor, x: Tensor, stride: int) -> Tensor:
+    """A weight (C', C, 3, 3) in oneDNN's order, which depends on the size of the map x (B, C, H, W)."""
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, [1, 1], [stride] * 2, [1, 1], 1, list(x.shape))  # type: ignore[no-any-return]
+
+
+def packed_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, add: Tensor | None) -> Tensor:
+    where = ([1, 1], [stride] * 2, [1, 1], 1)  # padding, stride, dilation, groups
+    x = x.contiguous(memory_format=torch.channels_last)
+    if add is None:
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *where, "none", [], "")
+    add = add.contiguous(memory_format=torch.channels_last)
+    return torch.ops.mkldnn._convolution_pointwise.binary(x, add, weight, bias, *where, "add", None, None, [], None)
 
 
 def upsample_conv(x: Tensor, phases: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ from ..errors import UsageError
 from ..files.model import StableDiffusion
 from ..system.device import cpu_computes_bfloat16
 from .choice import chosen, settle_cudnn, wants
+from .cpu import compiled
 from .cpu.engine import Cpu
 from .cuda import Cuda
 from .engine import Engine, Plain
@@ -27,6 +28,8 @@ def engine(model: StableDiffusion, fast: bool | None = None) -> Engine:
         fast = said == "1"
     here = next(model.parameters())
     on_cpu = fast and here.device.type == "cpu" and computes(here.dtype)
+    if compiled.wanted() and fast and here.device.type == "cpu":
+        compiled.check(here.dtype)
     if here.device.type == "cuda":
         settle_cudnn()
     if (on_cpu and chosen().auto) or wants("group_norm", here.device):  # now, so that all draws round the same

@@ -15,6 +15,7 @@ from ..models import ops
 from ..models.unet import CrossAttention
 from .choice import kernels, takes
 from .cpu import attention as on_cpu
+from .cpu import compiled
 
 Operation = Callable[..., Tensor]
 FEW = 128  # keys that `cross_attention` is for: the kernel of `attention`, which has them in one tile then
@@ -31,6 +32,8 @@ def kernel_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool =
     few = k.shape[1] <= FEW and takes("cross_attention", *apart)
     if (few or takes("attention", *apart)) and copyable(*apart):
         return by_heads(kernels().attention)
+    if compiled.takes(q, k, v, heads):
+        return compiled.compiled_attention
     slow = q.device.type == "cpu" and q.dtype == torch.bfloat16  # PyTorch's, which is no faster than in float32
     return by_heads(on_cpu.attention_by_sigmoids) if slow and on_cpu.pays(*apart[:2]) else None
 

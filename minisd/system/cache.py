@@ -13,12 +13,17 @@ from .regular import open_regular
 MAX_KEPT = 64 << 20  # bytes; 10,000 files take about 3 MB
 
 
-def place(name: str) -> Path:
+def folder() -> Path:
     """Raises OSError where a user has no home (in a container, say): nothing is remembered there."""
-    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not os.path.isabs(folder):
-        raise OSError(f"{folder} is no place for a cache")
-    return Path(folder) / "minisd" / f"{name}.json"
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(caches):
+        raise OSError(f"{caches} is no place for a cache")
+    return Path(caches) / "minisd"
+
+
+def place(name: str) -> Path:
+    """Raises OSError as `folder` does."""
+    return folder() / f"{name}.json"
 
 
 def recall(name: str) -> dict[str, Any]:

@@ -22,7 +22,8 @@ def parser() -> Parser:
         description="Compile the kernels that drawing launches, from the headers of checkpoints, with or without a GPU, into the "
         "cache of Triton that drawing uses: then nobody waits for the compiler.",
         epilog="The cache (TRITON_CACHE_DIR, else ~/.triton/cache) is of use to the Triton that filled it, and to no other "
-        "version.  Kernels of a CPU, ControlNets and the library's own plans (cuDNN, cuBLAS) are not in it.",
+        "version.  ControlNets and the library's own plans (cuDNN, cuBLAS) are not in it.  Without a GPU, and with "
+        "MINISD_CPU=compiled, attention for the processor is built instead.",
     )
     made.add_argument(
         "models", nargs="*", metavar="MODEL", help="checkpoints, or their names (default: the published SD 1.5, 2.1 and SDXL)"
@@ -38,6 +39,7 @@ def parser() -> Parser:
 
 
 def warm(args: argparse.Namespace) -> int:
+    from ...fast.cpu.compiled import built
     from ...warmup.starting import job_of
     from ...warmup.starting import warm as warmed
 
@@ -45,8 +47,14 @@ def warm(args: argparse.Namespace) -> int:
         whole(1, 256).check("jobs", args.jobs)
     if args.dtype not in ("float32", "bfloat16", "float16"):
         raise UsageError(f"dtype: expected float32, bfloat16 or float16, found {args.dtype!r}")
-    job = job_of(models_of(args), target_of(args.target), args.jobs)
     start = time.perf_counter()
+    if for_cpu(args.target):
+        built()
+        seconds = time.perf_counter() - start
+        found = {"target": "cpu", "seconds": seconds, "variants": []}
+        print(json.dumps(found) if args.json else f"attention for the processor of this machine, in {seconds:.1f} s")
+        return 0
+    job = job_of(models_of(args), target_of(args.target), args.jobs)
     count, *variants = counted(warmed(job))
     found = {"target": f"sm_{job['capability']}", "seconds": time.perf_counter() - start, "variants": variants}
     failed = [each for each in variants if "error_text" in each]
@@ -57,6 +65,14 @@ def warm(args: argparse.Namespace) -> int:
     else:
         print(f"{count - len(failed)} variants of kernels for {found['target']}, in {found['seconds']:.1f} s")
     return MinisdError.exit_code if failed else 0
+
+
+def for_cpu(target: str | None) -> bool:
+    """Whether MINISD_CPU=compiled is set where no GPU is, and none is named.  Raises UsageError."""
+    from ...fast.cpu.compiled import wanted
+    from ...warmup.starting import capability_here
+
+    return wanted() and target is None and capability_here() is None
 
 
 def counted(lines: Any) -> Any:

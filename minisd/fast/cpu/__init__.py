@@ -1,5 +1,5 @@
 """The fused networks as a CPU likes them.
 
 Read operations (products, convolutions and what is added to them), networks (the layers of the UNet and of the VAE's decoder by
-these), engine (who draws with them).
+these), attention and compiled (by products, and by code of our own in attention.c), engine (who draws with them).
 """

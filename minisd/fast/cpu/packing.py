@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ...system.memory import give_back
 from ..ways import version_of
 
 ALONE = 2  # users of a storage that nobody but its tensor has: that, and who asks
+MOST_FREE, free = 128 << 20, [0]  # bytes
 LOCK = RLock()  # around a change of form: a thread may read what another multiplies with
 
 
@@ -56,7 +58,16 @@ class Weight:
             packed = tuple(pack(part) for part in plain.chunk(self.parts))
             if alone:
                 self.order, self.form = order, packed
+                give_back_at_times(plain.nbytes)
             return packed
+
+
+def give_back_at_times(size: int) -> None:
+    """So many bytes more are free, in pieces that others do not always fit into: now and then all of it goes back."""
+    free[0] += size
+    if free[0] > MOST_FREE:
+        free[0] = 0
+        give_back(torch.device("cpu"))
 
 
 def users(x: Tensor) -> int:

@@ -135,6 +135,35 @@ def test_what_is_written_is_multiplied_with_and_counted(write, kept):
     assert torch.equal(layer.weight, 2 * numbers)
 
 
+@torch.no_grad()
+def test_a_copy_is_not_unpacked_for(kept, monkeypatch):
+    """All of it is written over; but nothing is lost where what is copied does not fit, or is a part."""
+    layer, weight, numbers = kept
+    for wrong in (torch.zeros(7), torch.zeros(48, 64, device="meta"), torch.zeros(2, 48, 64)):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            layer.weight.copy_(wrong)
+        assert torch.equal(layer.weight, numbers)
+        linear(torch.ones(2, 64), weight)
+    layer.weight.copy_(torch.ones(64))  # for each row
+    assert torch.equal(layer.weight, torch.ones(48, 64))
+    linear(torch.ones(2, 64), weight)
+    monkeypatch.setattr(
+        Weight, "plain", lambda self: self.form if isinstance(self.form, torch.Tensor) else pytest.fail("unpacked")
+    )
+    before = layer.weight._version
+    layer.weight.copy_(2 * numbers.double())
+    assert torch.equal(layer.weight, 2 * numbers)
+    assert layer.weight._version > before
+    monkeypatch.undo()
+    one, other = nn.Linear(8, 4, bias=False), nn.Linear(8, 4, bias=False)
+    kept_other = other.weight.detach().clone()
+    both = held(torch.cat([one.weight, other.weight]), one, other)
+    linear(torch.eye(8), both)
+    one.weight.copy_(torch.zeros(4, 8))
+    assert torch.equal(other.weight, kept_other)
+    assert not one.weight.any()
+
+
 def test_another_tensor_in_its_place(kept):
     layer, _, numbers = kept
     layer.weight.data = 3 * numbers

@@ -47,6 +47,13 @@ class Weight:
                 self.form = unpacked.contiguous(memory_format=torch.channels_last) if unpacked.dim() == 4 else unpacked
             return self.form
 
+    def forget(self) -> None:
+        """Plain, and with no numbers yet."""
+        if isinstance(self.form, tuple):
+            with torch.inference_mode(False):
+                order = torch.channels_last if len(self.shape) == 4 else torch.contiguous_format
+                self.form = torch.empty(self.shape, dtype=self.dtype, memory_format=order)
+
     def packed(self, pack: Callable[[Tensor], Tensor], order: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
         """Its parts in oneDNN's order, as `pack` makes it, another for each `order`; kept, if nobody else holds the plain one."""
         form = self.form
@@ -113,9 +120,17 @@ class Held(Tensor):
             rows = self.weight.plain()[self.row : self.row + len(self)]
             return rows.as_strided(self.shape, self.stride(), rows.storage_offset())
 
+    def before_copy(self, source: Tensor) -> None:
+        """What is written over as a whole, as a LoRA's other strength is, need not be unpacked first."""
+        with LOCK:
+            if source.shape == self.shape and self.numel() == self.weight.shape.numel() and source.device == self.device:
+                self.weight.forget()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Any operation: of the plain weight.  What is written to counts as written to here, too, and through views of it."""
+        if func is torch.ops.aten.copy_.default and isinstance(args[0], Held):
+            args[0].before_copy(args[1])
         args, kwargs = tree_map(lambda x: x.plain() if isinstance(x, Held) else x, (args, kwargs or {}))
         return func(*args, **kwargs)
 

@@ -139,7 +139,10 @@ def test_what_is_written_is_multiplied_with_and_counted(write, kept):
 def test_a_copy_is_not_unpacked_for(kept, monkeypatch):
     """All of it is written over; but nothing is lost where what is copied does not fit, or is a part."""
     layer, weight, numbers = kept
-    for wrong in (torch.zeros(7), torch.zeros(48, 64, device="meta"), torch.zeros(2, 48, 64)):
+    layer.weight.copy_(layer.weight)
+    assert torch.equal(layer.weight, numbers)
+    linear(torch.ones(2, 64), weight)
+    for wrong in (torch.zeros(7), torch.zeros(48, 64, device="meta"), torch.zeros(2, 48, 64), torch.zeros(48, 64).to_sparse()):
         with pytest.raises((RuntimeError, NotImplementedError)):
             layer.weight.copy_(wrong)
         assert torch.equal(layer.weight, numbers)
@@ -207,6 +210,15 @@ def test_a_weight_that_somebody_has_a_view_of_is_left_as_it_is():
     view = layer.weight.flatten()
     assert not isinstance(held(layer.weight, layer), Weight)
     assert view._base is layer.weight
+
+
+def test_a_gradient_and_who_waits_for_one_stay():
+    layer, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    layer.weight.grad = torch.ones(4, 4)
+    other.weight.register_hook(lambda gradient: 2 * gradient)
+    assert not isinstance(held(layer.weight, layer), Weight)
+    assert not isinstance(held(other.weight, other), Weight)
+    assert layer.weight.grad.all()
 
 
 def test_layers_one_above_the_other_and_parts():

@@ -87,7 +87,7 @@ def hold(weight: Weight, layers: Sequence[nn.Module]) -> bool:
     The parameters stay the same objects, written to as often as before.
     """
     parameters: list[Tensor] = [layer.weight for layer in layers]  # type: ignore[misc]
-    if any(each._use_count() > 1 or getweakrefs(each) for each in parameters):  # type: ignore[attr-defined]
+    if any(each._use_count() > 1 or getweakrefs(each) or learns(each) for each in parameters):  # type: ignore[attr-defined]
         return False
     row = 0
     for parameter in parameters:
@@ -98,6 +98,11 @@ def hold(weight: Weight, layers: Sequence[nn.Module]) -> bool:
         torch.utils.swap_tensors(parameter, made)
         row += len(parameter)
     return True
+
+
+def learns(x: Tensor) -> bool:
+    """Whether it has a gradient, or somebody waits for one."""
+    return x.grad is not None or bool(x._backward_hooks)
 
 
 class Held(Tensor):
@@ -122,16 +127,17 @@ class Held(Tensor):
 
     def before_copy(self, source: Tensor) -> None:
         """What is written over as a whole, as a LoRA's other strength is, need not be unpacked first."""
-        with LOCK:
-            if source.shape == self.shape and self.numel() == self.weight.shape.numel() and source.device == self.device:
-                self.weight.forget()
+        whole = source.shape == self.shape and self.numel() == self.weight.shape.numel()
+        if whole and source is not self and source.device == self.device and source.layout == torch.strided:
+            self.weight.forget()
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Any operation: of the plain weight.  What is written to counts as written to here, too, and through views of it."""
-        if func is torch.ops.aten.copy_.default and isinstance(args[0], Held):
-            args[0].before_copy(args[1])
-        args, kwargs = tree_map(lambda x: x.plain() if isinstance(x, Held) else x, (args, kwargs or {}))
+        with LOCK:
+            if func is torch.ops.aten.copy_.default and isinstance(args[0], Held):
+                args[0].before_copy(args[1])
+            args, kwargs = tree_map(lambda x: x.plain() if isinstance(x, Held) else x, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     @classmethod

@@ -112,6 +112,13 @@ def write_through_a_view(layer):
     layer.weight.flatten()[:].mul_(2)
 
 
+@torch.no_grad()
+def write_in_a_list(layer):
+    other = nn.Parameter(torch.ones(2))
+    torch._foreach_mul_([other, layer.weight], 2.0)
+    assert other._version == 1
+
+
 def write_through_load(layer):
     layer.load_state_dict({name: 2 * value if name == "weight" else value for name, value in layer.state_dict().items()})
 
@@ -123,7 +130,8 @@ def write_by_an_optimizer(layer):
 
 
 @pytest.mark.parametrize(
-    "write", [write_in_place, write_through_state_dict, write_through_a_view, write_through_load, write_by_an_optimizer]
+    "write",
+    [write_in_place, write_through_state_dict, write_through_a_view, write_in_a_list, write_through_load, write_by_an_optimizer],
 )
 def test_what_is_written_is_multiplied_with_and_counted(write, kept):
     layer, weight, numbers = kept

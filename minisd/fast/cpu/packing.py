@@ -134,6 +134,7 @@ class Held(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Any operation: of the plain weight.  What is written to counts as written to here, too, and through views of it."""
+        count_writes(func, args)
         with LOCK:
             if func is torch.ops.aten.copy_.default and isinstance(args[0], Held):
                 args[0].before_copy(args[1])
@@ -157,6 +158,13 @@ class Held(Tensor):
 
     def __deepcopy__(self, known: dict[int, Any]) -> nn.Parameter:
         return copy.deepcopy(self.parameter(), known)
+
+
+def count_writes(func: Any, args: Any) -> None:
+    """Counts what is written to: an operation on a list of tensors (torch._foreach_add_) leaves that to those on each."""
+    for written, given in zip(func._schema.arguments, args, strict=False):
+        if written.alias_info and written.alias_info.is_write and isinstance(given, list | tuple):
+            torch.autograd.graph.increment_version(x for x in given if not x.is_inference())
 
 
 SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]

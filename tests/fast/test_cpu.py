@@ -333,6 +333,17 @@ def test_what_is_done_to_a_module_is_in_the_picture(pipe):
     assert torch.equal(drawn(pipe), before)
 
 
+def test_a_picture_under_autocast_is_the_modules(pipe):
+    """Also its decoding, and after weights were packed."""
+    drawn(pipe)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = pipe("a red circle", **SMALLEST)
+        with choice.using("torch"):
+            wanted = pipe("a red circle", **SMALLEST)
+    assert torch.equal(found.latents, wanted.latents)
+    assert found.images[0].tobytes() == wanted.images[0].tobytes()
+
+
 def test_the_modules_draw_where_they_are_asked_to(files, pipe):
     plain = minisd.load(files["sd1"], device="cpu", dtype="float32", fast=False)
     assert type(plain.engine) is Plain

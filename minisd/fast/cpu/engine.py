@@ -49,7 +49,7 @@ class Cpu(Cuda):
         return encoder.hidden_states(ids)
 
     def decode(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
-        if not chosen().auto:
+        if not chosen().auto or torch.is_autocast_enabled("cpu"):
             return vae.decode(latents)
         recorder = self.recorder(vae, lambda: decoder_recorder(vae, False, decoder_layer))
         if recorder is None:

@@ -16,6 +16,7 @@ from torch import nn
 
 import minisd
 from minisd.cli import main
+from minisd.fast.cpu.packing import Weight
 from minisd.fast.lossy.float8 import FLOAT8, Float8LayerNorm
 from minisd.inside.layers import ULPS, by_part, histogram, numerics
 from minisd.inside.shown.numerics import as_text, first_nonfinite, plot
@@ -180,6 +181,12 @@ def test_largest_numbers_are_those_of_the_drawing(a):
 SMALL = minisd.Request(PROMPT, steps=1, seed=1, width=16, height=16)
 
 
+def joined(block):
+    """The weights of q, k and v, one above the other, as a GPU or a CPU multiplies with them."""
+    weights = block.qkv if hasattr(block, "qkv") else block.weights
+    return weights.plain() if isinstance(weights, Weight) else weights
+
+
 def layer_of(b: Side, name: str) -> Any:
     return b.fused.parts[name].layer
 
@@ -244,7 +251,7 @@ PLANTED_FUSED: dict[str, tuple[tuple[str, ...], str, Callable[[Side], None]]] = 
     "a weight out of a transformer": (
         BOTH, f"{UNET}.middle_block.1", weight_scaled(f"{UNET}.middle_block.1.proj_out"),
     ),
-    "the joined weights of q, k and v": (BOTH, BLOCK, lambda b: layer_of(b, BLOCK).qkv[5].mul_(1.1)),
+    "the joined weights of q, k and v": (BOTH, BLOCK, lambda b: joined(layer_of(b, BLOCK))[5].mul_(1.1)),
     "keys and values of the prompt": (
         BOTH, BLOCK, lambda b: b.fused.network.kv.split(b.fused.network.keys_values_sizes)[4].mul_(1.01),
     ),

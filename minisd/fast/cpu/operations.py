@@ -105,8 +105,8 @@ def conv3x3(
     (512, 640).  The batch itself decides nothing: a picture is the same beside others.
     """
     if isinstance(weight, Weight):
-        (packed_,) = weight.packed(lambda whole: convolution_order(whole, x, stride), (*x.shape[2:], stride))
-        return packed_conv3x3(x, packed_, bias, stride, add)
+        (ready,) = weight.packed(lambda whole: convolution_order(whole, x, stride), (*x.shape[2:], stride))
+        return packed_conv3x3(x, ready, bias, stride, add)
     b, c, height, width = x.shape
     height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
     if 4 * height * width > c or not weight.is_contiguous(memory_format=torch.channels_last):

@@ -34,7 +34,7 @@ class Weight:
         """plain (N, K) of linear layers or (C', C, 3, 3) of a convolution; parts: into how many equal ones it is packed."""
         self.shape, self.dtype, self.parts = plain.shape, plain.dtype, parts
         self.form: Tensor | tuple[Tensor, ...] = plain  # or its parts in oneDNN's order
-        self.order: tuple[int, ...] = ()  # what these were made for: the pixels of a convolution's input
+        self.order: tuple[int, ...] = ()  # what these were made for: a convolution's map and its stride
 
     def plain(self) -> Tensor:
         form = self.form
@@ -51,8 +51,8 @@ class Weight:
         """Plain, and with no numbers yet."""
         if isinstance(self.form, tuple):
             with torch.inference_mode(False):
-                order = torch.channels_last if len(self.shape) == 4 else torch.contiguous_format
-                self.form = torch.empty(self.shape, dtype=self.dtype, memory_format=order)
+                strides = torch.channels_last if len(self.shape) == 4 else torch.contiguous_format
+                self.form = torch.empty(self.shape, dtype=self.dtype, memory_format=strides)
 
     def packed(self, pack: Callable[[Tensor], Tensor], order: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
         """Its parts in oneDNN's order, as `pack` makes it, another for each `order`; kept, if nobody else holds the plain one."""

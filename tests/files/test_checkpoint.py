@@ -200,18 +200,23 @@ def test_a_file_that_ends_while_it_is_read_is_an_error(reduced_file, tmp_path, m
 
 def test_a_tensor_longer_than_the_buffer_is_read_whole(tmp_path, monkeypatch):
     monkeypatch.setattr("minisd.files.tensors.PIECE", 64)
+    monkeypatch.setattr("minisd.files.tensors.NUMBERS", 64)
     weights = {
         "a": torch.randn(7, 11),
         "b": torch.zeros(0, 3),
         "c": torch.randn(33).half(),
         "d": torch.randn(()),
         "e": torch.randn(5),
+        "f": torch.randn(7, 3, 3, 3).half(),
+        "g": torch.randn(2, 9, 3, 3),
+        "h": torch.zeros(2, 0, 3, 3),
     }
     save_file(weights, tmp_path / "x.safetensors")
     checkpoint = open_checkpoint(tmp_path / "x.safetensors")
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         found = load_tensors(checkpoint, weights, dtype)
         assert all(torch.equal(found[key], weights[key].to(dtype)) for key in weights)
+        assert all(found[key].is_contiguous(memory_format=torch.channels_last) for key in "fgh")
 
 
 def test_inspect(tiny):

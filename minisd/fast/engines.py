@@ -28,8 +28,8 @@ def engine(model: StableDiffusion, fast: bool | None = None) -> Engine:
         fast = said == "1"
     here = next(model.parameters())
     on_cpu = fast and here.device.type == "cpu" and computes(here.dtype)
-    if compiled.wanted() and fast and here.device.type == "cpu":
-        compiled.check(here.dtype)
+    if fast and here.device.type == "cpu":
+        compiled.prepare(here.dtype)
     if here.device.type == "cuda":
         settle_cudnn()
     if (on_cpu and chosen().auto) or wants("group_norm", here.device):  # now, so that all draws round the same

@@ -157,6 +157,7 @@ def driver() -> str:
 def kernels() -> dict[str, Any]:
     """Which of minisd's kernels draw, and why not the others.  None is built for this: that takes seconds."""
     from ..fast import choice
+    from ..fast.cpu import compiled
     from ..system.device import to_device
 
     names, auto = choice.chosen()
@@ -164,6 +165,8 @@ def kernels() -> dict[str, Any]:
     used, why = sorted(names), f"MINISD_KERNELS={os.environ.get('MINISD_KERNELS') or 'auto'}"
     if auto and here.type != "cuda":
         used, why = [], f"on a {here.type.upper()} PyTorch's own operations are taken"
+        if here.type == "cpu" and compiled.expected():
+            used, why = ["attention"], "in bfloat16 it is compiled C (MINISD_CPU, minisd[native]); all else is PyTorch's own"
     elif auto and not installed:
         used, why = [], "Triton cannot be imported"
     elif auto and not (os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")):  # triton/runtime/build.py

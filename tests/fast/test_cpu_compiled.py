@@ -30,6 +30,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("MINISD_CPU", "compiled")
     yield
     compiled.built.cache_clear()
+    compiled.extra_builds.cache_clear()
 
 
 def given(batch: int, length: int, keys: int, heads: int, d: int, size: float = 1.0) -> tuple[torch.Tensor, ...]:
@@ -138,7 +139,8 @@ def test_what_it_takes(chosen, monkeypatch):
     assert not compiled.takes(q.requires_grad_(), k, v, 2)
     with torch.no_grad():
         assert compiled.takes(q, k, v, 2)
-    for said in (None, "", "torch"):
+    monkeypatch.setattr(compiled, "has_zig", lambda: False)
+    for said in (None, "", "auto", "torch"):
         monkeypatch.delenv("MINISD_CPU") if said is None else monkeypatch.setenv("MINISD_CPU", said)
         assert not compiled.takes(q, k, v, 2)
 
@@ -166,6 +168,34 @@ def test_it_is_built_once_and_anew_where_it_is_not_whole(chosen, tmp_path, monke
 
 
 @CAN
+@BUILT
+def test_the_extra_that_brings_a_compiler_turns_it_on(chosen, monkeypatch, capsys):
+    """For bfloat16; MINISD_CPU=torch still turns it off."""
+    monkeypatch.delenv("MINISD_CPU")
+    monkeypatch.setattr(compiled, "has_zig", lambda: True)
+    q, k, v = given(1, 40, 50, 2, 40)
+    assert compiled.takes(q, k, v, 2)
+    assert not compiled.takes(q.float(), k.float(), v.float(), 2)
+    assert minisd.load(device="cpu", dtype="float32")("a red circle", steps=1, width=32, height=32).images
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kernels"]["used"] == "attention"
+    monkeypatch.setenv("MINISD_CPU", "torch")
+    assert not compiled.takes(q, k, v, 2)
+
+
+def test_an_extra_that_builds_nothing_is_told_of_once(chosen, monkeypatch, tmp_path):
+    monkeypatch.delenv("MINISD_CPU")
+    monkeypatch.setattr(compiled, "has_zig", lambda: True)
+    monkeypatch.setattr(compiled, "cpu_bfloat16", lambda: ["avx512_bf16"])
+    monkeypatch.setattr(compiled, "compilers", lambda: [[str(tmp_path / "no-such-cc")]])
+    with pytest.warns(UserWarning, match=r"minisd\[native\] is of no use here.*no-such-cc") as told:
+        compiled.prepare(torch.bfloat16)
+        compiled.prepare(torch.bfloat16)
+    assert len(told) == 1
+    assert not compiled.takes(*given(1, 40, 50, 2, 40), 2)
+
+
+@CAN
 def test_threads_are_pytorchs_own():
     """The only OpenMP in this process, where PyTorch is built with one."""
     if torch.__config__.parallel_info().count("OpenMP not found"):
@@ -181,7 +211,7 @@ def test_its_source_is_in_the_package():
 
 def test_a_wrong_choice(monkeypatch, chosen):
     monkeypatch.setenv("MINISD_CPU", "fast")
-    with pytest.raises(UsageError, match="MINISD_CPU: expected torch or compiled, found 'fast'"):
+    with pytest.raises(UsageError, match="MINISD_CPU: expected auto, torch or compiled, found 'fast'"):
         minisd.load(device="cpu")
 
 
@@ -213,6 +243,7 @@ def test_a_compiler_that_is_not_there_and_zig(monkeypatch, chosen):
     assert compiled.compilers() == [["ccache", "no-such-cc"]]
     monkeypatch.delenv("CC")
     monkeypatch.setattr("shutil.which", lambda name: name if name == "gcc" else None)
+    monkeypatch.setattr(compiled, "has_zig", compiled.has_zig.__wrapped__)  # asked anew
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     (first, zig) = compiled.compilers()
     assert (first, zig[1:]) == (["gcc"], ["-m", "ziglang", "cc"])

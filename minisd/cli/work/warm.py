@@ -23,7 +23,7 @@ def parser() -> Parser:
         "cache of Triton that drawing uses: then nobody waits for the compiler.",
         epilog="The cache (TRITON_CACHE_DIR, else ~/.triton/cache) is of use to the Triton that filled it, and to no other "
         "version.  ControlNets and the library's own plans (cuDNN, cuBLAS) are not in it.  Without a GPU, and with "
-        "MINISD_CPU=compiled, attention for the processor is built instead.",
+        "minisd[native] or MINISD_CPU=compiled, attention for the processor is built instead.",
     )
     made.add_argument(
         "models", nargs="*", metavar="MODEL", help="checkpoints, or their names (default: the published SD 1.5, 2.1 and SDXL)"
@@ -68,7 +68,7 @@ def warm(args: argparse.Namespace) -> int:
 
 
 def for_cpu(target: str | None) -> bool:
-    """Whether MINISD_CPU=compiled is set where no GPU is, and none is named.  Raises UsageError."""
+    """Whether attention on the CPU is to be compiled, no GPU is here, and none is named.  Raises UsageError."""
     from ...fast.cpu.compiled import wanted
     from ...warmup.starting import capability_here
 

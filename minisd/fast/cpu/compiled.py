@@ -1,7 +1,9 @@
-"""Attention on a CPU by code of our own (attention.c), built here by a C compiler where MINISD_CPU=compiled asks for it.
+"""Attention on a CPU by code of our own (attention.c), built here by a C compiler where MINISD_CPU says so.
 
-    torch       PyTorch's operations alone, the default: a picture is the same whether a machine has a compiler or not
+    torch       PyTorch's operations alone
     compiled    attention in bfloat16 by attention.c, on processors with AVX-512 BF16
+    auto        compiled where the extra minisd[native] is installed and that can be, else torch, the default: a compiler that a
+                machine has for other ends changes no picture
 
 What is built lies in minisd's cache, under a name that says of which source, by which compiler and for which processor.
 """
@@ -18,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,26 +54,49 @@ class Built(NamedTuple):
     parallel: Any  # GOMP_parallel, or None
 
 
+def asked() -> str:
+    """What MINISD_CPU says.  Raises UsageError for another value than auto, torch, compiled or none."""
+    said = os.environ.get("MINISD_CPU") or "auto"
+    if said not in ("auto", "torch", "compiled"):
+        raise UsageError(f"MINISD_CPU: expected auto, torch or compiled, found {said!r}")
+    return said
+
+
 def wanted() -> bool:
-    """Whether MINISD_CPU asks for it.  Raises UsageError for another value than torch, compiled or none."""
-    said = os.environ.get("MINISD_CPU") or "torch"
-    if said not in ("torch", "compiled"):
-        raise UsageError(f"MINISD_CPU: expected torch or compiled, found {said!r}")
-    return said == "compiled"
+    """Whether attention in bfloat16 is to be compiled.  Raises UsageError for a wrong MINISD_CPU."""
+    return expected() and (asked() == "compiled" or extra_builds())
 
 
-def check(dtype: torch.dtype) -> None:
-    """Builds it for networks of this number format.  Raises UsageError where that cannot be."""
-    if dtype != torch.bfloat16:
+def expected() -> bool:
+    """Whether it will be built here, if all goes well.  Raises UsageError."""
+    said = asked()
+    return said == "compiled" or (said == "auto" and has_zig() and has_instructions())
+
+
+@cache
+def extra_builds() -> bool:
+    """Whether it can be built; where it cannot, a warning says why."""
+    try:
+        built()
+    except UsageError as error:
+        warnings.warn(f"minisd[native] is of no use here, so attention is by PyTorch's operations: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def prepare(dtype: torch.dtype) -> None:
+    """Builds it, if it is wanted, for networks of this number format.  Raises UsageError where it is asked for and cannot be."""
+    if asked() == "compiled" and dtype != torch.bfloat16:
         raise UsageError(
             f"MINISD_CPU=compiled: expected bfloat16, found {name_of(dtype)}: use --dtype bfloat16, or MINISD_CPU=torch"
         )
-    built()
+    if dtype == torch.bfloat16 and wanted():
+        built()
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, heads: int) -> bool:
     """Whether it is wanted, and for such tensors: q (B, L, heads*d), k and v (B, S, heads*d)."""
-    if q.device.type != "cpu" or not wanted():
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not wanted():
         return False
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     fits = all(x.dtype == torch.bfloat16 and x.stride(-1) == 1 and x.numel() > 0 for x in (q, k, v))
@@ -92,7 +118,7 @@ def compiled_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool
 @cache
 def built() -> Built:
     """Raises UsageError where the processor lacks the instructions, or no compiler builds it."""
-    if "avx512_bf16" not in cpu_bfloat16():
+    if not has_instructions():
         raise UsageError(
             "MINISD_CPU=compiled: expected a processor with avx512_bf16 (on Linux), found none: use MINISD_CPU=torch"
         )
@@ -119,8 +145,17 @@ def compilers() -> list[list[str]]:
     if os.environ.get("CC"):
         return [shlex.split(os.environ["CC"])]
     found = [[name] for name in ("cc", "gcc", "clang") if shutil.which(name)]
-    zig = importlib.util.find_spec("ziglang") is not None
-    return [*found, *([[sys.executable, "-m", "ziglang", "cc"]] if zig else [])]
+    return [*found, *([[sys.executable, "-m", "ziglang", "cc"]] if has_zig() else [])]
+
+
+@cache
+def has_zig() -> bool:
+    """Whether the extra minisd[native] is installed."""
+    return importlib.util.find_spec("ziglang") is not None
+
+
+def has_instructions() -> bool:
+    return "avx512_bf16" in cpu_bfloat16()
 
 
 def loaded(compiler: list[str]) -> ctypes.CDLL:

@@ -41,6 +41,10 @@ class Target:
     transposed: bool = False  # whether it lies the other way round in the checkpoint
 
     @property
+    def is_whole(self) -> bool:
+        return self.rows is None and not self.transposed
+
+    @property
     def bias(self) -> str:
         """The key of the bias that goes with it."""
         return re.sub(r"weight$", "bias", self.key)

@@ -24,6 +24,8 @@ from .lora_file import Addon, Change, check_fits, open_addon, part_of
 from .lora_formulas import RULES
 from .wanted import Lora, Wanted, facts
 
+NUMBERS = 1 << 21  # of a weight at a time
+
 
 @dataclass(frozen=True)
 class Active:
@@ -115,9 +117,11 @@ class Stack:
             for key, changes in by_key.items():
                 if key not in self.base:
                     self.base[key] = torch.empty_like(weights[key], device="cpu")
-                if key not in before:  # somebody may have trained it since it was last changed
+                if key in before:
+                    weights[key].copy_(self.base[key])
+                else:  # somebody may have trained it since it was last changed
                     self.base[key].copy_(weights[key])
-                self.write(weights[key], self.base[key], [pair for pair in changes if pair[0].strength(pair[1])])
+                self.change(weights[key], self.base[key], [pair for pair in changes if pair[0].strength(pair[1])])
 
     def changed_from(self) -> dict[str, Tensor]:
         """What the file has, in main memory, of the weights that are changed now."""
@@ -127,19 +131,38 @@ class Stack:
         """What a recipe says of what is on."""
         return [facts(each.lora, each.addon) for each in self.active]
 
-    def write(self, weight: Tensor, base: Tensor, changes: Sequence[tuple[Active, Change]]) -> None:
-        """The file's weight with the changes of all add-ons, in place; in float32 until the end."""
-        result = weight if weight.dtype == torch.float32 or not changes else self.wide(weight)
-        result.copy_(base)
-        layer(result, base, changes, self.rule)
-        if result is not weight:
-            weight.copy_(result)
+    def change(self, weight: Tensor, base: Tensor, changes: Sequence[tuple[Active, Change]]) -> None:
+        """Adds the changes of all add-ons to the file's weight, in place; in float32 until the end."""
+        if not changes:
+            return
+        numbers = weight.detach()  # of one that is packed, those that are multiplied with next (fast/cpu/packing.py)
+        if all(change.is_product and change.target.is_whole for _, change in changes):
+            self.add_products(numbers, changes)
+        else:
+            wide = self.wide(numbers)
+            layer(wide, base, changes, self.rule)
+            numbers.copy_(wide)
+        torch.autograd.graph.increment_version(weight)
+
+    def add_products(self, weight: Tensor, changes: Sequence[tuple[Active, Change]]) -> None:
+        """Some rows at a time, which stay in a processor's cache, so that main memory gives and takes each number once."""
+        factors = [(strength_of(*each), *factors_of(*each, weight)) for each in changes]
+        some = max(1, NUMBERS * len(weight) // weight.numel()) if weight.device.type == "cpu" else len(weight)
+        for start in range(0, len(weight), some):
+            rows = weight[start : start + some]
+            wide = self.wide(rows)
+            for strength, up, down in factors:
+                as_matrix(wide).addmm_(up[start : start + some], down, alpha=strength)
+            if wide is not rows:
+                rows.copy_(wide)
 
     def wide(self, weight: Tensor) -> Tensor:
-        """Memory for a weight in float32, the same each time."""
+        """A weight in float32, in memory that is the same each time; one that is so, itself."""
+        if weight.dtype == torch.float32:
+            return weight
         if self.scratch is None or self.scratch.numel() < weight.numel() or self.scratch.device != weight.device:
             self.scratch = torch.empty(weight.numel(), device=weight.device)
-        return self.scratch[: weight.numel()].view(weight.shape)
+        return self.scratch[: weight.numel()].as_strided(weight.shape, weight.stride()).copy_(weight)
 
 
 def layer(result: Tensor, base: Tensor, changes: Sequence[tuple[Active, Change]], rule: str) -> None:
@@ -147,11 +170,31 @@ def layer(result: Tensor, base: Tensor, changes: Sequence[tuple[Active, Change]]
     for active, change in changes:
         strength, part = active.strength(change), part_of(result, change.target)
         if change.is_product and part.is_contiguous():
-            up, down = (active.addon.factors[change.parts[name]].to(part.device).flatten(1) for name in ("up", "down"))
-            part.view(len(part), -1).addmm_(up, down, alpha=strength * active.addon.scale(change))
+            up, down = factors_of(active, change, part)
+            as_matrix(part).addmm_(up, down, alpha=strength_of(active, change))
         elif strength:
             before = part_of(base.to(part.device), change.target).float() if rule == "paper" else part.clone()
             part.add_(active.addon.change_of(change, before, strength, rule))
+
+
+def strength_of(active: Active, change: Change) -> float:
+    """How much of a product is added."""
+    return active.strength(change) * active.addon.scale(change)
+
+
+def factors_of(active: Active, change: Change, part: Tensor) -> tuple[Tensor, Tensor]:
+    """The product's (N, R) and (R, K), as `as_matrix` has the part of a weight that it is for."""
+    up, down = (active.addon.factors[change.parts[name]].to(part.device) for name in ("up", "down"))
+    return up.flatten(1), (down.permute(0, 2, 3, 1) if down.dim() == 4 and lies_channels_last(part) else down).flatten(1)
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """(N, K) or (N, C, h, w) -> (N, K), as a view, the numbers of a row in the order in which they lie in memory."""
+    return (weight.permute(0, 2, 3, 1) if lies_channels_last(weight) else weight).view(len(weight), -1)
+
+
+def lies_channels_last(weight: Tensor) -> bool:
+    return weight.dim() == 4 and not weight.is_contiguous()
 
 
 def ready(addon: Addon, lora: Lora, family: Family, keys: Iterable[str], partial: bool) -> Active:

@@ -136,13 +136,14 @@ class Stack:
         if not changes:
             return
         numbers = weight.detach()  # of one that is packed, those that are multiplied with next (fast/cpu/packing.py)
-        if all(change.is_product and change.target.is_whole for _, change in changes):
+        if is_dense(numbers) and all(change.is_product and change.target.is_whole for _, change in changes):
             self.add_products(numbers, changes)
         else:
             wide = self.wide(numbers)
             layer(wide, base, changes, self.rule)
             numbers.copy_(wide)
-        torch.autograd.graph.increment_version(weight)
+        if not weight.is_inference():  # which nobody counts
+            torch.autograd.graph.increment_version(weight)
 
     def add_products(self, weight: Tensor, changes: Sequence[tuple[Active, Change]]) -> None:
         """Some rows at a time, which stay in a processor's cache, so that main memory gives and takes each number once."""
@@ -162,7 +163,9 @@ class Stack:
             return weight
         if self.scratch is None or self.scratch.numel() < weight.numel() or self.scratch.device != weight.device:
             self.scratch = torch.empty(weight.numel(), device=weight.device)
-        return self.scratch[: weight.numel()].as_strided(weight.shape, weight.stride()).copy_(weight)
+        order = torch.channels_last if lies_channels_last(weight) else torch.contiguous_format
+        strides = torch.empty_like(weight, device="meta", memory_format=order).stride()
+        return self.scratch[: weight.numel()].as_strided(weight.shape, strides).copy_(weight)
 
 
 def layer(result: Tensor, base: Tensor, changes: Sequence[tuple[Active, Change]], rule: str) -> None:
@@ -185,7 +188,8 @@ def strength_of(active: Active, change: Change) -> float:
 def factors_of(active: Active, change: Change, part: Tensor) -> tuple[Tensor, Tensor]:
     """The product's (N, R) and (R, K), as `as_matrix` has the part of a weight that it is for."""
     up, down = (active.addon.factors[change.parts[name]].to(part.device) for name in ("up", "down"))
-    return up.flatten(1), (down.permute(0, 2, 3, 1) if down.dim() == 4 and lies_channels_last(part) else down).flatten(1)
+    down = down.reshape(len(down), *part.shape[1:])  # some files have it as a matrix
+    return up.flatten(1), (down.permute(0, 2, 3, 1) if lies_channels_last(part) else down).flatten(1)
 
 
 def as_matrix(weight: Tensor) -> Tensor:
@@ -193,8 +197,12 @@ def as_matrix(weight: Tensor) -> Tensor:
     return (weight.permute(0, 2, 3, 1) if lies_channels_last(weight) else weight).view(len(weight), -1)
 
 
+def is_dense(weight: Tensor) -> bool:
+    return weight.is_contiguous() or lies_channels_last(weight)
+
+
 def lies_channels_last(weight: Tensor) -> bool:
-    return weight.dim() == 4 and not weight.is_contiguous()
+    return weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
 
 def ready(addon: Addon, lora: Lora, family: Family, keys: Iterable[str], partial: bool) -> Active:

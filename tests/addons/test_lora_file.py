@@ -18,7 +18,7 @@ from minisd.addons.lora_names import targets
 from minisd.addons.wanted import Lora
 from minisd.errors import CheckpointError, UsageError
 from minisd.files.checkpoint import open_checkpoint
-from minisd.models.family import REFINER, SD1, SD2, SDXL
+from minisd.models.family import REFINER, SD1, SD2, SDXL, UNET
 from minisd.models.shapes import Shapes
 from minisd.workbench import blueprint
 
@@ -365,6 +365,29 @@ def test_a_model_in_bfloat16_is_rounded_once(reduced_file, tmp_path):
     change = tensors[f"{FIRST}.lora_up.weight"] @ tensors[f"{FIRST}.lora_down.weight"] / 2
     expected = (base.double() + 0.3 * change.double()).float().bfloat16()
     assert (pipe.model.state_dict()[key] != expected).float().mean() < 0.01  # where two neighbours are equally near
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_convolution_some_rows_at_a_time(reduced_file, tmp_path, monkeypatch, dtype, drawn):
+    """Whose weight lies with its channels last, and the factor in the order of the file; once as a matrix."""
+    monkeypatch.setattr("minisd.addons.stack.NUMBERS", 1000)  # three rows of 32 channels
+    pipe = minisd.load(reduced_file, device="cpu", dtype=dtype)
+    if drawn:  # then a weight may be packed
+        pipe("a star", steps=1, width=32, height=32, seed=1)
+    key, name = f"{UNET}.input_blocks.1.0.in_layers.2.weight", "lora_unet_down_blocks_0_resnets_0_conv1"
+    base = pipe.model.state_dict()[key].clone()
+    up, down = (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(1)) for shape in ((len(base), 2), (2, *base.shape[1:]))
+    )
+    expected = (base.double() + torch.einsum("nr,rchw->nchw", up.double(), down.double())).to(base.dtype)
+    for each in (down, down.flatten(1)):
+        save_file({f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": each.contiguous()}, tmp_path / "x.safetensors")
+        pipe.set_loras([tmp_path / "x.safetensors"])
+        found = pipe.model.state_dict()[key]
+        assert torch.allclose(found.float(), expected.float(), rtol=2**-7 if dtype == "bfloat16" else 1e-5, atol=1e-5)
+        pipe.set_loras([])
+        assert torch.equal(pipe.model.state_dict()[key], base)
 
 
 def test_weights_that_were_trained_meanwhile_are_the_base(reduced_file, tmp_path):

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from families import SMALL
 from torch import nn
 
+import minisd
 from minisd.fast.cpu import operations
 from minisd.fast.cpu.networks import UNet as CpuUNet
 from minisd.fast.cpu.networks import unet_layer
 from minisd.fast.cpu.operations import conv3x3, held, linear, ordered
 from minisd.fast.cpu.packing import Held, Weight
 from minisd.fast.ways import address_of
+from minisd.library.places import tiny_checkpoint
 from minisd.models.shapes import below
 from minisd.models.unet import UNet
 from minisd.workbench import blueprint
@@ -306,3 +308,21 @@ def test_a_network_that_has_drawn_holds_its_weights_once():
     assert plain + packed <= 1.1 * sum(weight.nbytes for weight in weights.values())
     assert first.isfinite().all()
     assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())
+
+
+def test_a_pipeline_that_lives_in_inference_mode():
+    """Opened, drawn with, changed and drawn with again: as outside of it."""
+
+    def pictures() -> list[torch.Tensor]:
+        pipe = minisd.load(device="cpu", dtype="float32")
+        drawn = []
+        for loras in ([], [tiny_checkpoint().with_name("tiny-clay.safetensors")], []):
+            pipe.set_loras(loras)
+            drawn.append(pipe("a red circle", steps=2, seed=1, width=64, height=64).latents)
+        return drawn
+
+    with torch.inference_mode():
+        found = pictures()
+    assert all(torch.equal(one, other) for one, other in zip(found, pictures(), strict=True))
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])

@@ -91,7 +91,8 @@ def hold(weight: Weight, layers: Sequence[nn.Module]) -> bool:
         return False
     row = 0
     for parameter in parameters:
-        made = Held(weight, row, parameter)
+        with torch.inference_mode(False):  # or nobody could tell when it is written to
+            made = Held(weight, row, parameter)
         vars(made).update(vars(parameter) | vars(made))  # what somebody has noted there
         for _ in range(version_of(parameter)):
             torch.autograd.graph.increment_version(made)

@@ -112,6 +112,7 @@ class Shape:
 
 SHAPES = [
     Shape("SD 1.5 320@64x64", 2 * 64 * 64, 320),
+    Shape("SD 1.5 320@64x64, first of a transformer", 2 * 64 * 64, 320, shift=False),
     Shape("SD 1.5 640@32x32", 2 * 32 * 32, 640),
     Shape("SD 1.5 1280@16x16", 2 * 16 * 16, 1280),
     Shape("SD 2.1 320@96x96", 2 * 96 * 96, 320),

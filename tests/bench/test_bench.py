@@ -224,6 +224,42 @@ def test_shapes_of_a_checkpoint_are_those_that_the_kernels_know(model, full_size
         assert found, name
 
 
+@pytest.mark.slow
+def test_what_the_published_models_launch_is_among_the_shapes_of_the_kernels():
+    """The other way round: else the bench would time, and the tests compile, other variants than those that draw."""
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", LAUNCHED],
+        capture_output=True, text=True, env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    known, launched, strange = json.loads(run.stdout)
+    assert known > launched > 40
+    assert strange == []
+
+
+LAUNCHED = """
+import json
+import torch
+from minisd.bench.networks import MODELS
+from minisd.fast.choice import kernels
+from minisd.warmup.absent import Variants, pretend
+from minisd.warmup.starting import job_of, of_shapes
+from minisd.warmup.worker import variants
+
+pretend(90)
+listed = Variants()
+for name, module in kernels().KERNELS.items():
+    for dtype in (torch.float16, torch.bfloat16):
+        for shape in module.SHAPES:
+            getattr(kernels(), name)(**module.make(shape, "meta", dtype))
+known = {(variant.fn.__name__, key) for variant, key in listed.found}
+published = [MODELS[name] for name in ("sd15", "sd21", "sdxl")]
+seen = variants(job_of([of_shapes(m.shapes(), m.family.name, (8 * m.latents, 8 * m.latents)) for m in published], 90, 1))
+launched = {(variant.fn.__name__, key) for variant, key in seen.found}
+print(json.dumps([len(known), len(launched), sorted(map(str, launched - known))]))
+"""
+
+
 def test_shapes_of_a_checkpoint_say_where_and_how_often(full_size):
     def labels(name):
         return [shape.label for shape in shapes_of(name, full_size["SD 1.5"], torch.float16)]

@@ -146,6 +146,26 @@ def test_accuracy_counts_decibels_and_arithmetic(tiny, monkeypatch):
 
 
 @pytest.mark.slow
+def test_accuracy_of_a_kernel_is_of_that_kernel(tiny, monkeypatch):
+    """In the interpreter: of one that only the fused form asks for, too."""
+    from minisd.bench.lab import accuracy
+    from minisd.bench.report import Report
+    from minisd.bench.timing import Clock
+    from minisd.request import Request
+
+    report = Report(Clock(torch.device("cpu"), torch.bfloat16, 1))
+    report.table("kernels", ("PSNR dB", "worst dB", "latents", "UNet MB", "work", "time s", "to float32"))
+    requests = [Request("a star", width=32, height=32, steps=1, seed=1)]
+    monkeypatch.setattr(accuracy, "runs_here", lambda device: True)
+    monkeypatch.setattr(accuracy.choice, "ALL", frozenset({"upsample_conv", "linear_step"}))
+    accuracy.kernels(report, None, "cpu", requests, accuracy.drawn(tiny, requests))
+    without, by_kernel = report.tables[-1]["rows"]
+    assert without["label"] == "bfloat16, fused, no kernel"
+    assert by_kernel["label"] == "bfloat16, fused, kernel upsample_conv"
+    assert without["latents"] != by_kernel["latents"]
+
+
+@pytest.mark.slow
 def test_accuracy_of_the_tiny_checkpoint(tmp_path, monkeypatch):
     from minisd.bench.lab import accuracy
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...fast import choice
+from ...fast.cuda import Cuda
 from ...fast.lossy.float8 import E4M3, fits
 from ...inside.layers import numerics
 from ...inside.sides import EMULATED, FLOAT8, side
@@ -150,15 +151,24 @@ def stored(pipe: Pipeline) -> Pipeline:
 def kernels(
     report: Report, model: str | None, where: str, requests: Sequence[Request], whole: tuple[list[Picture], float]
 ) -> None:
-    """bfloat16 with each kernel of ours alone."""
+    """bfloat16 in the fused form of a GPU, which asks for all kernels of ours: without any, and with each alone."""
     if not runs_here(report.clock.device):
         report.note("minisd's own kernels are left out: they run on a GPU, or with TRITON_INTERPRET=1")
         return
-    for name in sorted(choice.ALL - {"linear_step"}):
+    for name in ("torch", *sorted(choice.ALL - {"linear_step"})):
         with report.attempt(name), choice.using(name):
             pipe = load(model, where, "bfloat16", fast=False)
+            pipe.engine = pipe.codec.engine = Cuda(pipe.unet, False, (*pipe.text_encoders, pipe.vae))
             found, taken = drawn(pipe, requests)
-            row(report, f"bfloat16, kernel {name}", found, whole[0], weight_bytes(pipe), taken, whole[1])
+            row(
+                report,
+                f"bfloat16, fused, {f'kernel {name}' if name in choice.ALL else 'no kernel'}",
+                found,
+                whole[0],
+                weight_bytes(pipe),
+                taken,
+                whole[1],
+            )
 
 
 def by_layer(report: Report, model: str | None, where: str, request: Request) -> None:

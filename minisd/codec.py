@@ -17,7 +17,7 @@ from .fast.engine import Engine, Plain
 from .models.family import VAE, Recognition, Training
 from .models.taesd import TinyAutoencoder
 from .models.vae import AutoencoderKL
-from .system.device import name_of, on_device
+from .system.device import gpu_computes_bfloat16, name_of, on_device
 from .system.finite import Culprit, watching
 
 Autoencoder = AutoencoderKL | TinyAutoencoder
@@ -33,7 +33,7 @@ class Codec:
         self, vae: Autoencoder, recognition: Recognition, device: torch.device, dtype: torch.dtype, engine: Engine | None = None
     ) -> None:
         self.vae, self.device, self.engine = vae, device, engine or Plain()
-        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        has_bfloat16 = device.type == "cuda" and gpu_computes_bfloat16(device)
         self.dtype = vae_dtype(dtype, recognition.family.vector and isinstance(vae, AutoencoderKL), has_bfloat16)
         vae.to(self.dtype)
         training = Training() if isinstance(vae, TinyAutoencoder) else recognition.training

@@ -47,6 +47,12 @@ def to_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dty
     return found
 
 
+def gpu_computes_bfloat16(device: torch.device) -> bool:
+    """Whether this GPU has instructions for it, whichever is the current one."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def cpu_computes_bfloat16() -> bool:
     """Whether the CPU has instructions for bfloat16 products; without them it is slower than float32."""
     return bool(cpu_bfloat16())

@@ -109,7 +109,7 @@ class Pipeline:
         self.family, self.training = recognition.family, recognition.training
         self.unet, self.text_encoders = model.unet, model.text_encoders
         self.network = Network(model.unet, trained_on(self.training), self.training.prediction, self.training.sigma_data)
-        self.engine = engine(model, fast)
+        self.engine = engine(model, device, fast)
         at_work = partial(on_device, device=device)
         self.conditioner = Conditioner(self.family, self.text_encoders, device, self.engine.read, at_work)
         self.codec = Codec(model.vae, recognition, device, dtype, self.engine)

@@ -34,7 +34,7 @@ from .engine import moments
 from .graphs import KEPT, NetworkRecorder, Recorder, Recording, addresses, record, turn, versions
 from .tiling import decode_bytes
 from .unet import FusedUNet
-from .ways import Moment, Snapshot, Walk, Way, structure, touched, way
+from .ways import Moment, Snapshot, Walk, Way, lasting, structure, touched, way
 
 AHEAD = 2  # calls that the host may be ahead of the GPU
 Roles = tuple[int, ...]
@@ -134,7 +134,7 @@ class Cuda:
         """The fused network: made anew if weights were replaced; if they were written to, with what follows from them renewed."""
         if self.fused is None or self.weights[0] != addresses(self.unet):
             self.shapes.clear()
-            with torch.inference_mode(False):  # or nobody could tell when they are written to
+            with lasting():  # or nobody could tell when they are written to
                 self.fused = fused = self.fuse()
             self.network_calls = Recorder(lambda x, t, y, prompt: fused(x, fused.shifts(t, y)[0], prompt), self.graphs)
         elif self.weights[1] != versions(self.unet):
@@ -181,7 +181,7 @@ class Cuda:
         key = self.key(walk, x, course, shape)  # no other recording
         # Taken out of the row while in use: two streams of one pipeline may run in turns.
         buffers = self.shapes.pop(key, None) or self.new_buffers(walk, x, course.conditioning[0], shape)
-        with torch.inference_mode(False):
+        with lasting():
             kept = [(torch.empty_like(buffers.asked), torch.empty_like(buffers.asked)) for _ in program.done]
         try:
             fill(buffers, fused, walk, course, vectors)
@@ -254,6 +254,7 @@ class Cuda:
         vector = None if first.vector is None else first.vector.shape
         return x.shape, first.context.shape, first.context.dtype, vector, shape, roles, walk.known is not None, chosen()
 
+    @lasting()
     def new_buffers(self, walk: Walk, x: Tensor, conditioning: Conditioning, shape: tuple[int, ...]) -> Buffers:
         calls, rows = shape
         batch, here = len(conditioning.context), x.device

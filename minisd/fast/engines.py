@@ -16,10 +16,11 @@ from .cuda import Cuda
 from .engine import Engine, Plain
 
 
-def engine(model: StableDiffusion, fast: bool | None = None) -> Engine:
-    """What draws with a model; fast: False for the modules as they stand, None as MINISD_FAST (0 or 1) says.
+def engine(model: StableDiffusion, device: torch.device, fast: bool | None = None) -> Engine:
+    """What draws with a model on a device; fast: False for the modules as they stand, None as MINISD_FAST (0 or 1) says.
 
-    On a CPU in bfloat16 without instructions for it the modules as they stand, too: nothing is fast there.
+    On a CPU in bfloat16 without instructions for it the modules as they stand, too: nothing is fast there.  And where the parts
+    of a model are brought to a GPU one at a time (offload), which no recording could follow.
     """
     if fast is None:
         said = os.environ.get("MINISD_FAST") or "1"
@@ -27,12 +28,12 @@ def engine(model: StableDiffusion, fast: bool | None = None) -> Engine:
             raise UsageError(f"MINISD_FAST: expected 0 or 1, found {said!r}")
         fast = said == "1"
     here = next(model.parameters())
-    on_cpu = fast and here.device.type == "cpu" and computes(here.dtype)
-    if fast and here.device.type == "cpu":
+    on_cpu = fast and device.type == "cpu" and computes(here.dtype)
+    if fast and device.type == "cpu":
         compiled.prepare(here.dtype)
-    if here.device.type == "cuda":
+    if device.type == "cuda":
         settle_cudnn()
-    if (on_cpu and chosen().auto) or wants("group_norm", here.device):  # now, so that all draws round the same
+    if (on_cpu and chosen().auto) or wants("group_norm", device):  # now, so that all draws round the same
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     networks = (*model.text_encoders, model.vae)
     if on_cpu:

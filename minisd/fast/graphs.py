@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import OutOfMemoryError
 from ..system.memory import first_line, memory_errors
 from .choice import chosen
-from .ways import address_of, version_of
+from .ways import address_of, lasting, version_of
 
 KEPT = 4  # recordings of one function; each holds the memory of its intermediate results, in a pool that they share
 
@@ -135,7 +135,8 @@ class Recorder:
     def record(self, key: tuple[object, ...], given: tuple[Tensor | None, ...]) -> None:
         while len(self.recordings) >= KEPT:
             del self.recordings[next(iter(self.recordings))]
-        held, function = [None if x is None else x.clone() for x in given], self.function
+        with lasting():
+            held, function = [None if x is None else x.clone() for x in given], self.function
         recording = record(lambda: function(*held), (other for _, other in self.recordings.values()))
         if recording is None:
             self.refused.add(key)
@@ -158,7 +159,8 @@ class NetworkRecorder:
 
     def __call__(self, *given: Tensor | None) -> Tensor:
         if self.calls is None or self.weights[0] != addresses(self.network):
-            self.calls = Recorder(self.make(), self.graphs, self.roomy)
+            with lasting():
+                self.calls = Recorder(self.make(), self.graphs, self.roomy)
         elif self.weights[1] != versions(self.network):
             self.refresh()
         self.weights = addresses(self.network), versions(self.network)

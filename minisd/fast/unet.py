@@ -29,6 +29,7 @@ from ..models.layers import GroupNorm, LayerNorm
 from . import operations
 from .choice import kernels, wants
 from .operations import Following
+from .ways import lasting
 
 Known = Any  # the statistics of a map, of the kernel that wrote it for the norm that reads it; None: not known
 
@@ -127,7 +128,8 @@ class Upsample:
         if size is not None and (size[0], size[1]) != (2 * x.shape[2], 2 * x.shape[3]):
             return self.conv(F.interpolate(x, size=size, mode="nearest")), None
         if self.phases is None and wants("upsample_conv", x.device):
-            self.phases = kernels().phase_weights(self.conv.weight)
+            with lasting():
+                self.phases = kernels().phase_weights(self.conv.weight)
         return operations.upsample_conv(x, self.conv.weight, self.conv.bias, self.phases, self.after)
 
 
@@ -164,7 +166,8 @@ class NarrowConv:
         if not wants("padded_conv", x.device):
             return self.conv(x)
         if self.padded is None:
-            self.padded = self.wide()
+            with lasting():
+                self.padded = self.wide()
         weight, bias = self.padded
         if x.shape[1] < weight.shape[1]:
             x = F.pad(x, (0, 0, 0, 0, 0, weight.shape[1] - x.shape[1]))

@@ -160,6 +160,13 @@ def touched(network: nn.Module, built: Built, looking: bool = True) -> str | Non
     return None if count == len(built) else "a module is gone"
 
 
+@contextmanager
+def lasting() -> Iterator[None]:
+    """What is made within can be written to from then on, in inference mode and outside of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def version_of(x: Tensor) -> int:
     """Grows when a tensor is written to; those of inference mode do not count."""
     return 0 if x.is_inference() else x._version

@@ -27,12 +27,12 @@ from torch import nn
 import minisd
 from minisd.diffusion.denoiser import ClassifierFree
 from minisd.diffusion.samplers import SAMPLERS, Sampler
-from minisd.fast import choice
+from minisd.fast import choice, engines
 from minisd.fast.cuda import Cuda, decoder_recorder, text_recorder
 from minisd.fast.decoder import FusedDecoder
 from minisd.fast.engine import Plain
 from minisd.fast.graphs import NetworkRecorder, Recording
-from minisd.fast.unet import FusedUNet
+from minisd.fast.unet import FusedUNet, NarrowConv, Upsample
 from minisd.fast.ways import Moment
 from minisd.models.shapes import below
 from minisd.models.unet import CrossAttention, Trunk, UNet
@@ -373,6 +373,51 @@ def test_in_inference_mode_edits_are_noticed(files):
         found, wanted = edited(fast(pipe)), edited(Plain())
     for x, true in zip(found, wanted, strict=True):
         assert relative_error(x, true) <= LIMIT
+
+
+def test_begun_in_inference_mode_and_gone_on_outside_of_it(files):
+    """What is kept from one picture for the next is written to in either, also after a weight has changed."""
+    pipe, latents = load(files["sd1"], DEVICE), noise(1, 4, 8, 8).to(DEVICE)
+    engine, request = fast(pipe), Request("a star", **SMALLEST)
+    with torch.inference_mode():
+        first, decoded = steps(pipe, request, engine)[-1].latents, engine.decode(pipe.vae, latents)
+    again = steps(pipe, request, engine)[-1].latents
+    assert torch.equal(first, again)
+    with torch.no_grad():
+        for network in (pipe.unet, pipe.vae):
+            for weight in network.parameters():
+                weight.mul_(1.01)
+    compare(pipe, request, engine=engine)
+    with torch.no_grad():
+        changed, wanted = engine.decode(pipe.vae, latents), pipe.vae.decode(latents)
+    assert relative_error(changed, wanted) <= LIMIT
+    assert relative_error(decoded, wanted) > LIMIT
+
+
+@pytest.mark.parametrize("kernel", [pytest.param(name, marks=runs_kernels) for name in ("upsample_conv", "padded_conv")])
+@torch.no_grad()
+def test_what_kernels_keep_of_weights_is_made_again_outside_of_inference_mode(kernel):
+    conv, x = nn.Conv2d(4, 4, 3, padding=1).to(DEVICE), noise(1, 4, 4, 4).to(DEVICE)
+    layer = Upsample(conv) if kernel == "upsample_conv" else NarrowConv(conv)
+    with choice.using(kernel):
+        with torch.inference_mode():
+            layer(x)
+        conv.weight.mul_(2)
+        layer.refresh()
+        found = layer(x)
+    wanted = conv(torch.nn.functional.interpolate(x, scale_factor=2)) if kernel == "upsample_conv" else conv(x)
+    assert relative_error(found[0] if kernel == "upsample_conv" else found, wanted) <= LIMIT
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parts_that_are_brought_to_a_gpu_in_turns_are_drawn_with_as_they_stand(files, dtype, monkeypatch):
+    """Not by the fused form of the CPU where they lie; and cuDNN is told what it is told where they stay on the GPU."""
+    told = []
+    monkeypatch.setattr(engines, "settle_cudnn", lambda: told.append(True))
+    monkeypatch.setattr(engines, "wants", lambda name, device: False)
+    model = load(files["sd1"], dtype=dtype).model
+    assert isinstance(engines.engine(model, torch.device("cuda"), True), Plain)
+    assert told == [True]
 
 
 def test_one_tensor_yielded_twice_is_edited(files):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ...system.memory import give_back
-from ..ways import version_of
+from ..ways import lasting, version_of
 
 ALONE = 2  # users of a storage that nobody but its tensor has: that, and who asks
 MOST_FREE, free = 128 << 20, [0]  # bytes
@@ -40,7 +40,7 @@ class Weight:
         form = self.form
         if isinstance(form, Tensor):
             return form
-        with LOCK, torch.inference_mode(False), torch.no_grad():
+        with LOCK, lasting():
             if not isinstance(self.form, Tensor):
                 parts = [part.to_dense() for part in self.form]
                 unpacked = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -50,7 +50,7 @@ class Weight:
     def forget(self) -> None:
         """Plain, and with no numbers yet."""
         if isinstance(self.form, tuple):
-            with torch.inference_mode(False):
+            with lasting():
                 strides = torch.channels_last if len(self.shape) == 4 else torch.contiguous_format
                 self.form = torch.empty(self.shape, dtype=self.dtype, memory_format=strides)
 
@@ -91,7 +91,7 @@ def hold(weight: Weight, layers: Sequence[nn.Module]) -> bool:
         return False
     row = 0
     for parameter in parameters:
-        with torch.inference_mode(False):  # or nobody could tell when it is written to
+        with lasting():  # or nobody could tell when it is written to
             made = Held(weight, row, parameter)
         vars(made).update(vars(parameter) | vars(made))  # what somebody has noted there
         for _ in range(version_of(parameter)):

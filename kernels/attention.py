@@ -192,12 +192,17 @@ def strides_of(name: str, x: Tensor) -> tuple[int, ...]:
     return (*strides[:3], 1)
 
 
+def largest_tile(q: Tensor) -> Tile:
+    """For many keys in half precision, on the GPU that q is on."""
+    tiles = TILES if capability(q) == 90 else SMALLER
+    return tiles[min(size for size in tiles if size >= q.shape[-1])]
+
+
 def tile_of(q: Tensor, keys: int) -> Tile:
     """What a head dimension takes on the GPU that q is on; float32 and few keys aside, that of TILES."""
     if q.dtype == torch.float32:
         return SINGLE
-    tiles = TILES if capability(q) == 90 else SMALLER
-    tile = tiles[min(size for size in tiles if size >= q.shape[-1])]
+    tile = largest_tile(q)
     return (
         tile._replace(queries=min(tile.queries, 64), keys=ONE, warps=4, stages=1) if keys <= ONE and q.shape[-1] <= 160 else tile
     )

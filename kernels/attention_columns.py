@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import TILES, Tile, split, strides_of
+from .attention import Tile, largest_tile, split, strides_of
 from .checks import check, descriptor, expect, jit, launcher, tl
 
 MOST = 128  # groups
+WIDE = 128  # channels, beyond which the sums do not fit into the registers of four warps beside those by group
 SINGLE = Tile(32, 16, 4, 1)  # float32 has no matrix units that are exact: right, not fast
 
 
@@ -99,8 +100,8 @@ def attention_columns(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, scale: fl
     expect(scale > 0, "scale", "a positive number", scale)
 
     keys, count, (d1, d2) = k.shape[2], groups.shape[1], split(d)
-    tile = SINGLE if q.dtype == torch.float32 else TILES[min(size for size in TILES if size >= d)]
-    rows, block_n = min(tile.queries, 64), min(tile.keys, 64, max(16, 1 << (keys - 1).bit_length()))
+    tile = SINGLE if q.dtype == torch.float32 else largest_tile(q)
+    rows, block_n = min(tile.queries, 64), min(tile.keys, 64 if d <= WIDE else 16, max(16, 1 << (keys - 1).bit_length()))
     tensors = [
         descriptor(x, tuple(x.shape), strides_of(name, x), (1, 1, size, columns))
         for name, x, size in (("q", q, rows), ("k", k, block_n), ("v", v, block_n))
@@ -111,7 +112,8 @@ def attention_columns(q: Tensor, k: Tensor, v: Tensor, groups: Tensor, scale: fl
     attention_columns_kernel[(-(-length // rows), b)](
         *tensors, groups, out, columns, length, keys, heads, count, scale * 1.4426950408889634,  # log2(e)
         D=d, D1=d1, D2=d2, W=max(16, 1 << (count - 1).bit_length()), BLOCK_M=rows, BLOCK_N=block_n,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_stages=tile.stages,
+        num_warps=tile.warps if d <= WIDE else 8,
     )  # fmt: skip
     return out.transpose(1, 2), columns
 

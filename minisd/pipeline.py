@@ -83,7 +83,7 @@ def load(
     checkpoint = said(open_checkpoint(resolve(path) if path is not None else tiny_checkpoint()), prediction, zero_snr)
     checkpoint = averaged(checkpoint) if ema else checkpoint
     vae_files = [resolve(file, "vae") for file in ([vae] if isinstance(vae, str | os.PathLike) else vae or ())]
-    with memory_errors(), compiling(checkpoint, where, kind, fast):
+    with memory_errors(), compiling(checkpoint, where, kind, False if fp8 or offload else fast):
         model, recognition = load_model(checkpoint, torch.device("cpu") if offload else where, kind, strict, vae_files)
         pipe = Pipeline(model, recognition, hashed_ahead(checkpoint), where, kind, fast)
         if vae_files:

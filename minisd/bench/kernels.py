@@ -31,7 +31,7 @@ def bench(report: Report, args: Any) -> None:
         raise UsageError(f"--against: expected a Python file, found none at {args.against}")
     for name in names:
         dtype = report.clock.dtype
-        if not takes(name, dtype):
+        if not takes(kernels().KERNELS[name], dtype):
             report.skip(name, f"does not take {name_of(dtype)}")
             continue
         shapes = shapes_of(name, args.shapes_of, dtype) if args.shapes_of else kernels().KERNELS[name].SHAPES
@@ -49,8 +49,9 @@ def asked(part: str, name: str | None) -> list[str]:
     return [name] if name else list(known)
 
 
-def takes(name: str, dtype: torch.dtype) -> bool:
-    return dtype in getattr(kernels().KERNELS[name], "DTYPES", kernels().checks.FLOATS)
+def takes(module: ModuleType, dtype: torch.dtype) -> bool:
+    """Whether the kernel of a module of minisd.kernels takes tensors of this dtype."""
+    return dtype in getattr(module, "DTYPES", kernels().checks.FLOATS)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..addons.wanted import wanted
 from ..errors import UsageError
 from ..fast import choice
+from ..fast.operations import has_copy_engine
 from ..models import ops
 from ..models.unet import CrossAttention
 from ..pipeline import Pipeline
@@ -157,7 +158,7 @@ def attention(
         raise UsageError("attention: expected a text as prompt, for one picture, and no refiner")
     plan = planned(request, pipe.capabilities())
     named, groups = grouped(pipe, plan, words)
-    kernel = pipe.device.type == "cuda" and choice.triton_builds() if kernel is None else kernel
+    kernel = suits(pipe) if kernel is None else kernel
     if kernel:
         with choice.using("attention"):
             choice.wants("attention", pipe.device)  # says what is missing
@@ -165,6 +166,11 @@ def attention(
     with collecting(pipe, groups, size, kernel) as columns:
         result = pipe(replace(request, seed=plan.seeds[0]))
     return Attention(result, named, columns.maps(), size)
+
+
+def suits(pipe: Pipeline) -> bool:
+    """Whether the kernel is for the GPU that draws: it fetches by a copy engine, as Hopper and later ones have it."""
+    return pipe.device.type == "cuda" and choice.triton_builds() and has_copy_engine(next(pipe.unet.parameters()))
 
 
 def grouped(pipe: Pipeline, plan: Plan, words: Sequence[str] | None) -> tuple[tuple[str, ...], Groups]:

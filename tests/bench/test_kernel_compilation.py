@@ -55,6 +55,19 @@ def test_other_gpus(gpu, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("gpu", ["h100", "b200", "rtx5090"])
+def test_attention_that_says_where_it_looks(gpu, tmp_path):
+    """Which is not among those that draw; it is taken where there is a copy engine (inside/maps.py)."""
+    capability = capability_of(gpu)
+    variants = list(compiled(capability, "float16", ["attention_columns"], cache=tmp_path))
+    assert len(variants) >= 3
+    for variant in variants:
+        assert "error_text" not in variant, variant
+        assert variant["stack"] == 0, variant
+        assert programs_per_sm(variant, capability) >= 1, variant
+
+
+@pytest.mark.slow
 def test_single_precision(tmp_path):
     for variant in compiled(HOPPER, "float32", cache=tmp_path):
         assert programs_per_sm(variant, HOPPER) >= 1, variant

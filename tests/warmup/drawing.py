@@ -57,7 +57,7 @@ def written(result: Tensor, x: Tensor) -> Tensor:
     return result.to(x.dtype, memory_format=torch.channels_last if result.dim() == 4 else torch.preserve_format)
 
 
-def engine(model, fast):
+def engine(model, device, fast):
     model.to(memory_format=torch.channels_last)
     return Cuda(model.unet, False, (*model.text_encoders, model.vae))
 

@@ -334,7 +334,7 @@ def test_what_does_not_compile_is_a_row(tmp_path, monkeypatch):
 
 
 def test_a_compiler_that_dies_says_why():
-    with pytest.raises(RuntimeError, match="No module named 'minisd.kernels.softmax'"):
+    with pytest.raises(RuntimeError, match=r"No module named 'minisd\.kernels\.softmax'"):
         list(compiling.compiled(90, "float16", ["softmax"]))
 
 

@@ -35,10 +35,10 @@ from ..errors import UsageError
 # Not in it: `attention`, because cuDNN's, which PyTorch chooses for up to 128 channels on a Hopper GPU, was measured at 258 (40
 # channels a head) and 444 TFLOP/s (64); `cross_attention`, the same kernel for a prompt's 77 keys alone, until it is timed beside
 # cuDNN's; `linear_geglu`, which must keep 80 % of cuBLAS's speed to pay.
-# `padded_conv` is no kernel of ours, but what cuDNN needs for one of its own: see fast/unet.py.
-AUTO = frozenset(
-    {"group_norm", "layer_norm", "wide_attention", "geglu", "upsample_conv", "padded_conv", "add_bias", "linear_step"}
-)
+# `padded_conv` is no kernel of ours, but what cuDNN needs for one of its own: see fast/unet.py.  WAYS are of `group_norm`: small
+# maps in one launch, and large ones without the first of its two where another kernel of ours wrote the map.
+WAYS = frozenset({"small_norm", "statistics"})
+AUTO = WAYS | {"group_norm", "layer_norm", "wide_attention", "geglu", "upsample_conv", "padded_conv", "add_bias", "linear_step"}
 ALL = AUTO | {"attention", "cross_attention", "linear_geglu"}
 
 

@@ -89,7 +89,7 @@ def copyable(*tensors: Tensor) -> bool:
 
 def kernel_group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, *how: float) -> Operation | None:
     if takes("group_norm", x, weight, bias):
-        return lambda x, *others: kernels().group_norm(channels_last(x), *others)
+        return lambda x, *others: kernels().group_norm(channels_last(x), *others, **launches(x))
     sums_squares = x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and not x.is_contiguous()
     return centred_group_norm if sums_squares else None
 
@@ -137,7 +137,7 @@ def group_norm(
     """
     if takes("group_norm", x, weight, bias, shift, skip):
         skip = None if skip is None else channels_last(skip)
-        more = {} if known is None else {"known": known}
+        more = launches(x) if known is None else {"known": known}
         return kernels().group_norm(channels_last(x), groups, weight, bias, eps, silu, shift, skip, **more)
     x = x if shift is None else x + shift[:, :, None, None].to(x.dtype)
     x = x if skip is None else torch.cat([x, skip], dim=1)
@@ -201,8 +201,14 @@ def add_bias(x: Tensor, bias: Tensor, residual: Tensor, after: Following | None 
 
 
 def of_use(pixels: int, x: Tensor) -> bool:
-    """Whether the kernel of GroupNorm makes statistics in a launch of their own, for maps of so many pixels."""
-    return takes("group_norm", x) and pixels > kernels().KERNELS["group_norm"].WHOLE
+    """Whether the kernel of GroupNorm would make statistics in a launch of their own, for maps of so many pixels."""
+    large = pixels > kernels().KERNELS["group_norm"].WHOLE or not takes("small_norm", x)
+    return takes("statistics", x) and takes("group_norm", x) and large
+
+
+def launches(x: Tensor) -> dict[str, Any]:
+    """What the kernel of GroupNorm is told where small maps, too, are to be done in two launches."""
+    return {} if takes("small_norm", x) else {"tile": kernels().KERNELS["group_norm"].TILE}
 
 
 def upsample_conv(

@@ -252,6 +252,28 @@ def test_statistics_of_the_kernel_that_writes_a_map_are_those_of_the_norm_that_r
         given = (noise(1, 4, 2, 3),)
     with choice.using("torch"):
         wanted = plain(*given)
-    with choice.using("add_bias,group_norm,upsample_conv"):
+    with choice.using("add_bias,group_norm,upsample_conv,small_norm,statistics"):
         assert relative_error(fused(*given), wanted) <= LIMIT
     assert sum(used) >= 5
+    used.clear()
+    with choice.using("add_bias,group_norm,upsample_conv,small_norm"):
+        assert relative_error(fused(*given), wanted) <= LIMIT
+    assert used
+    assert not any(used)
+
+
+@pytest.mark.parametrize("names", [pytest.param(names, marks=runs_kernels) for names in ("group_norm", "group_norm,small_norm")])
+@torch.no_grad()
+def test_small_maps_are_normed_in_one_launch_or_in_two(names, monkeypatch):
+    norm = choice.kernels().KERNELS["group_norm"]
+    taken: list[str] = []
+    for name in ("launch_whole", "launch_two"):
+        usual = getattr(norm, name)
+        monkeypatch.setattr(norm, name, lambda *given, name=name, usual=usual: taken.append(name) or usual(*given))
+    x, weight = noise(2, 64, 4, 4).to(DEVICE), torch.ones(64, device=DEVICE)
+    with choice.using("torch"):
+        wanted = ops.group_norm(x, 32, weight, weight, 1e-5)
+    with choice.using(names):
+        found = [ops.group_norm(x, 32, weight, weight, 1e-5), operations.group_norm(x, 32, weight, weight, 1e-5)]
+    assert all(relative_error(each, wanted) <= LIMIT for each in found)
+    assert taken == ["launch_whole" if "small_norm" in names else "launch_two"] * 2

@@ -155,20 +155,13 @@ def kernels(
     if not runs_here(report.clock.device):
         report.note("minisd's own kernels are left out: they run on a GPU, or with TRITON_INTERPRET=1")
         return
-    for name in ("torch", *sorted(choice.ALL - {"linear_step"})):
+    for name in ("torch", *sorted(choice.ALL - {"linear_step"} - choice.WAYS)):
         with report.attempt(name), choice.using(name):
             pipe = load(model, where, "bfloat16", fast=False)
             pipe.engine = pipe.codec.engine = Cuda(pipe.unet, False, (*pipe.text_encoders, pipe.vae))
             found, taken = drawn(pipe, requests)
-            row(
-                report,
-                f"bfloat16, fused, {f'kernel {name}' if name in choice.ALL else 'no kernel'}",
-                found,
-                whole[0],
-                weight_bytes(pipe),
-                taken,
-                whole[1],
-            )
+            label = f"bfloat16, fused, {f'kernel {name}' if name in choice.ALL else 'no kernel'}"
+            row(report, label, found, whole[0], weight_bytes(pipe), taken, whole[1])
 
 
 def by_layer(report: Report, model: str | None, where: str, request: Request) -> None:

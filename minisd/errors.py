@@ -16,6 +16,8 @@ LACK_OF_MEMORY = (
     "cannot map",
     "without setting an exception",  # Python, where even that found no room
 )
+# All that oneDNN says, of the code that it makes and of its buffers; what goes on ("… a primitive descriptor") has other reasons.
+ONEDNN = ("could not create a primitive", "could not create a memory object")
 
 
 class MinisdError(Exception):
@@ -72,7 +74,7 @@ def taken_apart(path: object) -> Iterator[None]:
 def is_lack_of_memory(error: BaseException) -> bool:
     """Whether this is one of the ways in which it is said: by Python, by the system, while a library is loaded, by torch."""
     if isinstance(error, ImportError | RuntimeError | SystemError):  # torch's own error for a GPU is a RuntimeError, too
-        return any(words in str(error).lower() for words in LACK_OF_MEMORY)
+        return str(error).strip() in ONEDNN or any(words in str(error).lower() for words in LACK_OF_MEMORY)
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 
 

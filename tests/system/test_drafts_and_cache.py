@@ -160,6 +160,7 @@ LACKING = [
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ImportError("libtorch_cpu.so: failed to map segment from shared object"),
     OSError(errno.ENOMEM, "Cannot allocate memory"),
+    RuntimeError("could not create a primitive"),
 ]
 
 
@@ -173,5 +174,11 @@ def test_every_way_of_saying_that_memory_lacks(error, capfd):
 
 
 def test_other_errors_are_no_lack_of_memory():
-    for error in (RuntimeError("shape mismatch"), OSError(errno.ENOENT, "No such file"), ImportError("No module named x")):
+    strange = RuntimeError("could not create a primitive descriptor for a matmul primitive")
+    for error in (
+        strange,
+        RuntimeError("shape mismatch"),
+        OSError(errno.ENOENT, "No such file"),
+        ImportError("No module named x"),
+    ):
         assert not is_lack_of_memory(error)

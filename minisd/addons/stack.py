@@ -24,7 +24,8 @@ from .lora_file import Addon, Change, check_fits, open_addon, part_of
 from .lora_formulas import RULES
 from .wanted import Lora, Wanted, facts
 
-NUMBERS = 1 << 21  # of a weight at a time
+# Of a weight at a time.  Half and twice as many measured the same, an eighth took a third longer, all at once a fifth.
+NUMBERS = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def layer(result: Tensor, base: Tensor, changes: Sequence[tuple[Active, Change]]
     """Adds changes to a weight, float32, in place; base: what the file has."""
     for active, change in changes:
         strength, part = active.strength(change), part_of(result, change.target)
-        if change.is_product and part.is_contiguous():
+        if change.is_product and is_dense(part):
             up, down = factors_of(active, change, part)
             as_matrix(part).addmm_(up, down, alpha=strength_of(active, change))
         elif strength:
@@ -198,6 +199,7 @@ def as_matrix(weight: Tensor) -> Tensor:
 
 
 def is_dense(weight: Tensor) -> bool:
+    """Whether `as_matrix` is a view of it."""
     return weight.is_contiguous() or lies_channels_last(weight)
 
 

@@ -170,7 +170,7 @@ def attention(
 
 def suits(pipe: Pipeline) -> bool:
     """Whether the kernel is for the GPU that draws: it fetches by a copy engine, as Hopper and later ones have it."""
-    return pipe.device.type == "cuda" and choice.triton_builds() and has_copy_engine(next(pipe.unet.parameters()))
+    return pipe.device.type == "cuda" and choice.triton_builds() and has_copy_engine(torch.empty(0, device=pipe.device))
 
 
 def grouped(pipe: Pipeline, plan: Plan, words: Sequence[str] | None) -> tuple[tuple[str, ...], Groups]:

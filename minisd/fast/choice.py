@@ -35,10 +35,11 @@ from ..errors import UsageError
 # Not in it: `attention`, because cuDNN's, which PyTorch chooses for up to 128 channels on a Hopper GPU, was measured at 258 (40
 # channels a head) and 444 TFLOP/s (64); `cross_attention`, the same kernel for a prompt's 77 keys alone, until it is timed beside
 # cuDNN's; `linear_geglu`, which must keep 80 % of cuBLAS's speed to pay.
-# `padded_conv` is no kernel of ours, but what cuDNN needs for one of its own: see fast/unet.py.  WAYS are of `group_norm`: small
-# maps in one launch, and large ones without the first of its two where another kernel of ours wrote the map.
+# LIBRARY are no kernels of ours, but ways of asking PyTorch's: see fast/unet.py.  WAYS are of `group_norm`: small maps in one
+# launch, and large ones without the first of its two where another kernel of ours wrote the map.
+LIBRARY = frozenset({"padded_conv", "residual_product"})
 WAYS = frozenset({"small_norm", "statistics"})
-AUTO = WAYS | {"group_norm", "layer_norm", "wide_attention", "geglu", "upsample_conv", "padded_conv", "add_bias", "linear_step"}
+AUTO = LIBRARY | WAYS | {"group_norm", "layer_norm", "wide_attention", "geglu", "upsample_conv", "add_bias", "linear_step"}
 ALL = AUTO | {"attention", "cross_attention", "linear_geglu"}
 
 
@@ -111,6 +112,8 @@ def wants(name: str, device: torch.device) -> bool:
     names, auto = chosen()
     if name not in names:
         return False
+    if name in LIBRARY:
+        return device.type == "cuda" or not auto
     if auto:
         return device.type == "cuda" and triton_builds()
     if not has_triton():

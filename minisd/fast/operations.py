@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend
 
 from ..models import ops
 from ..models.unet import CrossAttention
-from .choice import kernels, takes
+from .choice import kernels, takes, wants
 from .cpu import attention as on_cpu
 from .cpu import compiled
 
@@ -157,8 +157,13 @@ def layer_norm(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, ep
 
 
 def add_linear(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """total += x weight^T, in place where total (..., N) is rows next to each other: x (..., K), weight (N, K) -> the sum."""
+    """total += x weight^T, in place where total (..., N) is rows next to each other: x (..., K), weight (N, K) -> the sum.
+
+    By the product itself (`residual_product`), in the precision that it sums in; else by an operation of its own.
+    """
     rows = total.reshape(-1, total.shape[-1])
+    if not wants("residual_product", total.device):
+        return rows.add_(F.linear(x, weight).view(rows.shape)).view(total.shape)
     return rows.addmm_(x.reshape(-1, x.shape[-1]), weight.T).view(total.shape)
 
 

@@ -7,11 +7,13 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
 from families import SMALL, Small
 from helpers import relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import minisd
 from minisd.fast import choice, operations
@@ -19,7 +21,7 @@ from minisd.fast.decoder import FusedDecoder
 from minisd.fast.unet import FusedUNet, NarrowConv
 from minisd.models import ops
 from minisd.models.shapes import below
-from minisd.models.unet import UNet
+from minisd.models.unet import BasicTransformerBlock, UNet
 from minisd.models.vae import AutoencoderKL
 from minisd.workbench import blueprint
 
@@ -194,6 +196,36 @@ def test_what_needs_a_copy_engine_goes_to_pytorch_where_there_is_none(capability
         ops.attention(x, x, x, 1)
         operations.linear_geglu(x, weight, bias)
     assert calls == ["geglu"]
+
+
+class Asked(TorchDispatchMode):
+    """The names of PyTorch's operations that run within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_residual_sums_are_made_by_products_or_one_by_one():
+    unet = small_unet(SMALL["sd1"])
+    fused, t = FusedUNet(unet), torch.tensor([981.0], device=DEVICE)
+    x, context = noise(2, 4, 6, 5), noise(2, 7, SMALL["sd1"].context, seed=1)
+    given = fused.shifts(t, None)[0], fused.keys_values(context)
+    found, counts = {}, {}
+    for kernels in ("torch", "residual_product"):
+        with choice.using(kernels), Asked() as asked:
+            found[kernels], counts[kernels] = fused(x, *given), asked.names
+    blocks = sum(isinstance(module, BasicTransformerBlock) for module in unet.modules())
+    sums = counts["residual_product"]["addmm_"]
+    assert sums > 4 * blocks  # three parts of each, and the product out of its transformer; and of skip connections
+    assert counts["torch"]["addmm_"] == 0
+    assert counts["torch"]["add_"] - counts["residual_product"]["add_"] == sums
+    assert relative_error(found["residual_product"], found["torch"]) <= LIMIT
 
 
 @torch.no_grad()

@@ -22,11 +22,13 @@ For tests and benchmarks every file of KERNELS keeps the same protocol, `name` b
 from . import add_bias as _add_bias
 from . import attention as _attention
 from . import attention_columns as _attention_columns
+from . import dequantise as _dequantise
 from . import geglu as _geglu
 from . import group_norm as _group_norm
 from . import layer_norm as _layer_norm
 from . import linear_geglu as _linear_geglu
 from . import linear_step as _linear_step
+from . import quantise_rows as _quantise_rows
 from . import upsample_conv as _upsample_conv
 from . import wide_attention as _wide_attention
 
@@ -39,6 +41,8 @@ KERNELS = {
     "linear_geglu": _linear_geglu,
     "upsample_conv": _upsample_conv,
     "add_bias": _add_bias,
+    "quantise_rows": _quantise_rows,
+    "dequantise": _dequantise,
     "linear_step": _linear_step,
 }
 
@@ -46,11 +50,13 @@ add_bias = _add_bias.add_bias
 attention = _attention.attention
 attention_columns = _attention_columns.attention_columns  # looks, and draws nothing: not among KERNELS, which are timed
 call_table, prediction_coefficients = _linear_step.call_table, _linear_step.prediction_coefficients
+dequantise = _dequantise.dequantise
 geglu = _geglu.geglu
 group_norm = _group_norm.group_norm
 layer_norm = _layer_norm.layer_norm
 linear_geglu = _linear_geglu.linear_geglu
 linear_step = _linear_step.linear_step
 phase_weights = _upsample_conv.phase_weights
+quantise_rows = _quantise_rows.quantise_rows
 upsample_conv = _upsample_conv.upsample_conv
 wide_attention = _wide_attention.wide_attention

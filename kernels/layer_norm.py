@@ -121,9 +121,12 @@ SHAPES = [
     Shape("SDXL 1280@32x32, first of a transformer", 2 * 32 * 32, 1280, shift=False),
     Shape("SDXL refiner 1536@32x32", 2 * 32 * 32, 1536),
     Shape("CLIP 768@77", 2 * 77, 768, shift=False),
-    Shape("to float8, SD 1.5 320@64x64", 2 * 64 * 64, 320, shift=False, float8=True),
-    Shape("to float8, SDXL 640@64x64", 2 * 64 * 64, 640, shift=False, float8=True),
-    Shape("to float8, SDXL 1280@32x32", 2 * 32 * 32, 1280, shift=False, float8=True),
+    Shape("to float8, SD 1.5 320@64x64", 2 * 64 * 64, 320, float8=True),
+    Shape("to float8, SDXL 640@64x64", 2 * 64 * 64, 640, float8=True),
+    Shape("to float8, SDXL 1280@32x32", 2 * 32 * 32, 1280, float8=True),
+    Shape("to float8, SD 1.5 320@64x64, first of a transformer", 2 * 64 * 64, 320, shift=False, float8=True),
+    Shape("to float8, SDXL 640@64x64, first of a transformer", 2 * 64 * 64, 640, shift=False, float8=True),
+    Shape("to float8, SDXL 1280@32x32, first of a transformer", 2 * 32 * 32, 1280, shift=False, float8=True),
 ]
 
 

@@ -263,6 +263,39 @@ def test_linear_geglu(rows, k, n, dtype):
     compare("linear_geglu", arguments | {"bias": None, "x": rand(rows[0], 2 * k, dtype=dtype)[:, k:]})
 
 
+# --- rows and weights in float8 -------------------------------------------------------------------------------------------
+
+
+@each_dtype
+@pytest.mark.parametrize("channels", [1, 33, 320, 1280, 5000])
+def test_rows_are_quantised(channels, dtype):
+    for x in (rand(2, 7, channels, dtype=dtype) * 30, rand(9, channels + 5, dtype=dtype)[:, :channels]):
+        values, scale = compare("quantise_rows", {"x": x})
+        assert (values.dtype, scale.dtype) == (E4M3, torch.float32)
+        assert values.float().abs().amax() == 448
+    values, scale = kernels.quantise_rows(torch.zeros(2, 64, device=DEVICE, dtype=dtype))
+    assert not values.float().any()
+
+
+@each_dtype
+def test_every_float8_number_is_multiplied_out(dtype):
+    """To the last bit, those below the smallest power of two as well."""
+    every = torch.arange(256, dtype=torch.uint8).view(E4M3).to(DEVICE)
+    numbers = every[~every.float().isnan()].view(2, 127)
+    scale = torch.tensor([1.0, 3.7e-3], device=DEVICE)
+    assert torch.equal(kernels.dequantise(numbers, scale, dtype), (numbers.float() * scale[:, None]).to(dtype))
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5000), (32, 48, 3, 3), (6, 40, 1, 1)])
+def test_weights_are_multiplied_out_where_they_lie(shape, dtype):
+    scale = torch.rand(shape[0], device=DEVICE)
+    for layout in (image, rand) if len(shape) == 4 else (rand,):
+        weight = (layout(*shape) * 100).to(E4M3)
+        (found,) = compare("dequantise", {"weight": weight, "scale": scale, "dtype": dtype})
+        assert found.stride() == weight.stride()
+
+
 # --- attention ------------------------------------------------------------------------------------------------------------
 
 
@@ -668,6 +701,8 @@ def reduced(name: str, shape: Any) -> Any:
         "linear_geglu": {"m": 5, "n": 40},
         "upsample_conv": {"size": 2, "channels": 64},
         "add_bias": {"size": 3},
+        "quantise_rows": {"rows": 3},
+        "dequantise": {"outputs": 5, "inputs": 32},
         "linear_step": {"size": 8},
     }
     return replace(shape, **small[name])
@@ -747,6 +782,8 @@ BASE: dict[str, Callable[[], dict[str, Any]]] = {
     "attention": lambda: {"q": rand(1, 2, 9, 40), "k": rand(1, 2, 7, 40), "v": rand(1, 2, 7, 40)},
     "geglu": lambda: {"x": rand(3, 64)},
     "linear_geglu": lambda: {"x": rand(3, 32), "weight": rand(64, 32), "bias": rand(64)},
+    "quantise_rows": lambda: {"x": rand(3, 64)},
+    "dequantise": lambda: {"weight": rand(6, 8).to(E4M3), "scale": rand(6), "dtype": torch.float16},
     "upsample_conv": lambda: {"x": image(1, 8, 3, 3), "phases": phase_weights(rand(6, 8, 3, 3)), "bias": rand(6)},
     "linear_step": lambda: step_arguments(3, 2, torch.float32),
 }
@@ -783,6 +820,12 @@ REFUSED: list[tuple[str, dict[str, Callable[[], Any]], str]] = [
     ("linear_geglu", {"weight": lambda: rand(63, 32)}, r"weight: expected an even number of rows, found \(63, 32\)"),
     ("linear_geglu", {"weight": lambda: rand(32, 64).T}, r"weight: expected contiguous, found strides \(1, 64\)"),
     ("linear_geglu", {"x": lambda: rand(3, 30), "weight": lambda: rand(64, 30)}, r"x: expected rows that start at"),
+    ("quantise_rows", {"x": lambda: rand(64, 3).T}, r"x: expected rows evenly spaced .*, found shape \(3, 64\) with strides"),
+    ("quantise_rows", {"x": lambda: rand(1, 16385)}, r"x: expected at most 16384 channels, found 16385"),
+    ("dequantise", {"weight": lambda: rand(6, 8)}, r"weight: expected torch.float8_e4m3fn, found torch.float32"),
+    ("dequantise", {"weight": lambda: rand(8, 6).to(E4M3).T}, r"weight: expected contiguous or channels-last, found strides"),
+    ("dequantise", {"scale": lambda: rand(6, 1)}, r"scale: expected shape \(6\), found \(6, 1\)"),
+    ("dequantise", {"dtype": lambda: torch.int8}, r"dtype: expected torch.float32 or .*, found torch.int8"),
     ("upsample_conv", {"phases": lambda: rand(6, 8, 3, 3)}, r"phases: expected shape \(any, 8, 2, 2\), found \(6, 8, 3, 3\)"),
     ("upsample_conv", {"phases": lambda: rand(6, 8, 2, 2)}, r"phases: expected 4\*C' outputs"),
     ("upsample_conv", {"x": lambda: rand(1, 8, 3, 3)}, r"x: expected channels-last memory"),

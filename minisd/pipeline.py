@@ -27,7 +27,7 @@ from .diffusion.spacings import spacing_named, visited
 from .errors import CheckpointError, UsageError
 from .fast.choice import chosen
 from .fast.engines import engine
-from .fast.lossy.float8 import in_float8
+from .fast.lossy.fused import in_float8
 from .fast.ways import AsLoaded
 from .files.checkpoint import Checkpoint, hashed_ahead, open_checkpoint
 from .files.model import StableDiffusion, averaged, load_model, load_vae
@@ -83,7 +83,7 @@ def load(
     checkpoint = said(open_checkpoint(resolve(path) if path is not None else tiny_checkpoint()), prediction, zero_snr)
     checkpoint = averaged(checkpoint) if ema else checkpoint
     vae_files = [resolve(file, "vae") for file in ([vae] if isinstance(vae, str | os.PathLike) else vae or ())]
-    with memory_errors(), compiling(checkpoint, where, kind, False if fp8 or offload else fast):
+    with memory_errors(), compiling(checkpoint, where, kind, False if offload else fast, fp8):
         model, recognition = load_model(checkpoint, torch.device("cpu") if offload else where, kind, strict, vae_files)
         pipe = Pipeline(model, recognition, hashed_ahead(checkpoint), where, kind, fast)
         if vae_files:

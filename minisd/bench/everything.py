@@ -53,7 +53,7 @@ def parts(with_files: bool) -> list[list[str]]:
     first += [["vae", *NEVER_COMPILED]]
     first += [["kernels", name] for name in known]
     first += [["image", "--model", "sd15", "--peers", "eager"], ["load", "--model", "sd15"]] if with_files else []
-    first += [["unet", "--model", name, "--ablate", "--peers", ""] for name in ("sd15", "sdxl")]
+    first += [["unet", "--model", name, "--ablate", "--fp8", "--peers", ""] for name in ("sd15", "sdxl")]
     first += [["roofline", "--model", name] for name in ("sd15", "sdxl")]
     first += [["vae", "--ablate", "--peers", ""], ["unet", "--model", "sd21", *NEVER_COMPILED]]
     return [*first, *(["unet", "--model", name, *COMPILED] for name in ("sd15", "sdxl")), ["vae", *COMPILED],

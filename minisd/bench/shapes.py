@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..fast import choice, operations
 from ..fast import unet as fused_networks
+from ..fast.lossy import float8
 from ..files.checkpoint import open_checkpoint
 from ..files.model import build
 from ..files.recognition import recognise
@@ -78,6 +79,16 @@ def add_bias(x: Tensor, *_: Any, groups: int | None = None, shift: Tensor | None
     return label + (", shift" if shift is not None else ""), sizes | {"shift": shift is not None}
 
 
+def rows(x: Tensor) -> tuple[str, Sizes]:
+    count, channels = x.numel() // x.shape[-1], x.shape[-1]
+    return f"{channels}, {count} rows", {"rows": count, "channels": channels}
+
+
+def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[str, Sizes]:
+    outputs, inputs, size = *weight.shape[:2], weight.shape[-1] if weight.dim() == 4 else 1
+    return f"{inputs} to {outputs}, {size}x{size}", {"outputs": outputs, "inputs": inputs, "kernel": size}
+
+
 # From what a kernel is called with to a label and the fields of its Shape.
 SIZES: dict[str, Callable[..., tuple[str, Sizes]]] = {
     "group_norm": group_norm,
@@ -88,6 +99,8 @@ SIZES: dict[str, Callable[..., tuple[str, Sizes]]] = {
     "linear_geglu": linear_geglu,
     "upsample_conv": feature_map,
     "add_bias": add_bias,
+    "quantise_rows": rows,
+    "dequantise": dequantise,
 }
 
 
@@ -99,6 +112,8 @@ def shapes_of(name: str, checkpoint: str, dtype: torch.dtype) -> list[Any]:
     file = open_checkpoint(resolve(checkpoint))
     found = recognise(file)
     model = build(file, found.family).to(dtype)
+    if name in choice.FLOAT8:
+        float8.to_float8(model.unet)
     # The kernels' shapes are square: of a checkpoint that draws at another form, the square of as many pixels.
     side = round(math.sqrt(found.size[0] * found.size[1]) / model.vae.downscale / 8) * 8
     kind = type(choice.kernels().KERNELS[name].SHAPES[0])
@@ -132,7 +147,9 @@ class Calls:
                 label, sizes = SIZES[name](*given, **more)
                 self.seen[f"{self.part} {label}", tuple(sizes.items())] += 1
             result = self.real.KERNELS[name].reference(*given, **more)
-            return tuple(as_written(x, given[0]) for x in result) if isinstance(result, tuple) else as_written(result, given[0])
+            if isinstance(result, tuple):  # a map or rows, and what is known of them
+                return as_written(result[0], given[0]), *result[1:]
+            return as_written(result, given[0])
 
         return call
 
@@ -149,7 +166,7 @@ def in_the_place_of_kernels(make: Callable[[Any], Any], *more: str) -> Iterator[
     """What `make` makes of minisd.kernels stands in its place, and is asked for whatever `auto` takes on a GPU, and more."""
     names, stand_in = choice.AUTO | {*more}, make(choice.kernels())
     asked = {"wants": lambda name, device: name in names, "kernels": lambda: stand_in}
-    places = [(module, name) for module in (choice, operations, fused_networks) for name in asked if name in vars(module)]
+    places = [(module, name) for module in (choice, operations, fused_networks, float8) for name in asked if name in vars(module)]
     before = [vars(module)[name] for module, name in places]
     for module, name in places:
         vars(module)[name] = asked[name]
@@ -161,5 +178,6 @@ def in_the_place_of_kernels(make: Callable[[Any], Any], *more: str) -> Iterator[
 
 
 def as_written(result: Tensor, x: Tensor) -> Tensor:
-    """As a kernel writes it: in the dtype of what it was given, and channels-last."""
-    return result.to(x.dtype, memory_format=torch.channels_last if result.dim() == 4 else torch.preserve_format)
+    """As a kernel writes it: in the dtype of what it was given, unless one of the two is float8, and channels-last."""
+    dtype = result.dtype if torch.float8_e4m3fn in (result.dtype, x.dtype) else x.dtype
+    return result.to(dtype, memory_format=torch.channels_last if result.dim() == 4 else torch.preserve_format)

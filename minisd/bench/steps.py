@@ -22,8 +22,11 @@ from ..fast.cpu.engine import Cpu
 from ..fast.cpu.networks import decoder_layer
 from ..fast.cuda import Cuda
 from ..fast.decoder import FusedDecoder
+from ..fast.lossy.float8 import to_float8
+from ..fast.lossy.fused import form_of
 from ..fast.operations import attentions_of
 from ..fast.ways import Walk
+from ..models.unet import UNet
 from ..system.device import name_of
 from ..system.memory import keeping_freed_memory
 from . import peers
@@ -65,6 +68,24 @@ def bench_unet(report: Report, args: Any) -> None:
     tensors = [x for x in (given.x, given.t, given.context, given.y) if x is not None]
     module = runtimes.Called(network, lambda network, *given: network(*given))
     runtimes.bench(report, args.peers, module, tensors, after_laying(laid, as_drawn(fast)), wanted)
+    if args.fp8:
+        with report.attempt("--fp8"):
+            float8_rows(report, network, given, plain, wanted, ours)
+
+
+def float8_rows(report: Report, network: UNet, given: StepInput, plain: Run, wanted: Tensor, ours: float) -> None:
+    """The last of all, as the weights are rounded for good."""
+    to_float8(network)
+    form = form_of(network) if report.clock.is_cuda else None
+    if form is not None:
+        fused = form(network)
+        shift, keys_values = fused.shifts(given.t[:1], given.y)[0], fused.keys_values(given.context)
+        own_row(report, "minisd, fused, --fp8", None, lambda: fused(given.x, shift, keys_values), nothing, wanted, ours)
+    own_row(report, "minisd, plain modules, --fp8", None, plain, nothing, wanted, ours)
+
+
+def nothing() -> None:
+    pass
 
 
 def whole_step(report: Report, engine: Cuda, given: StepInput, ours: float) -> None:

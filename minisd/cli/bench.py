@@ -73,6 +73,7 @@ TAKEN_BY = {
     "steps": ("image",),
     "processes": ("image",),
     "ablate": ("unet", "vae"),
+    "fp8": ("unet", "roofline"),
     "minutes": ("all",),
     "full": (*MEASURED, "accuracy"),
     "repeats": (*(part for part in MEASURED if part != "start"), "lora", "serve", "taps"),
@@ -81,7 +82,7 @@ TAKEN_BY = {
 }
 DEFAULTS: dict[str, Any] = {
     "name": None, "against": None, "shapes_of": None, "tiles": False, "gpu": "h100", "model": "sd15", "checkpoint": None,
-    "peers": list(PEERS), "size": None, "steps": None, "processes": False, "ablate": False,
+    "peers": list(PEERS), "size": None, "steps": None, "processes": False, "ablate": False, "fp8": False,
     "minutes": 9.5, "full": False, "repeats": None, "device": None, "dtype": None,
     "json": None, "plot": None, "debug": False,
 }  # fmt: skip
@@ -138,6 +139,7 @@ def add_networks(made: argparse.ArgumentParser) -> None:
     made.add_argument("--steps", type=positive, metavar="N", help=f"{users('steps')}: of a picture (default: 20, on a CPU 4)")
     made.add_argument("--processes", action="store_true", help=f"{users('processes')}: only whole processes")
     made.add_argument("--ablate", action="store_true", help=f"{users('ablate')}: also each kernel switched alone")
+    made.add_argument("--fp8", action="store_true", help=f"{users('fp8')}: of a step as --fp8 draws (roofline: predicted alone)")
 
 
 def users(option: str, word: str = "and") -> str:

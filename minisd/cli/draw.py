@@ -127,8 +127,8 @@ def draw(args: argparse.Namespace) -> int:
     output = settled_output(args)
     from ..warmup.starting import begin_early
 
-    if not (args.fp8 or args.offload):  # which draw by other kernels
-        begin_early(args.model, args.device, args.dtype, args.size)  # torch, which the next lines import, takes seconds
+    if not args.offload:  # which draws by other kernels
+        begin_early(args.model, args.device, args.dtype, args.size, args.fp8)  # torch, which is imported next, takes seconds
     from ..fast.operations import attentions_of
     from ..pictures.grids import grid
     from ..pictures.image import save_png

@@ -39,7 +39,10 @@ from ..errors import UsageError
 # launch, and large ones without the first of its two where another kernel of ours wrote the map.
 LIBRARY = frozenset({"padded_conv", "residual_product"})
 WAYS = frozenset({"small_norm", "statistics"})
-AUTO = LIBRARY | WAYS | {"group_norm", "layer_norm", "wide_attention", "geglu", "upsample_conv", "add_bias", "linear_step"}
+FLOAT8 = frozenset({"quantise_rows", "dequantise"})  # for --fp8 alone
+AUTO = LIBRARY | WAYS | FLOAT8 | {
+    "group_norm", "layer_norm", "wide_attention", "geglu", "upsample_conv", "add_bias", "linear_step",
+}  # fmt: skip
 ALL = AUTO | {"attention", "cross_attention", "linear_geglu"}
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ from .ways import Moment, Snapshot, Walk, Way, lasting, structure, touched, way
 
 AHEAD = 2  # calls that the host may be ahead of the GPU
 Roles = tuple[int, ...]
+Form = Callable[[UNet], FusedUNet]
 
 
 @dataclass
@@ -99,6 +100,7 @@ class Cuda:
 
     def __init__(self, unet: UNet, graphs: bool, others: Iterable[nn.Module] = ()) -> None:
         self.unet, self.graphs = unet, graphs
+        self.form: Form | None = FusedUNet
         self.built = {network: structure(network) for network in (unet, *others)}  # before anybody touches them
         self.fused: FusedUNet | None = None
         self.weights: tuple[object, object] = (None, None)  # where they lie, and how often each was written to
@@ -110,6 +112,8 @@ class Cuda:
     def way(self, walk: Walk, x: Tensor) -> tuple[Way, str]:
         if walk.network.unet is not self.unet:
             return "plain", "the network is not the pipeline's own"
+        if self.form is None:
+            return "plain", "its layers are in a form that only its modules know"
         return way(walk, x, self.built[self.unet])
 
     def walk(self, walk: Walk, x: Tensor, noise: Noise) -> Iterator[Moment]:
@@ -128,7 +132,8 @@ class Cuda:
             warnings.warn(f"drawing slower than this device can: {why}", stacklevel=2)
 
     def fuse(self) -> FusedUNet:
-        return FusedUNet(self.unet)
+        assert self.form is not None
+        return self.form(self.unet)
 
     def prepared(self) -> FusedUNet:
         """The fused network: made anew if weights were replaced; if they were written to, with what follows from them renewed."""
@@ -285,6 +290,10 @@ class Cuda:
         self.recorders.pop(old, None)
         self.built.pop(old, None)
         self.built[new] = structure(new)
+
+    def reform(self, form: Form | None) -> None:
+        self.form, self.fused = form, None
+        self.replace(self.unet, self.unet)
 
     def recorder(self, network: nn.Module, make: Any) -> NetworkRecorder | None:
         """What records this network, unless somebody has touched it."""

@@ -3,7 +3,7 @@ which."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from ..diffusion.denoiser import Denoise, Denoiser, Noise
 from ..errors import UsageError
 from ..models.clip import TextEncoder
+from ..models.unet import UNet
 from ..models.vae import AutoencoderKL
 from ..system.device import on_device
+from .unet import FusedUNet
 from .ways import Moment, Walk, Way
 
 
@@ -35,6 +37,9 @@ class Engine(Protocol):
     def replace(self, old: nn.Module, new: nn.Module) -> None:
         """Another network stands in the place of one: what is kept of the old one goes."""
 
+    def reform(self, form: Callable[[UNet], FusedUNet] | None) -> None:
+        """The UNet's layers are others now, and `form` makes its fused form; None: it has no other than its modules."""
+
     def refresh(self) -> None:
         """To be called after weights were written to in a way that nothing shows (through `.data`)."""
 
@@ -55,6 +60,9 @@ class Plain:
         return vae.decode(latents)
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
+        pass
+
+    def reform(self, form: Callable[[UNet], FusedUNet] | None) -> None:
         pass
 
     def refresh(self) -> None:

@@ -79,7 +79,7 @@ class ResBlock:
     def biases(self) -> Tensor:
         """Of all that is added to the result, in float32."""
         added = [self.conv2.bias]
-        added += [self.shortcut.bias] if isinstance(self.shortcut, nn.Conv2d) else []
+        added += [self.shortcut.bias] if not isinstance(self.shortcut, nn.Identity) else []
         added += [self.following.bias] if self.following else []
         return torch.stack([bias.float() for bias in added if bias is not None]).sum(dim=0)
 
@@ -212,9 +212,11 @@ class Transformer:
     which must not see them, takes them off again.
     """
 
+    block: type[TransformerBlock] = TransformerBlock
+
     def __init__(self, transformer: unet.SpatialTransformer) -> None:
         self.norm, self.proj_in, self.proj_out = transformer.norm, transformer.proj_in, transformer.proj_out
-        self.blocks = [TransformerBlock(block) for block in transformer.transformer_blocks]  # type: ignore[arg-type]
+        self.blocks = [self.block(block) for block in transformer.transformer_blocks]  # type: ignore[arg-type]
         self.lent = False
         self.owed = self.collected()
         self.bias = self.biases()
@@ -239,7 +241,11 @@ class Transformer:
         shifts = [None, *self.owed]
         for i, block in enumerate(self.blocks):
             h = block(h, shifts[3 * i :], next(keys_values))
-        return image(operations.add_linear(rows(x), h, self.proj_out.weight.flatten(1)), x)
+        return image(self.added(rows(x), h), x)
+
+    def added(self, total: Tensor, h: Tensor) -> Tensor:
+        """total (B, H*W, C), which is written over, and what the layer out of the stream makes of h (B, H*W, C')."""
+        return operations.add_linear(total, h, self.proj_out.weight.flatten(1))
 
 
 Layer = ResBlock | Transformer | Upsample | NarrowConv | nn.Module
@@ -312,7 +318,8 @@ class FusedTrunk:
         """What each ResBlock adds in the middle, bias included, side by side, for every timestep: t (N,), y (B, A) ->
         (N, B, sum of channels), float32; without y it is the same for each picture, (N, 1, sum)."""
         network = self.network
-        emb = network.time_embed(unet.timestep_embedding(t, network.channels).to(self.shift.dtype))[:, None]  # (N, 1, E)
+        dtype = self.conv_in.conv.weight.dtype
+        emb = network.time_embed(unet.timestep_embedding(t, network.channels).to(dtype))[:, None]  # (N, 1, E)
         if network.label_emb is not None:
             emb = emb + network.label_emb(y)
         return self.projected(emb)

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..fast import operations
 from ..fast.decoder import FusedDecoder
+from ..fast.lossy.fused import form_of
 from ..fast.unet import FusedUNet
 from ..files.model import StableDiffusion
 from ..models.family import VAE
@@ -48,13 +49,13 @@ def walk(
         begin("text")
         for encoder in model.text_encoders:
             encoder.hidden_states(torch.empty(2, TOKENS, dtype=torch.long))
-        begin("UNet")
-        fused = FusedUNet(model.unet)
-        given = unet_input(model.unet, latents)
-        prediction = fused(given, *prepared(fused, 2))
-        begin("sampler")
-        for each in masked:
-            sampler_step(prediction, given, each)
+        if form := form_of(model.unet):  # else its modules draw, by PyTorch's operations
+            begin("UNet")
+            fused, given = form(model.unet), unet_input(model.unet, latents)
+            prediction = fused(given, *prepared(fused, 2))
+            begin("sampler")
+            for each in masked:
+                sampler_step(prediction, given, each)
         if hasattr(model, VAE):
             begin("VAE")
             x = torch.empty(1, model.vae.latent_channels, *latents, dtype=next(model.vae.parameters()).dtype)
@@ -67,14 +68,14 @@ def walk(
 def prepared(fused: FusedUNet, batch: int) -> tuple[Tensor, Tensor]:
     """What a step is given that was made before the first: a row of `shifts`, and the keys and values of the prompt."""
     unet: UNet = fused.network  # type: ignore[assignment]
-    dtype = next(unet.parameters()).dtype
+    dtype = next(unet.out.parameters()).dtype
     width = next(block.attn2.to_k.in_features for block in unet.modules() if isinstance(block, BasicTransformerBlock))
     vector = torch.empty(batch, unet.vector_channels, dtype=dtype) if unet.vector_channels else None
     return fused.shifts(torch.empty(1), vector)[0], fused.keys_values(torch.empty(batch, TOKENS, width, dtype=dtype))
 
 
 def unet_input(unet: UNet, latents: tuple[int, int], batch: int = 2) -> Tensor:
-    x = torch.empty(batch, unet.in_channels, *latents, dtype=next(unet.parameters()).dtype)
+    x = torch.empty(batch, unet.in_channels, *latents, dtype=next(unet.out.parameters()).dtype)
     return x.to(memory_format=torch.channels_last)
 
 

@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -37,26 +38,32 @@ if TYPE_CHECKING:
     import torch
 
 MOST = 8  # processes: there are about 25 variants for a model, the longest of which takes a fifth of the time of all
-DOWNSCALE = 8  # pixels for a number of the latents, in every family
+HALVES = re.compile(r"first_stage_model\.encoder\.down\.\d+\.downsample\.conv\.weight")
+DOWNSCALE = 8  # pixels for a number of the latents, of the published VAEs
 NAME, KEPT = "compiled", 64  # of what is remembered (system/cache.py), and how many jobs are
 MAJOR, MINOR = 75, 76  # cuda.h, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 
 
 def of_shapes(
-    shapes: Shapes, family: str, size: tuple[int, int], dtype: str = "float16", masked: Sequence[bool] = (False, True)
-) -> dict[str, Any]:
+    shapes: Shapes, family: str, size: tuple[int, int], dtype: str = "float16", fp8: bool = False,
+    masked: Sequence[bool] = (False, True),
+) -> dict[str, Any]:  # fmt: skip
     """A model of a job: what its networks are, the width and height that it draws, and the number format of its UNet."""
-    latents = [side // DOWNSCALE for side in reversed(size)]
-    return {"shapes": dict(shapes), "family": family, "latents": latents, "dtype": dtype, "masked": list(masked)}
+    halves = sum(bool(HALVES.fullmatch(key)) for key in shapes)
+    latents = [side // (2**halves if halves else DOWNSCALE) for side in reversed(size)]
+    how = {"latents": latents, "dtype": dtype, "fp8": fp8, "masked": list(masked)}
+    return {"shapes": dict(shapes), "family": family} | how
 
 
-def of_checkpoint(checkpoint: Checkpoint, size: tuple[int | None, int | None] = (None, None), dtype: str = "float16") -> Any:
+def of_checkpoint(
+    checkpoint: Checkpoint, size: tuple[int | None, int | None] = (None, None), dtype: str = "float16", fp8: bool = False
+) -> Any:
     """`of_shapes` of a file, from its header; size: by default its own.  Raises CheckpointError."""
     with warnings.catch_warnings():  # who draws with it is told
         warnings.simplefilter("ignore")
         found = recognise(checkpoint, vae_given=True)
     width, height = (side or own for side, own in zip(size, found.size, strict=True))
-    return of_shapes(checkpoint.shapes, found.family.name, (width, height), dtype)
+    return of_shapes(checkpoint.shapes, found.family.name, (width, height), dtype, fp8)
 
 
 def job_of(models: Iterable[dict[str, Any]], capability: int, processes: int | None = None) -> dict[str, Any]:
@@ -142,13 +149,13 @@ def capability_here(index: int = 0) -> int | None:
 RUNNING: dict[Path, tuple[dict[str, Any], subprocess.Popen[str]]] = {}  # by the checkpoint
 
 
-def begin(checkpoint: Checkpoint, capability: int, size: tuple[int | None, int | None], dtype: str) -> None:
+def begin(checkpoint: Checkpoint, capability: int, size: tuple[int | None, int | None], dtype: str, fp8: bool = False) -> None:
     """Starts to compile what a file's networks launch, unless that is done or under way."""
     path = checkpoint.path.resolve()
     told = os.environ.get("MINISD_KERNELS") or "auto"
     if path in RUNNING or told == "torch" or importlib.util.find_spec("triton") is None:
         return
-    job = job_of([of_checkpoint(checkpoint, size, dtype)], capability)
+    job = job_of([of_checkpoint(checkpoint, size, dtype, fp8)], capability)
     if not is_compiled(job):
         RUNNING[path] = job, started(f"{__package__}.worker", job)
         if len(RUNNING) == 1:
@@ -156,8 +163,9 @@ def begin(checkpoint: Checkpoint, capability: int, size: tuple[int | None, int |
 
 
 def begin_early(
-    model: str | None, device: str | None, dtype: str | None, size: tuple[int | None, int | None] = (None, None)
-) -> None:
+    model: str | None, device: str | None, dtype: str | None, size: tuple[int | None, int | None] = (None, None),
+    fp8: bool = False,
+) -> None:  # fmt: skip
     """For a command, before it imports torch: `begin` for the file and GPU that these name; what is wrong is told later."""
     name, _, index = (device or "cuda").partition(":")
     if name != "cuda" or os.environ.get("MINISD_FAST") == "0" or not (index or "0").isdecimal():
@@ -166,11 +174,13 @@ def begin_early(
         capability = capability_here(int(index or 0))
         if capability is not None:
             file = open_checkpoint(resolve(model) if model is not None else tiny_checkpoint())
-            begin(file, capability, size, dtype or "float16")
+            begin(file, capability, size, dtype or "float16", fp8)
 
 
 @contextlib.contextmanager
-def compiling(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, fast: bool | None) -> Iterator[None]:
+def compiling(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, fast: bool | None, fp8: bool = False
+) -> Iterator[None]:
     """While a file is loaded onto a GPU, the kernels that it will launch are compiled; they are there at the end."""
     plain = fast is False or (fast is None and os.environ.get("MINISD_FAST") == "0")
     if device.type == "cuda" and not plain:
@@ -178,7 +188,7 @@ def compiling(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, 
 
         major, minor = torch.cuda.get_device_capability(device)
         with contextlib.suppress(CheckpointError, OSError):  # what is wrong with the file is told by who loads it
-            begin(checkpoint, 10 * major + minor, (None, None), str(dtype).removeprefix("torch."))
+            begin(checkpoint, 10 * major + minor, (None, None), str(dtype).removeprefix("torch."), fp8)
     try:
         yield
     except BaseException:  # nothing will be drawn with it

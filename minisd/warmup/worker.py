@@ -18,6 +18,7 @@ import torch
 
 from ..codec import vae_dtype
 from ..fast import choice
+from ..fast.lossy.float8 import to_float8
 from ..files.model import NoInit, StableDiffusion
 from ..models.family import FAMILIES, VAE
 from ..models.shapes import Shapes
@@ -43,6 +44,8 @@ def described(wanted: dict[str, Any], capability: int) -> StableDiffusion:
     dtype = DTYPES[wanted["dtype"]]
     with torch.device("meta"), NoInit():
         model = StableDiffusion(Shapes({key: tuple(shape) for key, shape in wanted["shapes"].items()}), family).to(dtype)
+        if wanted["fp8"]:
+            to_float8(model.unet)
     if hasattr(model, VAE):
         model.vae.to(vae_dtype(dtype, family.vector, has_bfloat16=capability >= 80))
     return model

@@ -254,7 +254,9 @@ for name, module in kernels().KERNELS.items():
             getattr(kernels(), name)(**module.make(shape, "meta", dtype))
 known = {(variant.fn.__name__, key) for variant, key in listed.found}
 published = [MODELS[name] for name in ("sd15", "sd21", "sdxl")]
-seen = variants(job_of([of_shapes(m.shapes(), m.family.name, (8 * m.latents, 8 * m.latents)) for m in published], 90, 1))
+sizes = [(m.shapes(), m.family.name, (8 * m.latents, 8 * m.latents)) for m in published]
+models = [of_shapes(*each, *how) for each in sizes for how in (("float16",), ("float16", True), ("bfloat16", True))]
+seen = variants(job_of(models, 90, 1))
 launched = {(variant.fn.__name__, key) for variant, key in seen.found}
 print(json.dumps([len(known), len(launched), sorted(map(str, launched - known))]))
 """

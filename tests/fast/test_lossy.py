@@ -19,7 +19,6 @@ from minisd.fast.lossy.float8 import (
     Float8Linear,
     Rows,
     StoredConv,
-    in_float8,
     is_float8,
     multiplied,
     quantised,
@@ -27,6 +26,7 @@ from minisd.fast.lossy.float8 import (
     to_float8,
     widened,
 )
+from minisd.fast.lossy.fused import in_float8
 from minisd.library.places import tiny_checkpoint
 from minisd.recipe import repeat
 

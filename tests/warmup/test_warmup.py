@@ -22,6 +22,7 @@ from minisd.warmup import starting
 from minisd.warmup.starting import begin, begin_early, compiling, is_compiled, job_of, of_checkpoint
 
 pytest.importorskip("triton")
+MORE = (("tiny", "plain"), ("tiny", "fp8"), ("sdxl", "plain"))
 DRAWING = Path(__file__).with_name("drawing.py")
 
 
@@ -44,7 +45,7 @@ def drawn(path: Path, how: str) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize(
     ("family", "how"),
-    [("tiny", "masked"), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("tiny", "plain"), ("sdxl", "plain")))],
+    [("tiny", "masked"), *(pytest.param(*each, marks=pytest.mark.slow) for each in MORE)],
 )
 def test_what_is_foretold_is_what_a_drawing_launches(family, how, tmp_path):
     """From two sources: the networks on the meta device, and a drawing, whose launches are seen and not made."""
@@ -53,6 +54,7 @@ def test_what_is_foretold_is_what_a_drawing_launches(family, how, tmp_path):
     plain, masked = seen["foretold"]
     assert len(plain) > 10
     assert seen["launched"] == (masked if how == "masked" else plain)
+    assert any("quantise_rows" in name for name in plain) == (how == "fp8")
     more = {name.split("_kernel")[0] for name in set(masked) - set(plain)}
     assert "linear_step" in more
     assert more <= {"linear_step", "whole", "partial", "apply"}  # the encoder's norms
@@ -115,10 +117,11 @@ def test_loading_onto_a_gpu_compiles_meanwhile_and_once(started):
 
 
 def test_a_command_begins_before_it_loads(started):
-    begin_early("tiny", None, None, (128, 64))
-    assert started.jobs[0]["models"][0]["latents"] == [8, 16]
+    begin_early("tiny", None, None, (128, 64), fp8=True)
+    assert started.jobs[0]["models"][0]["latents"] == [16, 32]  # the tiny VAE halves twice
+    assert started.jobs[0]["models"][0]["fp8"] is True
     named = open_checkpoint(resolve("tiny"))  # from a checkout, that is not the installed one
-    with compiling(named, GPU, torch.float16, None):
+    with compiling(named, GPU, torch.float16, None, fp8=True):
         pass
     assert len(started.jobs) == 1
 

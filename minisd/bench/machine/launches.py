@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...fast.decoder import FusedDecoder
-from ...fast.unet import FusedUNet
+from ...fast.lossy.float8 import to_float8
+from ...fast.lossy.fused import form_of
 from ...files.model import NoInit
 from ...models import ops
 from ...models.family import UNET, VAE
@@ -30,6 +31,7 @@ from .kinds import OTHERS, class_of
 WHOLE = 256  # pixels of a map whose GroupNorm is one launch: kernels/group_norm.py
 
 CONV, LINEAR, ATTENTION = "convolution", "linear", "attention"
+FLOAT8 = "product in float8"
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,10 @@ class Library(TorchDispatchMode):
         elif name in ("mm", "addmm", "addmm_", "bmm", "baddbmm"):
             a, b = args[-2:]
             self.seen.append(product(a, b, result, accumulates=name in ("addmm_", "baddbmm")))
+        elif name == "_scaled_mm":
+            a, b, *scales = args[:4]
+            (m, k), n = a.shape, b.shape[1]
+            self.seen.append(Launch(FLOAT8, LINEAR, size_of(a, b, *scales, result), 2 * m * n * k, (1, m, n, k)))
         elif name in ("clone", "_to_copy") and result.dim() == 4 and result.dtype == args[0].dtype:
             pass  # how the meta device is brought to lay out maps as a GPU does by itself
         else:
@@ -177,11 +183,15 @@ def on_meta(make: Callable[[], nn.Module], dtype: torch.dtype) -> Any:
 
 
 @torch.no_grad()
-def of_step(model: Published, side: int, dtype: torch.dtype) -> list[Launch]:
+def of_step(model: Published, side: int, dtype: torch.dtype, fp8: bool = False) -> list[Launch]:
     """A step with guidance for one picture: the fused UNet and the sampler's, as fast/cuda.py records them."""
     unet = on_meta(lambda: UNet(below(model.shapes(), UNET)), dtype)
     with torch.device("meta"), networks.ChannelsLast(), watching() as library:
-        fused = FusedUNet(unet)
+        if fp8:
+            to_float8(unet)
+        form = form_of(unet)
+        assert form is not None
+        fused = form(unet)
         given, ready = networks.unet_input(unet, (side, side)), networks.prepared(fused, 2)
         fused(given, *ready)  # the first makes what is kept
         library.seen.clear()

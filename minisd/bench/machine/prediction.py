@@ -14,10 +14,11 @@ from typing import Any
 
 from ...errors import UsageError
 from ...system.device import name_of
+from ...warmup.absent import capability_of
 from ..networks import MODELS
 from ..report import Report
 from .gpus import COPY, GAP, LAUNCH, OF_COPY, PRODUCT, Gpu, gpu_named
-from .launches import Launch, of_decoding, of_step
+from .launches import FLOAT8, Launch, of_decoding, of_step
 
 # Of a product: rows, columns, and the share of PRODUCT that such tiles reach.
 TILES = ((128, 256, 1.0), (128, 128, 0.9), (64, 128, 0.7), (64, 64, 0.5))
@@ -27,6 +28,7 @@ STARTED = 2.5e-6  # seconds until the first tile of a product has come, and unti
 OF_ATTENTION = ((40, 0.28), (64, 0.47), (80, 0.43), (128, 0.55), (160, 0.40))
 ATTENTION_STARTED = 5.0e-6
 MORE = {"group_norm, statistics": 1.0e-6, "group_norm, apply": 1.2e-6, "layer_norm": 0.8e-6, "linear_step": 1.5e-6}  # seconds
+SINCE = 89  # the compute capability that multiplies in float8, at twice the rate of half precision
 RANGE = 0.12  # of the whole: how far it may be off on the GPU that it was fitted to
 COLUMNS = ("launches", "predicted us", "GFLOP", "MB")
 
@@ -40,7 +42,7 @@ def moving(count: float, gpu: Gpu) -> float:
 def multiplying(launch: Launch, gpu: Gpu) -> float:
     """By the best of the tiles, and of the ways to split a long sum among SMs that had nothing to do."""
     batch, m, n, k = launch.sizes
-    rate = gpu.half / gpu.sms * PRODUCT
+    rate = gpu.half / gpu.sms * PRODUCT * (2 if launch.name == FLOAT8 else 1)
     best = float("inf")
     for rows, columns, share in TILES:
         tiles, one = batch * ceil(m / rows) * ceil(n / columns), 2 * rows * columns * k / (rate * share)
@@ -83,9 +85,12 @@ def bench(report: Report, args: Any) -> None:
     gpu, model, dtype = gpu_named(args.device), MODELS[args.model], report.clock.dtype
     if dtype.itemsize != 2:
         raise UsageError(f"--dtype: expected float16 or bfloat16 for a GPU that is not there, found {name_of(dtype)}")
+    if args.fp8 and capability_of(args.device) < SINCE:
+        raise UsageError(f"--fp8: expected a GPU of compute capability 8.9 or later for --device, found {gpu.name}")
     side = model.latents
     where = f"predicted for {gpu.name}, {name_of(dtype)}"
-    step = table(report, f"{model.name} UNet step, {side}x{side} latents, {where}", of_step(model, side, dtype), gpu)
+    title = f"{model.name} UNet step{', --fp8' if args.fp8 else ''}, {side}x{side} latents, {where}"
+    step = table(report, title, of_step(model, side, dtype, args.fp8), gpu)
     decoding = table(report, f"VAE decoding {8 * side}x{8 * side}, {where}", of_decoding(model, side, dtype), gpu)
     report.table(f"{model.name} picture, {where}", ("predicted ms",))
     report.add("20 steps and decoding, kernels compiled", predicted=20 * step + decoding)

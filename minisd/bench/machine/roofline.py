@@ -25,13 +25,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ...errors import UsageError
 from ...fast import choice
 from ...fast.cpu import attention as on_cpu
 from ...fast.unet import FusedUNet
 from ..networks import MODELS, laid_out, random_unet, step_input
 from ..report import Report
 from . import launches, prediction
-from .gpus import gpu_called, is_gpu
+from .gpus import GPUS, gpu_called, is_gpu
 from .kinds import class_of
 
 
@@ -120,6 +121,8 @@ def spent_on_gpu(run: Callable[[], Any]) -> Spent:
 def bench(report: Report, args: Any) -> None:
     if is_gpu(args.device):
         prediction.bench(report, args)
+    elif args.fp8:
+        raise UsageError(f"--fp8: expected one of {', '.join(GPUS)} for --device (a prediction), found {args.device!r}")
     else:
         measured(report, args)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import MinisdError, UsageError, shown
 from ...options import pair, whole
-from ..options import Parser, add_output_options
+from ..options import Parser, add_fp8, add_output_options
 
 # Without a MODEL: the architectures of the published files, at the sizes that they draw at.
 PUBLISHED = ("sd15", "sd21", "sdxl")
@@ -31,6 +31,7 @@ def parser() -> Parser:
     made.add_argument("--target", metavar="NAME", help="h100, a100, rtx4090, … or sm_NN (default: the GPU of this machine)")
     made.add_argument("--dtype", default="float16", metavar="NAME", help="of the UNet on that GPU (default: float16)")
     made.add_argument("--size", metavar="WxH", help="pixels, multiples of 8 (default: what each was trained at)")
+    add_fp8(made)
     made.add_argument(
         "--jobs", type=int, metavar="N", help="compile so many at a time (default: one less than processors, at most 8)"
     )
@@ -93,14 +94,12 @@ def models_of(args: argparse.Namespace) -> list[Any]:
     from ...library.names import resolve
     from ...warmup.starting import of_checkpoint, of_shapes
 
-    size = size_of(args.size)
+    size, how = size_of(args.size), (args.dtype, args.fp8)
     if args.models:
-        return [of_checkpoint(open_checkpoint(resolve(name)), size or (None, None), args.dtype) for name in args.models]
+        return [of_checkpoint(open_checkpoint(resolve(name)), size or (None, None), *how) for name in args.models]
     published = [MODELS[name] for name in PUBLISHED]
     own = [(8 * model.latents, 8 * model.latents) for model in published]
-    return [
-        of_shapes(model.shapes(), model.family.name, size or each, args.dtype) for model, each in zip(published, own, strict=True)
-    ]
+    return [of_shapes(model.shapes(), model.family.name, size or each, *how) for model, each in zip(published, own, strict=True)]
 
 
 def size_of(text: str | None) -> tuple[int, int] | None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...diffusion.denoiser import Noise
 from ...models.clip import TextEncoder
+from ...models.unet import UNet as Definition
 from ...models.vae import AutoencoderKL
 from ...system.memory import keeping_freed_memory
 from ..choice import chosen
@@ -16,6 +17,12 @@ from ..cuda import Cuda, decoder_recorder
 from ..unet import FusedUNet
 from ..ways import Moment, Walk, Way
 from .networks import UNet, decoder_layer, last_layers, unet_layer
+
+
+def fused(network: Definition) -> FusedUNet:
+    made = UNet(network, unet_layer)
+    made.out = last_layers(network.out)
+    return made
 
 
 class Cpu(Cuda):
@@ -26,11 +33,7 @@ class Cpu(Cuda):
 
     def __init__(self, unet: nn.Module, others: Iterable[nn.Module] = ()) -> None:
         super().__init__(unet, False, others)  # type: ignore[arg-type]
-
-    def fuse(self) -> FusedUNet:
-        fused = UNet(self.unet, unet_layer)
-        fused.out = last_layers(self.unet.out)
-        return fused
+        self.form = fused
 
     def walk(self, walk: Walk, x: Tensor, noise: Noise) -> Iterator[Moment]:
         with keeping_freed_memory():

@@ -3,38 +3,34 @@
     w[n, k] = s[n] q[n, k],   s[n] = max_k |w[n, k]| / 448,   q in e4m3 (Micikevicius et al. 2022, arXiv 2209.05433)
     y[m, n] = a[m] s[n] sum_k p[m, k] q[n, k] + bias[n],   a[m] = max_k |x[m, k]| / 448,   p = e4m3(x[m, k] / a[m])
 
-A linear layer of a transformer multiplies in float8: on a GPU from Hopper on by `torch._scaled_mm`, elsewhere the same numbers
-are multiplied wider (`reference`), so a CPU can say what a GPU would lose.  LayerNorm and GEGLU hand their rows on in float8; on
-a GPU their kernels write them so.  Convolutions, which are two thirds of SD 1.5's UNet, and the time embedding keep their weights
-in float8, with a scale for each output channel, and multiply them out when they are used.  Norms, biases and the two convolutions
-from and to the latents stay as they are.
+A linear layer of a transformer multiplies in float8: by `torch._scaled_mm` on a GPU that has it (RTX 4090, H100 and later), and
+elsewhere the same numbers are multiplied wider (`reference`), so a CPU can say what a GPU would lose.  LayerNorm and GEGLU hand
+their rows on in float8; on a GPU their kernels write them so, and another makes rows of what PyTorch wrote.  Convolutions, which
+are two thirds of SD 1.5's UNet, and the time embedding keep their weights in float8, with a scale for each output channel, and
+multiply them out when they are used.  Norms, biases and the two convolutions from and to the latents stay as they are.
 
 The UNet takes half the memory of float16.  It is lossy: `minisd bench accuracy` says how much.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ...errors import UsageError
-from ...files.model import StableDiffusion
 from ...models import ops
 from ...models.layers import LayerNorm
-from ...models.unet import GEGLU, SpatialTransformer, UNet
-from ..choice import kernels
-from ..engine import Engine, Plain
-from ..operations import kernel_geglu, kernel_layer_norm
-from ..ways import AsLoaded
+from ...models.unet import GEGLU, SpatialTransformer
+from ..choice import kernels, takes
+from ..operations import even_rows, kernel_geglu, kernel_layer_norm, layer_norm
 
 E4M3, LARGEST = torch.float8_e4m3fn, 448.0
 MULTIPLE = 16  # of rows and columns that `_scaled_mm` takes
-HOPPER = (9, 0)  # scales for each row need it
 
 
 def quantised(x: Tensor, over: Sequence[int] = (-1,)) -> tuple[Tensor, Tensor]:
@@ -69,7 +65,13 @@ class Rows(Tensor):
 
     @classmethod
     def of(cls, x: Tensor) -> Rows:
-        return x if isinstance(x, cls) else cls(*quantised(x), x.dtype)
+        if isinstance(x, cls):
+            return x
+        if takes("quantise_rows", x) and writes_float8(x) and even_rows(x) and x.shape[-1] <= 16384:
+            values, scale = kernels().quantise_rows(x)
+        else:
+            values, scale = quantised(x)
+        return cls(values, scale, x.dtype)
 
     def whole(self) -> Tensor:
         return (widened(self.e4m3, torch.float32) * self.scale).to(self.dtype)
@@ -80,23 +82,44 @@ class Rows(Tensor):
         return function(*given, **named)
 
 
-def reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def writes_float8(x: Tensor) -> bool:
+    """Whether kernels can write float8 where x is."""
+    return kernels().checks.capability(x) >= kernels().float8.SINCE  # type: ignore[no-any-return]
+
+
+def reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K), weight e4m3 (N, K), scale (N, 1) -> (..., N), in x's dtype: products of float8 numbers, summed in float32.
 
-    They are exact in bfloat16 as well, in which a CPU may be faster.
+    They are exact in bfloat16 as well, in which a CPU or a GPU may be faster.  (Their sums are too large for float16.)
     """
     rows = Rows.of(x)
-    exact = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    exact = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
     y = F.linear(widened(rows.e4m3, exact), widened(weight, exact)) * rows.scale * scale.T
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def multiplied(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def multiplied(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same by the GPU's own float8 product, whose result is bfloat16."""
-    rows = Rows.of(x)
+    rows, half = Rows.of(x), torch.bfloat16
     values, own = rows.e4m3.reshape(-1, x.shape[-1]), rows.scale.reshape(-1, 1)
-    y = torch._scaled_mm(values, weight.T, scale_a=own, scale_b=scale.T, out_dtype=torch.bfloat16)
-    return (y if bias is None else y + bias).view(*x.shape[:-1], -1).to(x.dtype)
+    bias = None if bias is None else bias.to(half)
+    return torch._scaled_mm(values, weight.T, own, scale.T, bias, out_dtype=half).view(*x.shape[:-1], -1)
+
+
+def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The faster of the two that runs where x is."""
+    runs = multiplies(x.device) if x.device.type == "cuda" else x.device.type == "meta" and writes_float8(x)
+    return (multiplied if runs else reference)(x, weight, scale, bias)
+
+
+@cache
+def multiplies(device: torch.device) -> bool:
+    """Whether a GPU multiplies in float8 with a scale for each row, which depends on it and on how PyTorch was built."""
+    one, scale = torch.zeros(16, 16, device=device).to(E4M3), torch.ones(16, 1, device=device)
+    try:
+        return bool(torch._scaled_mm(one, one.T, scale, scale.T, out_dtype=torch.bfloat16).isfinite().all())
+    except (RuntimeError, ValueError):  # "Rowwise scaling is not currently supported on your device" and the like
+        return False
 
 
 Layer = nn.Linear | nn.Conv2d
@@ -109,8 +132,19 @@ def store(new: Layer, layer: Layer) -> None:
     new.register_buffer("weight_scale", scale, persistent=False)  # (N, 1, …), as many dimensions as the weight
 
 
+def multiplied_out(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight (N, …), e4m3, and scale (N, 1, …) -> the weight itself."""
+    if takes("dequantise", scale) and weight.dtype == E4M3:
+        return kernels().dequantise(weight, scale.flatten(), dtype)  # type: ignore[no-any-return]
+    return widened(weight, torch.float32).mul_(scale).to(dtype)
+
+
 def whole(layer: Layer, dtype: torch.dtype) -> Tensor:
-    return widened(layer.weight, torch.float32).mul_(layer.weight_scale).to(dtype)  # type: ignore[arg-type]
+    return multiplied_out(layer.weight, scale_of(layer), dtype)
+
+
+def scale_of(layer: nn.Module) -> Tensor:
+    return layer.weight_scale  # type: ignore[return-value]
 
 
 class Float8Linear(nn.Linear):
@@ -122,10 +156,8 @@ class Float8Linear(nn.Linear):
         store(self, layer)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
-        here, scale = x.device, self.weight_scale
-        assert isinstance(scale, Tensor)
-        fast = here.type == "cuda" and self.weight.dtype == E4M3 and torch.cuda.get_device_capability(here) >= HOPPER
-        return (multiplied if fast else reference)(x, self.weight.flatten(1), scale.flatten(1), self.bias)
+        compute = product if self.weight.dtype == E4M3 else reference  # a block that is rescued is in float32
+        return compute(x, self.weight.flatten(1), scale_of(self).flatten(1), self.bias).to(x.dtype)
 
 
 class StoredLinear(Float8Linear):
@@ -157,8 +189,17 @@ class Float8LayerNorm(LayerNorm):
         self.weight, self.bias = layer.weight, layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        given = (x, self.weight, self.bias, self.eps)
-        return in_rows(kernel_layer_norm(*given), ops.layer_norm, *given)
+        return normed(x, self)
+
+
+def normed(x: Tensor, norm: nn.LayerNorm, shift: Tensor | None = None) -> Rows:
+    """LayerNorm of x + shift: (..., C), (C,) -> (..., C)."""
+    given = (norm.weight, norm.bias, norm.eps)
+    kernel = kernel_layer_norm(x, *given)
+    if kernel and writes_float8(x):
+        values, scale = kernel(x, *given, shift=shift, float8=True)
+        return Rows(values, scale, x.dtype)
+    return Rows.of(layer_norm(x, shift, *given))
 
 
 class Float8GEGLU(GEGLU):
@@ -167,16 +208,16 @@ class Float8GEGLU(GEGLU):
         self.proj = layer.proj
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(x)
-        return in_rows(kernel_geglu(x), ops.geglu, x)
+        return gated(self.proj(x))
 
 
-def in_rows(kernel: Callable[..., Any] | None, plain: Callable[..., Tensor], x: Tensor, *given: Any) -> Rows:
-    """An operation's result as Rows: from its kernel if there is one for x, and a GPU that has float8."""
-    if kernel and kernels().checks.capability(x) >= kernels().float8.SINCE:
-        values, scale = kernel(x, *given, float8=True)
+def gated(x: Tensor) -> Rows:
+    """GEGLU: (..., 2*C) -> (..., C)."""
+    kernel = kernel_geglu(x)
+    if kernel and writes_float8(x):
+        values, scale = kernel(x, float8=True)
         return Rows(values, scale, x.dtype)
-    return Rows.of(plain(x, *given))
+    return Rows.of(ops.geglu(x))
 
 
 def fits(layer: nn.Module) -> bool:
@@ -212,29 +253,3 @@ def to_float8(network: nn.Module, inside: bool = False) -> int:
 
 def is_float8(unet: nn.Module) -> bool:
     return any(isinstance(module, FLOAT8) for module in unet.modules())
-
-
-class Loaded(Protocol):
-    """A pipeline, as far as it is changed here."""
-
-    model: StableDiffusion
-    unet: UNet
-    engine: Engine
-    as_loaded: AsLoaded
-
-
-def in_float8(pipe: Loaded) -> None:
-    """Draws in float8 from now on.  Raises UsageError where a LoRA is on, or for a UNet without layers that fit.
-
-    The UNet goes the plain way, module by module: its fused form knows no float8 yet.  `pipeline.load` does this before anything
-    is drawn; later the fused form would keep the weights as they were.
-    """
-    stack = getattr(pipe, "stack", None)
-    if stack is not None and stack.active:
-        raise UsageError("fp8: expected no LoRA on the weights, found some: merge them into a file first")
-    if not to_float8(pipe.unet):
-        raise UsageError(f"fp8: expected linear layers whose sizes are multiples of {MULTIPLE}, found none")
-    pipe.engine = Plain()
-    pipe.as_loaded = AsLoaded((pipe.model.unet, *pipe.model.text_encoders, pipe.model.vae))
-    if stack is not None:
-        stack.layering = pipe.as_loaded.layering

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from ..models import ops
-from ..models.unet import CrossAttention
+from ..models.unet import BasicTransformerBlock
 from .choice import kernels, takes, wants
 from .cpu import attention as on_cpu
 from .cpu import compiled
@@ -60,15 +60,21 @@ def attention_by(q: Tensor, k: Tensor, v: Tensor, heads: int) -> str:
 
 
 def attentions_of(network: nn.Module) -> str:
-    """Who computes the attentions of a UNet here: one name for each width of head, 1024 queries of two pictures."""
+    """Who computes the attentions of a UNet here, among 1024 pixels of two pictures and from these to a prompt's 77 words: one
+    name for each width of head."""
+    among, to_prompt = (said_of(network, keys) for keys in (1024, 77))
+    return among if among == to_prompt else f"{among}; to a prompt by {to_prompt}"
+
+
+def said_of(network: nn.Module, keys: int) -> str:
     said: dict[str, list[int]] = {}
     for block in network.modules():
-        if isinstance(block, CrossAttention):
-            width = block.to_q.weight.shape[0]
-            q = torch.empty(2, 1024, width, device=block.to_q.weight.device, dtype=block.to_q.weight.dtype)
-            widths = said.setdefault(attention_by(q, q, q, block.heads), [])
-            if width // block.heads not in widths:
-                widths.append(width // block.heads)
+        if isinstance(block, BasicTransformerBlock):
+            heads, like = block.attn1.heads, block.norm1.weight  # which is never in float8
+            q, k = (like.new_empty(2, count, len(like)) for count in (1024, keys))
+            widths = said.setdefault(attention_by(q, k, k, heads), [])
+            if len(like) // heads not in widths:
+                widths.append(len(like) // heads)
     return "; ".join(f"{name} for {', '.join(map(str, widths))} channels a head" for name, widths in said.items())
 
 

@@ -97,7 +97,7 @@ class Reader:
         self.file, self.dtype = file, dtype
         self.stored = torch.empty(PIECE, dtype=torch.uint8)
         self.wide = torch.empty(PIECE // 2, dtype=torch.float32)
-        self.piece = torch.empty(NUMBERS, dtype=dtype)
+        self.converted = torch.empty(NUMBERS, dtype=dtype)
 
     def __call__(self, entry: Entry) -> Tensor:
         if len(entry.shape) != 4:
@@ -117,7 +117,7 @@ class Reader:
         weight = torch.empty(entry.shape, dtype=self.dtype, memory_format=torch.channels_last)
         offset = entry.offset
         for some in weight.split(NUMBERS // (entry.numel // len(weight))):
-            numbers = self.piece[: some.numel()]
+            numbers = self.converted[: some.numel()]
             self.read(numbers, entry.dtype, offset)
             some.copy_(numbers.view(some.shape))
             offset += some.numel() * TORCH[entry.dtype].itemsize

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import minisd
 from minisd.fast import choice, operations
 from minisd.fast.decoder import FusedDecoder
+from minisd.fast.lossy.float8 import to_float8
 from minisd.fast.unet import FusedUNet, NarrowConv
 from minisd.models import ops
 from minisd.models.shapes import below
@@ -232,8 +233,16 @@ def test_residual_sums_are_made_by_products_or_one_by_one():
 def test_who_computes_the_attention_is_said():
     unet = small_unet(SMALL["sd1"])
     with choice.using("torch"):
-        assert re.fullmatch(r"PyTorch's [A-Z_]+( \d+)? for \d+(, \d+)* channels a head", operations.attentions_of(unet))
+        library = r"PyTorch's [A-Z_]+( \d+)? for \d+(, \d+)* channels a head"
+        assert re.fullmatch(rf"{library}(; to a prompt by {library})?", operations.attentions_of(unet))
     if DEVICE == "cpu":
+        with choice.using("attention"):
+            assert operations.attentions_of(unet).startswith("attention for ")
+        with choice.using("cross_attention"):
+            among, to_prompt = operations.attentions_of(unet).split("; to a prompt by ")
+            assert among.startswith("PyTorch's ")
+            assert to_prompt.startswith("attention for ")
+        to_float8(unet)
         with choice.using("attention"):
             assert operations.attentions_of(unet).startswith("attention for ")
 

@@ -97,6 +97,10 @@ def main() -> None:
     """In the process of its own."""
     job, kept = json.load(sys.stdin), Ledger()
     kept.seconds["python"] = time.time() - job["start"]
+    with kept.entry("minisd"):
+        from ...warmup.starting import begin_early
+
+        begin_early(job["path"], job["device"], job["dtype"], (job["side"], job["side"]))
     with kept.entry("torch"):
         import torch
     with kept.entry("minisd"):

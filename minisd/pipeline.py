@@ -27,7 +27,7 @@ from .diffusion.spacings import spacing_named, visited
 from .errors import CheckpointError, UsageError
 from .fast.choice import chosen
 from .fast.engines import engine
-from .fast.lossy.fused import in_float8
+from .fast.lossy.networks import in_float8
 from .fast.ways import AsLoaded
 from .files.checkpoint import Checkpoint, hashed_ahead, open_checkpoint
 from .files.model import StableDiffusion, averaged, load_model, load_vae

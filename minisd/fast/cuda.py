@@ -292,7 +292,8 @@ class Cuda:
         self.built[new] = structure(new)
 
     def reform(self, form: Form | None) -> None:
-        self.form, self.fused = form, None
+        self.form, self.fused, self.network_calls = form, None, None
+        self.shapes.clear()
         self.replace(self.unet, self.unet)
 
     def recorder(self, network: nn.Module, make: Any) -> NetworkRecorder | None:

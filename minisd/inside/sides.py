@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..fast import choice
 from ..fast.lossy.float8 import E4M3
-from ..fast.lossy.fused import in_float8
+from ..fast.lossy.networks import in_float8
 from ..pipeline import Pipeline, load
 from ..system.device import DTYPES, name_of
 from .fused import Fused

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..fast import operations
 from ..fast.decoder import FusedDecoder
-from ..fast.lossy.fused import form_of
+from ..fast.lossy.networks import form_of
 from ..fast.unet import FusedUNet
 from ..files.model import StableDiffusion
 from ..models.family import VAE

@@ -20,13 +20,13 @@ from minisd.fast.lossy.float8 import (
     Rows,
     StoredConv,
     is_float8,
-    multiplied,
     quantised,
     reference,
+    scaled_product,
     to_float8,
     widened,
 )
-from minisd.fast.lossy.fused import in_float8
+from minisd.fast.lossy.networks import in_float8
 from minisd.library.places import tiny_checkpoint
 from minisd.recipe import repeat
 
@@ -83,7 +83,7 @@ def test_what_a_gpu_multiplies_is_what_the_formula_says():
     weight, scale = quantised(layer.weight.data)
     for bias in (None, layer.bias.data):
         wanted = reference(x.float(), weight, scale, bias)
-        for compute in (multiplied, reference):
+        for compute in (scaled_product, reference):
             found = compute(x, weight, scale, bias)
             assert found.shape == wanted.shape
             assert relative_error(found, wanted) < 4e-3  # bfloat16's rounding

@@ -19,7 +19,7 @@ from minisd.fast import choice, cuda, operations
 from minisd.fast import unet as fused_networks
 from minisd.fast.cuda import Cuda
 from minisd.fast.lossy import float8
-from minisd.fast.lossy.fused import form_of
+from minisd.fast.lossy.networks import form_of
 from minisd.files.checkpoint import open_checkpoint
 from minisd.warmup.absent import Variants, pretend
 from minisd.warmup.starting import job_of, of_checkpoint
@@ -67,7 +67,7 @@ def names(seen):
 
 def hash_of(name, seen):
     """Where Triton's cache has it: compiled as the launch that was seen asks for it."""
-    return next(variant for variant in seen.found.values() if variant.kernel.startswith(name)).compiled().hash
+    return next(variant for variant in seen.found.values() if variant.kernel.split("_")[0] == name).compiled().hash
 
 
 def main(path: str, masked: bool, fp8: bool) -> None:

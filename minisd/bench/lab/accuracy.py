@@ -155,7 +155,7 @@ def kernels(
     if not runs_here(report.clock.device):
         report.note("minisd's own kernels are left out: they run on a GPU, or with TRITON_INTERPRET=1")
         return
-    for name in ("torch", *sorted(choice.ALL - {"linear_step"} - choice.WAYS)):
+    for name in ("torch", *sorted(choice.ALL - {"linear_step"} - choice.WAYS - choice.FLOAT8)):
         with report.attempt(name), choice.using(name):
             pipe = load(model, where, "bfloat16", fast=False)
             pipe.engine = pipe.codec.engine = Cuda(pipe.unet, False, (*pipe.text_encoders, pipe.vae))

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...fast.decoder import FusedDecoder
 from ...fast.lossy.float8 import to_float8
-from ...fast.lossy.fused import form_of
+from ...fast.lossy.networks import form_of
 from ...files.model import NoInit
 from ...models import ops
 from ...models.family import UNET, VAE

@@ -13,6 +13,7 @@ from math import ceil
 from typing import Any
 
 from ...errors import UsageError
+from ...fast.choice import kernels
 from ...system.device import name_of
 from ...warmup.absent import capability_of
 from ..networks import MODELS
@@ -28,7 +29,6 @@ STARTED = 2.5e-6  # seconds until the first tile of a product has come, and unti
 OF_ATTENTION = ((40, 0.28), (64, 0.47), (80, 0.43), (128, 0.55), (160, 0.40))
 ATTENTION_STARTED = 5.0e-6
 MORE = {"group_norm, statistics": 1.0e-6, "group_norm, apply": 1.2e-6, "layer_norm": 0.8e-6, "linear_step": 1.5e-6}  # seconds
-SINCE = 89  # the compute capability that multiplies in float8, at twice the rate of half precision
 RANGE = 0.12  # of the whole: how far it may be off on the GPU that it was fitted to
 COLUMNS = ("launches", "predicted us", "GFLOP", "MB")
 
@@ -42,7 +42,7 @@ def moving(count: float, gpu: Gpu) -> float:
 def multiplying(launch: Launch, gpu: Gpu) -> float:
     """By the best of the tiles, and of the ways to split a long sum among SMs that had nothing to do."""
     batch, m, n, k = launch.sizes
-    rate = gpu.half / gpu.sms * PRODUCT * (2 if launch.name == FLOAT8 else 1)
+    rate = gpu.half / gpu.sms * PRODUCT * (2 if launch.name == FLOAT8 else 1)  # as data sheets say, of faster sums than float32's
     best = float("inf")
     for rows, columns, share in TILES:
         tiles, one = batch * ceil(m / rows) * ceil(n / columns), 2 * rows * columns * k / (rate * share)
@@ -85,7 +85,7 @@ def bench(report: Report, args: Any) -> None:
     gpu, model, dtype = gpu_named(args.device), MODELS[args.model], report.clock.dtype
     if dtype.itemsize != 2:
         raise UsageError(f"--dtype: expected float16 or bfloat16 for a GPU that is not there, found {name_of(dtype)}")
-    if args.fp8 and capability_of(args.device) < SINCE:
+    if args.fp8 and capability_of(args.device) < kernels().float8.SINCE:
         raise UsageError(f"--fp8: expected a GPU of compute capability 8.9 or later for --device, found {gpu.name}")
     side = model.latents
     where = f"predicted for {gpu.name}, {name_of(dtype)}"

@@ -14,6 +14,7 @@ The UNet takes half the memory of float16.  It is lossy: `minisd bench accuracy`
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -26,6 +27,8 @@ from torch.utils._pytree import tree_map_only
 from ...models import ops
 from ...models.layers import LayerNorm
 from ...models.unet import GEGLU, SpatialTransformer
+from ...system.device import gpu_computes_bfloat16
+from ...system.memory import first_line
 from ..choice import kernels, takes
 from ..operations import even_rows, kernel_geglu, kernel_layer_norm, layer_norm
 
@@ -90,35 +93,44 @@ def writes_float8(x: Tensor) -> bool:
 def reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K), weight e4m3 (N, K), scale (N, 1) -> (..., N), in x's dtype: products of float8 numbers, summed in float32.
 
-    They are exact in bfloat16 as well, in which a CPU or a GPU may be faster.  (Their sums are too large for float16.)
+    They are exact in bfloat16 as well, in which many processors are faster; a sum is rounded to it then.  (float16 is too small.)
     """
-    rows = Rows.of(x)
-    exact = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
+    rows, half = Rows.of(x), x.is_cuda and x.dtype == torch.float16 and gpu_computes_bfloat16(x.device)
+    exact = torch.bfloat16 if half or x.dtype == torch.bfloat16 else torch.float32
     y = F.linear(widened(rows.e4m3, exact), widened(weight, exact)) * rows.scale * scale.T
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def multiplied(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def scaled_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same by the GPU's own float8 product, whose result is bfloat16."""
     rows, half = Rows.of(x), torch.bfloat16
-    values, own = rows.e4m3.reshape(-1, x.shape[-1]), rows.scale.reshape(-1, 1)
+    values, own = rows.e4m3.reshape(-1, x.shape[-1]).contiguous(), rows.scale.reshape(-1, 1)
     bias = None if bias is None else bias.to(half)
     return torch._scaled_mm(values, weight.T, own, scale.T, bias, out_dtype=half).view(*x.shape[:-1], -1)
 
 
 def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The faster of the two that runs where x is."""
-    runs = multiplies(x.device) if x.device.type == "cuda" else x.device.type == "meta" and writes_float8(x)
-    return (multiplied if runs else reference)(x, weight, scale, bias)
+    """By the faster of the two that runs where x is; so in bfloat16 or in x's dtype."""
+    if x.device.type == "cuda":
+        compute = scaled_product if has_scaled_product(x.device) else reference
+    else:
+        compute = scaled_product if x.device.type == "meta" and writes_float8(x) else reference
+    return compute(x, weight, scale, bias)
 
 
 @cache
-def multiplies(device: torch.device) -> bool:
-    """Whether a GPU multiplies in float8 with a scale for each row, which depends on it and on how PyTorch was built."""
-    one, scale = torch.zeros(16, 16, device=device).to(E4M3), torch.ones(16, 1, device=device)
+def has_scaled_product(device: torch.device) -> bool:
+    """Whether a GPU multiplies in float8 with a scale for each row, which depends on how PyTorch was built, too, and is tried.
+
+    A warning says where it does not.  Raises torch.OutOfMemoryError.
+    """
+    one, scale = torch.zeros(MULTIPLE, MULTIPLE, device=device).to(E4M3), torch.ones(MULTIPLE, 1, device=device)
     try:
-        return bool(torch._scaled_mm(one, one.T, scale, scale.T, out_dtype=torch.bfloat16).isfinite().all())
-    except (RuntimeError, ValueError):  # "Rowwise scaling is not currently supported on your device" and the like
+        return bool(scaled_product(Rows(one, scale, torch.bfloat16), one, scale, scale[:, 0]).isfinite().all())
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:  # "Rowwise scaling is not currently supported on your device" and the like
+        warnings.warn(f"fp8: no products in float8 here, so it is slower than without: {first_line(error)}", stacklevel=2)
         return False
 
 
@@ -132,15 +144,15 @@ def store(new: Layer, layer: Layer) -> None:
     new.register_buffer("weight_scale", scale, persistent=False)  # (N, 1, …), as many dimensions as the weight
 
 
-def multiplied_out(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantised(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """weight (N, …), e4m3, and scale (N, 1, …) -> the weight itself."""
     if takes("dequantise", scale) and weight.dtype == E4M3:
         return kernels().dequantise(weight, scale.flatten(), dtype)  # type: ignore[no-any-return]
-    return widened(weight, torch.float32).mul_(scale).to(dtype)
+    return (widened(weight, torch.float32) * scale).to(dtype)
 
 
 def whole(layer: Layer, dtype: torch.dtype) -> Tensor:
-    return multiplied_out(layer.weight, scale_of(layer), dtype)
+    return dequantised(layer.weight, scale_of(layer), dtype)
 
 
 def scale_of(layer: nn.Module) -> Tensor:
@@ -222,7 +234,11 @@ def gated(x: Tensor) -> Rows:
 
 def fits(layer: nn.Module) -> bool:
     """Whether it is a layer whose weights go into float8: all but those from or to the few channels of latents."""
-    return isinstance(layer, Layer) and all(size % MULTIPLE == 0 for size in layer.weight.shape[:2])
+    return (
+        isinstance(layer, Layer)
+        and not isinstance(layer, FLOAT8)
+        and all(size % MULTIPLE == 0 and size > MULTIPLE for size in layer.weight.shape[:2])
+    )
 
 
 def in_float8_of(layer: nn.Module, inside: bool) -> nn.Module | None:

@@ -2,7 +2,7 @@
 
 What differs from there.  A product in float8 cannot add to what is there: the sum is an operation of its own, and biases are left
 to the norms that follow as they are there.  What products make is bfloat16, and goes on so where nobody minds.  Weights of
-convolutions are multiplied out when they are used, and so are an upsampling's, whose phases would stay in half precision.
+convolutions are dequantised when they are used, and so are an upsampling's, whose phases would stay in half precision.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from .float8 import (
     Float8Linear,
     StoredConv,
     StoredLinear,
+    dequantised,
+    fits,
     gated,
     is_float8,
-    multiplied_out,
     normed,
     product,
     scale_of,
@@ -38,7 +39,7 @@ from .float8 import (
 )
 
 
-class MultipliedOut:
+class Dequantised:
     """A layer whose weight is in float8 as the fused form reads a layer: the weight is made when it is asked for."""
 
     def __init__(self, layer: StoredConv) -> None:
@@ -51,7 +52,7 @@ class MultipliedOut:
 
 
 def readable(layer: nn.Module) -> Any:
-    return MultipliedOut(layer) if isinstance(layer, StoredConv) else layer
+    return Dequantised(layer) if isinstance(layer, StoredConv) else layer
 
 
 class ResBlock(fused.ResBlock):
@@ -68,7 +69,7 @@ class Upsample(fused.Upsample):
 class TransformerBlock(fused.TransformerBlock):
     def __init__(self, block: unet.BasicTransformerBlock) -> None:
         super().__init__(block)
-        self.qkv_scale = scales(block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
+        self.qkv_scale = joined_scales(block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
 
     def __call__(self, x: Tensor, shifts: Sequence[Tensor | None], keys_values: Tensor) -> Tensor:
         """See there."""
@@ -92,9 +93,12 @@ class Transformer(fused.Transformer):
         return add(total, h, self.proj_out)
 
 
-def scales(*layers: nn.Module) -> Tensor:
-    """Of layers with the same input, one above the other: (N, 1)."""
-    return torch.cat([scale_of(layer).flatten(1) for layer in layers])
+def joined_scales(*layers: nn.Module) -> Tensor:
+    """Of layers with the same input, one above the other, (N, 1); each layer's own becomes a view of it, as of weights."""
+    scale = torch.cat([scale_of(layer).flatten(1) for layer in layers])
+    for layer, part in zip(layers, scale.split([len(scale_of(layer)) for layer in layers]), strict=True):
+        layer.weight_scale = part.view(scale_of(layer).shape)
+    return scale
 
 
 def add(total: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
@@ -112,19 +116,19 @@ class UNet(fused.FusedUNet):
 
     def __init__(self, network: unet.UNet) -> None:
         super().__init__(network, layer)
-        self.shift_scale = scales(*self.projections)
+        self.shift_scale = joined_scales(*self.projections)
         attentions = [block.attn2 for block in network.modules() if isinstance(block, unet.BasicTransformerBlock)]
-        self.kv_scale = scales(*(layer for attention in attentions for layer in (attention.to_k, attention.to_v)))
+        self.kv_scale = joined_scales(*(layer for attention in attentions for layer in (attention.to_k, attention.to_v)))
 
     def projected(self, emb: Tensor) -> Tensor:
-        return F.linear(F.silu(emb), multiplied_out(self.shift, self.shift_scale, emb.dtype)).float() + self.shift_bias
+        return F.linear(F.silu(emb), dequantised(self.shift, self.shift_scale, emb.dtype)).float() + self.shift_bias
 
     def keys_values(self, context: Tensor) -> Tensor:
         return product(context, self.kv, self.kv_scale).to(context.dtype)
 
 
 def form_of(network: unet.UNet) -> Callable[[unet.UNet], fused.FusedUNet] | None:
-    """What makes the fused form of a UNet, in float8 or not; None where layers that this form multiplies by itself are not."""
+    """What makes the fused form of a UNet, in float8 or not; None where not all of the layers that this form joins are in it."""
     if not is_float8(network):
         return fused.FusedUNet
     blocks = [each for each in network.modules() if isinstance(each, unet.SpatialTransformer)]
@@ -148,8 +152,10 @@ def in_float8(pipe: Loaded) -> None:
     stack = getattr(pipe, "stack", None)
     if stack is not None and stack.active:
         raise UsageError("fp8: expected no LoRA on the weights, found some: merge them into a file first")
-    if not to_float8(pipe.unet):
+    if not any(map(fits, pipe.unet.modules())):
         raise UsageError(f"fp8: expected linear layers whose sizes are multiples of {MULTIPLE}, found none")
+    pipe.as_loaded.weights.clear()  # or none would be let go before the last is in float8
+    to_float8(pipe.unet)
     on_gpu = next(pipe.unet.parameters()).device.type == "cuda"
     pipe.engine.reform(form_of(pipe.unet) if on_gpu else None)  # a CPU has none for it
     pipe.as_loaded = AsLoaded((pipe.model.unet, *pipe.model.text_encoders, pipe.model.vae))

@@ -144,16 +144,18 @@ def test_a_norm_of_channels_last_maps_far_from_zero(silu):
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
+SIZES = [(1024, 77, 2, 40), (1030, 1030, 1, 64), (300, 260, 4, 64), (65536, 1, 2, 5), (256, 77, 2, 40), (5, 3, 1, 8)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("queries", "keys", "heads", "d"), [(1024, 77, 2, 40), (1030, 1030, 1, 64), (65536, 1, 2, 5), (256, 77, 2, 40), (5, 3, 1, 8)]
-)
+@pytest.mark.parametrize(("queries", "keys", "heads", "d"), SIZES)
 def test_attention_of_many_scores_and_of_few(monkeypatch, dtype, queries, keys, heads, d):
     """Scores of the size that networks have, against the formula in float64; in bfloat16 those of the rounded numbers."""
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN computes no bfloat16 here")
     monkeypatch.setattr(attention, "onednn", lambda dtype: True)
     monkeypatch.setattr(attention, "BLOCK", 1 << 16)  # more blocks than one
+    monkeypatch.setattr(attention, "TOGETHER", 1 << 18)
     q = noise(2, queries, heads * d).to(dtype)
     k, v = (noise(2, keys, heads * d, seed=seed).add_(1).to(dtype) for seed in (1, 2))  # keys with a mean
     found = attention.attention(q, k, v, heads)

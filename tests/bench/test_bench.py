@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from families import SMALL
 from helpers import write_holes
 
@@ -21,13 +20,14 @@ from minisd.bench import everything, networks, peers, steps
 from minisd.bench.everything import summary
 from minisd.bench.machine import compiling
 from minisd.bench.machine.kinds import class_of
-from minisd.bench.machine.roofline import Watch, attention_by, spent_on_cpu
+from minisd.bench.machine.roofline import Watch, of_pytorch, spent_on_cpu
 from minisd.bench.report import Report, seconds_of, write_json
 from minisd.bench.shapes import shapes_of
 from minisd.bench.timing import Clock
 from minisd.cli.bench import DEFAULTS, PARTS, TAKEN_BY, bench, parsed, parser
 from minisd.fast import choice, operations
 from minisd.fast import unet as fused_networks
+from minisd.fast.cpu import networks as networks_of_a_cpu
 from minisd.models import ops
 from minisd.models.family import UNET
 from minisd.warmup.absent import capability_of
@@ -360,7 +360,7 @@ def test_roofline_counts_attention_as_attention(dtype):
     """Also that which a CPU makes of products and a softmax (bfloat16, many keys)."""
     q = torch.randn(2, 1024, 80, dtype=dtype)
     watch = Watch()
-    with attention_by(F.scaled_dot_product_attention), watch, torch.no_grad():
+    with of_pytorch(), watch, torch.no_grad():
         ops.attention(q, q, q, heads=2)
     work = [each for each in watch.seen if each.kind == "attention"]
     assert sum(each.flops for each in work) == 4 * 2 * 1024 * 1024 * 80
@@ -369,6 +369,14 @@ def test_roofline_counts_attention_as_attention(dtype):
         spent = spent_on_cpu(lambda: ops.attention(q, q, q, heads=2))
     assert not any(kind == "linear" for kind, _, _ in spent.values())
     assert sum(seconds for kind, seconds, _ in spent.values() if kind == "attention") > 0
+
+
+def test_roofline_knows_attention_by_code_of_our_own(monkeypatch):
+    monkeypatch.setattr(networks_of_a_cpu, "attention", lambda q, k, v, heads: time.sleep(0.01) or q)
+    spent = spent_on_cpu(lambda: networks_of_a_cpu.attention(torch.ones(1, 2, 4), None, None, 1))
+    (kind, seconds, count) = spent["compiled attention"]
+    assert (kind, count) == ("attention", 1)
+    assert seconds >= 0.01
 
 
 def test_roofline_counts_no_views():

@@ -13,12 +13,12 @@ import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,8 +27,10 @@ from torch.utils.flop_counter import flop_registry
 
 from ...errors import UsageError
 from ...fast import choice
-from ...fast.cpu import attention as on_cpu
+from ...fast.cpu import networks
+from ...fast.cpu.engine import Cpu
 from ...fast.unet import FusedUNet
+from ...models import ops
 from ..networks import MODELS, laid_out, random_unet, step_input
 from ..report import Report
 from . import launches, prediction
@@ -66,27 +68,34 @@ class Watch(TorchDispatchMode):
         return result
 
     def as_attention(self, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Products and exponentials that are attention, though their names are those of any others."""
+        """Whatever it is made of: products and exponentials, which are named like any others, or code that PyTorch knows not."""
 
-        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.kind = "attention"
+        @wraps(run)
+        def attention(*given: Any, **more: Any) -> Tensor:
+            self.kind, count, start = "attention", len(self.seen), time.perf_counter()
             try:
-                return run(q, k, v)
+                return run(*given, **more)
             finally:
                 self.kind = None
+                if len(self.seen) == count:
+                    self.seen.append(Operation("compiled attention", "attention", 0, 0, time.perf_counter() - start))
 
         return attention
 
 
 @contextmanager
-def attention_by(run: Callable[..., Tensor]) -> Iterator[None]:
-    """`run` in the place of the attention of several operations that a CPU uses for bfloat16."""
-    before = on_cpu.attention_by_sigmoids
-    vars(on_cpu)["attention_by_sigmoids"] = run
+def replaced(names: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+    before = names[name]
+    names[name] = value
     try:
         yield
     finally:
-        vars(on_cpu)["attention_by_sigmoids"] = before
+        names[name] = before
+
+
+def of_pytorch() -> AbstractContextManager[None]:
+    """Attention is PyTorch's own, one operation, while the arithmetic is counted."""
+    return replaced(ops.REPLACEMENTS, "attention", lambda *given, **more: None)
 
 
 Spent = dict[str, tuple[str, float, int]]  # by name: its kind, seconds in all, how many
@@ -96,7 +105,10 @@ def spent_on_cpu(run: Callable[[], Any]) -> Spent:
     """Of PyTorch's operations: its profiler would also list what they consist of, and every view."""
     run()
     watch = Watch()
-    with attention_by(watch.as_attention(on_cpu.attention_by_sigmoids)), watch:
+    with ExitStack() as within:
+        for module in (ops, networks):  # where modules as they stand ask for it, and the CPU's own form of them
+            within.enter_context(replaced(vars(module), "attention", watch.as_attention(vars(module)["attention"])))
+        within.enter_context(watch)
         run()
     spent: Spent = {}
     for each in watch.seen:
@@ -132,10 +144,10 @@ def measured(report: Report, args: Any) -> None:
     clock, model = report.clock, MODELS[args.model]
     side = model.latents if args.full else model.latents // 2
     network, given = random_unet(model, clock.device, clock.dtype), step_input(model, side, clock.device, clock.dtype)
-    with choice.using("torch"), attention_by(F.scaled_dot_product_attention), Watch() as work:
+    with choice.using("torch"), of_pytorch(), Watch() as work:
         network(given.x, given.t, given.context, given.y)
     laid_out(network, clock.device)
-    fused = FusedUNet(network)
+    fused = FusedUNet(network) if clock.is_cuda else Cpu(network).fuse()
     shift, keys_values = fused.shifts(given.t[:1], given.y)[0], fused.keys_values(given.context)
     spent = (spent_on_gpu if clock.is_cuda else spent_on_cpu)(lambda: fused(given.x, shift, keys_values))
     where, calls = ("GPU", "launches") if clock.is_cuda else ("CPU", "operations")

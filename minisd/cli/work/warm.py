@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import MinisdError, UsageError, shown
 from ...options import pair, whole
-from ..options import Parser, add_fp8, add_output_options
+from ..options import Parser, add_output_options
 
 # Without a MODEL: the architectures of the published files, at the sizes that they draw at.
 PUBLISHED = ("sd15", "sd21", "sdxl")
@@ -31,7 +31,7 @@ def parser() -> Parser:
     made.add_argument("--target", metavar="NAME", help="h100, a100, rtx4090, … or sm_NN (default: the GPU of this machine)")
     made.add_argument("--dtype", default="float16", metavar="NAME", help="of the UNet on that GPU (default: float16)")
     made.add_argument("--size", metavar="WxH", help="pixels, multiples of 8 (default: what each was trained at)")
-    add_fp8(made)
+    made.add_argument("--fp8", action="store_true", help="what drawing with --fp8 launches")
     made.add_argument(
         "--jobs", type=int, metavar="N", help="compile so many at a time (default: one less than processors, at most 8)"
     )

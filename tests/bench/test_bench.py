@@ -319,8 +319,9 @@ def test_compile_names_registers_spills_and_shared_memory(tmp_path):
     assert main(["compile", "geglu", "--gpu", "RTX 4090", "--json", str(tmp_path / "x.json")]) == 0
     table = json.loads((tmp_path / "x.json").read_text())["tables"][0]
     assert table["title"].startswith("compiled for RTX 4090 (sm_89), float16")
-    (row,) = table["rows"]  # one variant for all shapes
+    row, *to_float8 = table["rows"]  # one variant for all shapes, and rows in float8, which take a whole row
     assert row["kernel"] == "geglu"
+    assert {each["kernel"] for each in to_float8} == {"geglu_float8"}
     assert 16 <= row["registers"] <= 255
     assert (row["spilled_B"], row["warps"]) == (0, 4)
     assert row["an_SM_holds"] == min(65536 // (-(-row["registers"] // 8) * 8 * 128), 48 // 4)
@@ -338,6 +339,16 @@ def test_what_does_not_compile_is_a_row(tmp_path, monkeypatch):
 def test_a_compiler_that_dies_says_why():
     with pytest.raises(RuntimeError, match=r"No module named 'minisd\.kernels\.softmax'"):
         list(compiling.compiled(90, "float16", ["softmax"]))
+
+
+@pytest.mark.slow
+def test_compile_says_where_a_gpu_has_no_float8_and_finds_its_shapes(tmp_path, capsys):
+    assert main(["compile", "quantise_rows", "--gpu", "a100", "--dtype", "float16", "--json", str(tmp_path / "x.json")]) == 0
+    assert "quantise_rows: a100 has no float8" in capsys.readouterr().out
+    assert not rows(tmp_path / "x.json")
+    tiny = ["--shapes-of", "tiny", "--gpu", "h100", "--dtype", "float16"]
+    assert main(["compile", "dequantise", *tiny, "--json", str(tmp_path / "y.json")]) == 0
+    assert [row["label"] for row in rows(tmp_path / "y.json")] == ["UNet: dequantise"]
 
 
 def test_compile_needs_triton(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,32 @@ def test_launches_of_sdxl_and_of_decoding():
     decoding = of_decoding(MODELS["sd15"], 64, torch.float16)
     assert count(decoding, "convolution") + count(decoding, "convolution of an upsampling") == 34
     assert count(decoding, "group_norm, apply") == 30
+
+
+def test_a_step_in_float8_has_launches_of_its_own():
+    step = of_step(MODELS["sd15"], 64, torch.bfloat16, fp8=True)
+    assert len(step) == 611
+    assert count(step, "product in float8") == 128  # of 16 transformers: 6 in each block, and in and out of each
+    assert count(step, "quantise_rows") == 64  # what both attentions made, and the maps that enter and leave
+    assert (count(step, "layer_norm"), count(step, "geglu"), count(step, "dequantise")) == (48, 16, 64)
+    half, float8 = (sum(each.flops for each in step if each.name == name) for name in ("product", "product in float8"))
+    assert float8 > 10 * half
+    gpu = GPUS["h200"]
+    (large,) = {each for each in step if each.name == "product in float8" and each.sizes == (1, 8192, 2560, 320)}
+    assert prediction.seconds_of(large, gpu) < prediction.seconds_of(replace(large, name="product"), gpu)
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        (["--device", "a100"], r"--fp8: expected --device l4, .*, which have float8, found a100"),
+        ([], r"--fp8: expected --device l4, .*, found none"),
+        (["--device", "cpu"], r"--fp8: expected --device l4, .*, found cpu"),
+    ],
+)
+def test_where_float8_cannot_be_predicted_it_is_said(device, said):
+    with pytest.raises(minisd.UsageError, match=said):
+        bench(parsed(["roofline", "--fp8", *device]))
 
 
 def test_watching_launches_leaves_the_operations_as_they_were(sd15):

@@ -145,6 +145,20 @@ def test_drawing_in_float8_is_near_halves_weights_and_is_drawn_again(own, tiny):
     assert not is_float8(tiny.unet)
 
 
+def test_float8_is_told_as_numbers_and_not_overwritten(own):
+    before = own.model.state_dict()
+    in_float8(own)
+    found = own.model.state_dict()
+    assert found.keys() == before.keys()
+    for key, weight in found.items():
+        assert weight.dtype == before[key].dtype
+        assert relative_error(weight, before[key]) < 0.05
+    held = own.model.state_dict(keep_vars=True)
+    assert all(held[f"model.diffusion_model.{name}"] is weight for name, weight in own.unet.named_parameters())
+    with pytest.raises(minisd.UsageError, match=r"load_state_dict: expected no weights for a UNet in float8, found .*weight"):
+        own.unet.load_state_dict(own.unet.state_dict())
+
+
 def test_float8_is_neither_saved_nor_layered_on(own, tmp_path):
     in_float8(own)
     with pytest.raises(minisd.UsageError, match="save: expected weights as the file has them, found float8"):

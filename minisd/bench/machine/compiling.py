@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ...errors import UsageError
-from ...fast.choice import kernels
+from ...fast.choice import FLOAT8, kernels
 from ...files.checkpoint import open_checkpoint
 from ...library.names import resolve
 from ...system.device import name_of
@@ -44,7 +44,8 @@ def bench(report: Report, args: Any) -> None:
     file = open_checkpoint(resolve(args.shapes_of)) if args.shapes_of else None
     job: dict[str, Any] = {"dtype": dtype, "names": names}
     if file:
-        job |= {"models": [of_checkpoint(file, dtype=dtype)], "names": names if args.name else list(kernels().KERNELS)}
+        fp8 = args.name in FLOAT8  # which nothing else launches
+        job |= {"models": [of_checkpoint(file, dtype=dtype, fp8=fp8)], "names": names if args.name else list(kernels().KERNELS)}
     else:
         for name in names:
             if not takes(kernels().KERNELS[name], report.clock.dtype):
@@ -56,11 +57,19 @@ def bench(report: Report, args: Any) -> None:
         title = f"compiled for {gpu} (sm_{capability}), {dtype}" + (f", as {file.path.name} launches them" if file else "")
         report.table(f"{title}: registers and spills are a thread's, shared memory is a program's", COLUMNS)
         report.note("each variant stands at the first shape that asks for it; where an SM holds 0 programs, none can run")
+        for name in out_of_reach(job["names"], capability):
+            report.skip(name, f"{gpu} has no float8, as GPUs from compute capability 8.9 on have")
         with report.attempt("the compiler"), tempfile.TemporaryDirectory() as cache:  # an empty one, or nothing is compiled
             for found in of_job(job | {"capability": capability}, Path(cache)):
                 report.add(
                     found["for"], **({"error_text": found["error_text"]} if "error_text" in found else cells(found, capability))
                 )
+
+
+def out_of_reach(names: Iterable[str], capability: int) -> list[str]:
+    """Kernels of which no shape is for GPUs of this compute capability."""
+    modules = {name: import_module(f"minisd.kernels.{name}") for name in names}
+    return [name for name, module in modules.items() if not any(in_reach(shape, capability) for shape in module.SHAPES)]
 
 
 def cells(found: dict[str, Any], capability: int) -> dict[str, Any]:

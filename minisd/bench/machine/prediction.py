@@ -18,7 +18,7 @@ from ...system.device import name_of
 from ...warmup.absent import capability_of
 from ..networks import MODELS
 from ..report import Report
-from .gpus import COPY, GAP, LAUNCH, OF_COPY, PRODUCT, Gpu, gpu_named
+from .gpus import COPY, GAP, GPUS, LAUNCH, OF_COPY, PRODUCT, Gpu, gpu_named
 from .launches import FLOAT8, Launch, of_decoding, of_step
 
 # Of a product: rows, columns, and the share of PRODUCT that such tiles reach.
@@ -80,13 +80,17 @@ def by_kind(launches: Iterable[Launch], gpu: Gpu) -> dict[str, float]:
     return dict(found)
 
 
+def with_float8() -> dict[str, Gpu]:
+    return {name: gpu for name, gpu in GPUS.items() if capability_of(name) >= kernels().float8.SINCE}
+
+
 def bench(report: Report, args: Any) -> None:
     """Predictions, and nothing else: what this machine can do has no part in them."""
     gpu, model, dtype = gpu_named(args.device), MODELS[args.model], report.clock.dtype
     if dtype.itemsize != 2:
         raise UsageError(f"--dtype: expected float16 or bfloat16 for a GPU that is not there, found {name_of(dtype)}")
-    if args.fp8 and capability_of(args.device) < kernels().float8.SINCE:
-        raise UsageError(f"--fp8: expected a GPU of compute capability 8.9 or later for --device, found {gpu.name}")
+    if args.fp8 and gpu not in with_float8().values():
+        raise UsageError(f"--fp8: expected --device {', '.join(with_float8())}, which have float8, found {args.device}")
     side = model.latents
     where = f"predicted for {gpu.name}, {name_of(dtype)}"
     title = f"{model.name} UNet step{', --fp8' if args.fp8 else ''}, {side}x{side} latents, {where}"

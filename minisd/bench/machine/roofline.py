@@ -34,7 +34,7 @@ from ...models import ops
 from ..networks import MODELS, laid_out, random_unet, step_input
 from ..report import Report
 from . import launches, prediction
-from .gpus import GPUS, gpu_called, is_gpu
+from .gpus import gpu_called, is_gpu
 from .kinds import class_of
 
 
@@ -134,7 +134,8 @@ def bench(report: Report, args: Any) -> None:
     if is_gpu(args.device):
         prediction.bench(report, args)
     elif args.fp8:
-        raise UsageError(f"--fp8: expected one of {', '.join(GPUS)} for --device (a prediction), found {args.device!r}")
+        fitting = ", ".join(prediction.with_float8())
+        raise UsageError(f"--fp8: expected --device {fitting}, as it is predicted alone, found {args.device or 'none'}")
     else:
         measured(report, args)
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ...errors import UsageError
 from ...models import ops
 from ...models.layers import LayerNorm
 from ...models.unet import GEGLU, SpatialTransformer
@@ -142,6 +143,19 @@ def store(new: Layer, layer: Layer) -> None:
     weight, scale = quantised(layer.weight.data, range(1, layer.weight.dim()))
     new.weight, new.bias = nn.Parameter(weight, requires_grad=False), layer.bias
     new.register_buffer("weight_scale", scale, persistent=False)  # (N, 1, …), as many dimensions as the weight
+    new.as_loaded = layer.weight.dtype  # type: ignore[assignment]
+    new.register_state_dict_post_hook(as_numbers)
+    new.register_load_state_dict_pre_hook(refuse)
+
+
+def as_numbers(layer: nn.Module, tensors: dict[str, Tensor], prefix: str, more: object) -> None:
+    """In a `state_dict` the weight is what it stands for; with keep_vars, for which it is the parameter, it stays as it is."""
+    if tensors[f"{prefix}weight"] is not layer.weight:
+        tensors[f"{prefix}weight"] = whole(layer, layer.as_loaded)  # type: ignore[arg-type]
+
+
+def refuse(layer: nn.Module, tensors: dict[str, Tensor], prefix: str, *more: object) -> None:
+    raise UsageError(f"load_state_dict: expected no weights for a UNet in float8, found {prefix}weight: load without fp8")
 
 
 def dequantised(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -85,8 +85,8 @@ def what_is_shown(dtype: torch.dtype) -> str:
     if dtype == torch.bfloat16:
         return "no error of Triton kernels: the interpreter cuts bfloat16 off where a GPU rounds; float16 and float32 have one"
     return (
-        "Triton kernels run in the interpreter, which rounds as a GPU does, but for float8: their errors count, and their times "
-        "would not"
+        "Triton kernels run in the interpreter: their errors count, as it rounds like a GPU, but for float8, of which none is "
+        "told, and their times would not"
     )
 
 

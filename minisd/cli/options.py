@@ -56,9 +56,7 @@ def add_training(parser: Any, file: str = "the file") -> None:
 
 
 def add_fp8(parser: Any) -> None:
-    parser.add_argument(
-        "--fp8", action="store_true", help="the UNet's weights in float8: half the memory, less exact, no LoRAs"
-    )
+    parser.add_argument("--fp8", action="store_true", help="the UNet's weights in float8: half the memory, less exact, no LoRAs")
 
 
 def size(text: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""A weight in float8 multiplied out: what a convolution reads that no library computes in float8.
+"""A weight in float8 dequantised: what a convolution reads that no library computes in float8.
 
     w[n, k] = s[n] q[n, k],     q in e4m3, s in float32, one for each output channel
 

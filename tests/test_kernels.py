@@ -278,7 +278,7 @@ def test_rows_are_quantised(channels, dtype):
 
 
 @each_dtype
-def test_every_float8_number_is_multiplied_out(dtype):
+def test_every_float8_number_is_dequantised(dtype):
     """To the last bit, those below the smallest power of two as well."""
     every = torch.arange(256, dtype=torch.uint8).view(E4M3).to(DEVICE)
     numbers = every[~every.float().isnan()].view(2, 127)
@@ -288,7 +288,7 @@ def test_every_float8_number_is_multiplied_out(dtype):
 
 @each_dtype
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5000), (32, 48, 3, 3), (6, 40, 1, 1)])
-def test_weights_are_multiplied_out_where_they_lie(shape, dtype):
+def test_weights_are_dequantised_where_they_lie(shape, dtype):
     scale = torch.rand(shape[0], device=DEVICE)
     for layout in (image, rand) if len(shape) == 4 else (rand,):
         weight = (layout(*shape) * 100).to(E4M3)

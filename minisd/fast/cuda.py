@@ -100,7 +100,7 @@ class Cuda:
 
     def __init__(self, unet: UNet, graphs: bool, others: Iterable[nn.Module] = ()) -> None:
         self.unet, self.graphs = unet, graphs
-        self.form: Form | None = FusedUNet
+        self.form: Form | None = FusedUNet  # None: the UNet has no form but its modules
         self.built = {network: structure(network) for network in (unet, *others)}  # before anybody touches them
         self.fused: FusedUNet | None = None
         self.weights: tuple[object, object] = (None, None)  # where they lie, and how often each was written to

@@ -86,7 +86,7 @@ def culprit(name: str, module: nn.Module, inputs: list[Tensor]) -> Culprit:
 
 
 def dtype_of(module: nn.Module, otherwise: torch.dtype) -> torch.dtype:
-    """What it computes in: that of its weights, but for those in float8, which are multiplied out when they are used."""
+    """What it computes in: that of its weights, but for those in float8, which are dequantised when they are used."""
     return next((weight.dtype for weight in module.parameters() if weight.element_size() > 1), otherwise)
 
 

@@ -7,7 +7,7 @@ A linear layer of a transformer multiplies in float8: by `torch._scaled_mm` on a
 elsewhere the same numbers are multiplied wider (`reference`), so a CPU can say what a GPU would lose.  LayerNorm and GEGLU hand
 their rows on in float8; on a GPU their kernels write them so, and another makes rows of what PyTorch wrote.  Convolutions, which
 are two thirds of SD 1.5's UNet, and the time embedding keep their weights in float8, with a scale for each output channel, and
-multiply them out when they are used.  Norms, biases and the two convolutions from and to the latents stay as they are.
+dequantise them when they are used.  Norms, biases and the two convolutions from and to the latents stay as they are.
 
 The UNet takes half the memory of float16.  It is lossy: `minisd bench accuracy` says how much.
 """
@@ -56,7 +56,7 @@ def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Rows(Tensor):
-    """(..., K) as e4m3 and the scales (..., 1), for linear layers; all else that is computed with it gets it multiplied out."""
+    """(..., K) as e4m3 and the scales (..., 1), for linear layers; all else that is computed with it gets it dequantised."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 

@@ -123,7 +123,8 @@ class Folder:
         if self.drafts is not None:
             shutil.rmtree(self.drafts, ignore_errors=True)
             self.drafts = None
-        self.sweep()
+        with contextlib.suppress(OutputError):  # what is not swept now is swept by the next job, and says nothing of this one
+            self.sweep()
 
     @contextlib.contextmanager
     def errors(self, name: str) -> Iterator[None]:

@@ -25,7 +25,7 @@ from .streams import careful_streams, ended_by_signals
 from .work import batch, score, warm
 
 CLOSED = 141  # as the shell counts SIGPIPE
-LEAST = 600 << 20  # bytes of address space: with less, the libraries that torch loads may end the process by themselves
+LEAST = 700 << 20  # bytes of address space: with less, the libraries that torch loads may end the process by themselves
 WITHOUT_TORCH = ("inspect", "models", "styles", "completion")
 
 EXAMPLES = """\
@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(error, MinisdError):
                 print(f"minisd: error: {one_line(error)}", file=sys.stderr)
                 return error.exit_code
-            if isinstance(error, MemoryError | ImportError | RuntimeError | OSError):
+            if isinstance(error, MemoryError | ImportError | RuntimeError | SystemError | OSError):
                 return refused(error)
             raise
 

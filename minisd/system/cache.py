@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from .atomic import drafting
 from .regular import open_regular
 
 MAX_KEPT = 64 << 20  # bytes; 10,000 files take about 3 MB
+WRITING = (
+    RLock()
+)  # a thread that is writing when the process ends would leave its draft: the end waits for it, and no other begins
+atexit.register(WRITING.acquire, timeout=1)
 
 
 def folder() -> Path:
@@ -41,7 +47,7 @@ def keep(name: str, known: dict[str, Any]) -> None:
     try:
         target = place(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with drafting(target, 0o600) as draft:
+        with WRITING, drafting(target, 0o600) as draft:
             draft.write_text(json.dumps(known))
             draft.replace(target)
     except (OSError, ValueError, RuntimeError):  # an OutputError is an OSError

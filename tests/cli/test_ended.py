@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import ended_by_others
 
 from minisd.library.places import tiny_checkpoint
 
@@ -55,6 +56,8 @@ def test_little_memory_is_told(tmp_path, levels):
         for name, arguments in commands.items():
             done = limited(megabytes, arguments, tmp_path)
             print(megabytes, name, done.returncode, done.stderr.strip()[:200])
+            if ended_by_others(done.returncode, done.stderr):
+                continue
             assert done.returncode in (0, 4), (megabytes, name, done.stderr)
             said = done.stderr.splitlines()
             assert len(said) == (done.returncode == 4), (megabytes, name, done.stderr)

@@ -191,6 +191,11 @@ def judged(code: int, out: str, err: str, data: bool = False) -> list[str]:
     return wrong
 
 
+def ended_by_others(code: int, err: str) -> bool:
+    """Whether C++ in PyTorch, or glibc, ended the process for want of memory: neither asks anybody."""
+    return (code == -signal.SIGABRT and "terminate called" in err) or (code == 127 and "thread-local data: ABORT" in err)
+
+
 def begun(names: Iterable[str]) -> set[str]:
     """Of batches: what they go on from when they are started again."""
     folders = [name.removesuffix("/job.json") for name in names if name.endswith("/job.json")]

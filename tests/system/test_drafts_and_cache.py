@@ -7,6 +7,8 @@ import json
 import os
 import pwd
 import stat
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -73,6 +75,29 @@ def test_a_cache_is_for_its_user_alone(tmp_path):
     assert stat.S_IMODE(place("sha256").stat().st_mode) == 0o600
     assert recall("sha256") == {"a": HASH}
     assert [path.name for path in place("sha256").parent.iterdir()] == ["sha256.json"]
+
+
+WRITES_AND_ENDS = """
+import time
+from pathlib import Path
+from threading import Event, Thread
+from minisd.system import cache
+
+begun, write = Event(), Path.write_text
+def slow(path, text):
+    begun.set()
+    time.sleep(0.2)
+    write(path, text)
+Path.write_text = slow
+Thread(target=cache.keep, args=("sha256", {"a": "b"}), daemon=True).start()
+begun.wait()
+"""
+
+
+def test_a_process_that_ends_leaves_no_draft_of_what_a_thread_keeps():
+    subprocess.run([sys.executable, "-c", WRITES_AND_ENDS], check=True)
+    assert [path.name for path in place("sha256").parent.iterdir()] == ["sha256.json"]
+    assert recall("sha256") == {"a": "b"}
 
 
 @pytest.mark.parametrize("poison", ["\x1b[2Jhello", HASH[:-1], HASH.upper(), HASH + "\n", 7, None, [HASH], {"a": HASH}])
@@ -161,6 +186,10 @@ LACKING = [
     ImportError("libtorch_cpu.so: failed to map segment from shared object"),
     OSError(errno.ENOMEM, "Cannot allocate memory"),
     RuntimeError("could not create a primitive"),
+    RuntimeError("[enforce fail a"),
+    RuntimeError("can't start new thread"),
+    SystemError("<function _find_and_load at 0x7fd2> returned NULL without setting an exception"),
+    SystemError("error return without exception set"),
 ]
 
 

@@ -220,8 +220,8 @@ def test_layer_norm_of_slices():
 
 def in_float8(name: str, arguments: dict[str, Any]) -> None:
     """As the reference, and by e4m3 itself: three bits behind the point, down to 2^-9, and the largest of a row at 448."""
+    true = kernels.KERNELS[name].reference(**double(arguments))  # before the kernel writes to any of them
     values, scale = compare(name, arguments | {"float8": True})
-    true = kernels.KERNELS[name].reference(**double(arguments))
     apart, scale = (values.double() * scale - true).abs(), scale.double()
     assert (apart <= torch.maximum(true.abs() * (2**-4 + 1e-4), scale * (2**-10 + 1e-4))).all()
     assert (values.float().abs().amax(-1) == 448).all()
@@ -233,6 +233,22 @@ def test_layer_norm_in_float8(channels, dtype):
     norm = {"weight": 1 + rand(channels, dtype=dtype) / 4, "bias": rand(channels, dtype=dtype), "eps": 1e-5}
     in_float8("layer_norm", {"x": rand(2, 7, channels, dtype=dtype), **norm})
     in_float8("layer_norm", {"x": rand(9, channels + 5, dtype=dtype)[:, :channels], "shift": rand(channels), **norm})
+
+
+@each_dtype
+@pytest.mark.parametrize("channels", [1, 33, 320, 1280, 5000])
+@pytest.mark.parametrize("made", [torch.bfloat16, None], ids=["of a product in float8", "of the stream's dtype"])
+def test_layer_norm_of_a_stream_that_is_added_to(channels, dtype, made):
+    """x + addend takes the place of x, rounded once, and nothing beside it changes."""
+    norm = {"weight": 1 + rand(channels, dtype=dtype) / 4, "bias": rand(channels, dtype=dtype), "eps": 1e-5}
+    around, more = rand(9, channels + 5, dtype=dtype), rand(9, channels + 3, dtype=made or dtype)
+    before, x, addend = around.clone(), around[:, :channels], more[:, 3:]
+    wanted = (x.float() + addend.float()).to(dtype)
+    compare("layer_norm", {"x": x, "addend": addend, "shift": rand(channels), **norm})
+    assert torch.equal(x, wanted)
+    assert torch.equal(around[:, channels:], before[:, channels:])
+    x, addend = ((part * 8).round() / 8 for part in (before[:, :channels], addend))  # whose sum no dtype rounds
+    in_float8("layer_norm", {"x": x, "addend": addend, **norm})
 
 
 # --- geglu and linear_geglu -----------------------------------------------------------------------------------------------
@@ -805,6 +821,8 @@ REFUSED: list[tuple[str, dict[str, Callable[[], Any]], str]] = [
      r"skip: expected torch.float32, found torch.float16"),
     ("layer_norm", {"x": lambda: rand(64, 3).T}, r"x: expected rows evenly spaced .*, found shape \(3, 64\) with strides"),
     ("layer_norm", {"shift": lambda: rand(3, 64)}, r"shift: expected shape \(64\), found \(3, 64\)"),
+    ("layer_norm", {"addend": lambda: rand(4, 64)}, r"addend: expected shape \(3, 64\), found \(4, 64\)"),
+    ("layer_norm", {"addend": lambda: rand(64, 3).T}, r"addend: expected rows evenly spaced .*, found shape"),
     ("layer_norm", {"weight": lambda: vector(65)}, r"weight: expected shape \(64\), found \(65,\)"),
     ("attention", {"k": lambda: rand(1, 3, 7, 40)}, r"k: expected shape \(1, 2, any, 40\), found \(1, 3, 7, 40\)"),
     ("attention", {"v": lambda: rand(1, 2, 8, 40)}, r"v: expected shape \(1, 2, 7, 40\), found \(1, 2, 8, 40\)"),

@@ -132,6 +132,11 @@ def group_norm(given: tuple[Any, ...], made: tuple[Tensor, ...], more: dict[str,
     return [Launch("group_norm, statistics", kind, size_of(y)), Launch("group_norm, apply", kind, 2 * size_of(y))]
 
 
+def layer_norm(given: tuple[Any, ...], made: tuple[Tensor, ...], more: dict[str, Any]) -> list[Launch]:
+    written = given[0] if more.get("addend") is not None else None  # the stream
+    return [Launch("layer_norm", class_of("layer_norm"), size_of(*given, *more.values(), *made, written))]
+
+
 def upsample_conv(given: tuple[Any, ...], made: tuple[Tensor, ...], more: dict[str, Any]) -> list[Launch]:
     (x, phases, *_), (y, *_) = given, made
     b, c, height, width = x.shape
@@ -151,7 +156,12 @@ def wide_attention(given: tuple[Any, ...], made: tuple[Tensor, ...], more: dict[
     return [one, Launch("exponentials", ATTENTION, (4 + half) * scores), two, Launch("division", ATTENTION, 3 * size_of(q))]
 
 
-LAUNCHES = {"group_norm": group_norm, "upsample_conv": upsample_conv, "wide_attention": wide_attention}
+LAUNCHES = {
+    "group_norm": group_norm,
+    "layer_norm": layer_norm,
+    "upsample_conv": upsample_conv,
+    "wide_attention": wide_attention,
+}
 
 
 @contextmanager

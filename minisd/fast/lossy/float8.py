@@ -218,13 +218,15 @@ class Float8LayerNorm(LayerNorm):
         return normed(x, self)
 
 
-def normed(x: Tensor, norm: nn.LayerNorm, shift: Tensor | None = None) -> Rows:
-    """LayerNorm of x + shift: (..., C), (C,) -> (..., C)."""
+def normed(x: Tensor, norm: nn.LayerNorm, shift: Tensor | None = None, addend: Tensor | None = None) -> Rows:
+    """LayerNorm of x + shift: (..., C), (C,) -> (..., C).  addend (..., C): is added to x first, in place."""
     given = (norm.weight, norm.bias, norm.eps)
     kernel = kernel_layer_norm(x, *given)
     if kernel and writes_float8(x):
-        values, scale = kernel(x, *given, shift=shift, float8=True)
+        values, scale = kernel(x, *given, shift=shift, addend=addend, float8=True)
         return Rows(values, scale, x.dtype)
+    if addend is not None:
+        x.add_(addend)
     return Rows.of(layer_norm(x, shift, *given))
 
 

@@ -1,14 +1,14 @@
 """The UNet in float8 as a GPU likes it: fast/unet.py with the products of its transformers in float8, and who draws by it.
 
-What differs from there.  A product in float8 cannot add to what is there: the sum is an operation of its own, and biases are left
-to the norms that follow as they are there.  What products make is bfloat16, and goes on so where nobody minds.  Weights of
-convolutions are dequantised when they are used, and so are an upsampling's, whose phases would stay in half precision.
+What differs from there.  A product in float8 cannot add to what is there: what it made is left to the next norm to add, as biases
+are there and here.  What products make is bfloat16, and goes on so where nobody minds.  Weights of convolutions are dequantised
+when they are used, and so are an upsampling's, whose phases would stay in half precision.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -66,20 +66,29 @@ class Upsample(fused.Upsample):
         return self.conv(F.interpolate(x, size=(height, width), mode="nearest")), None
 
 
+class Stream(NamedTuple):
+    """A residual stream (B, L, C), and what is still to be added to it, of the same shape."""
+
+    total: Tensor
+    addend: Tensor | None = None
+
+
 class TransformerBlock(fused.TransformerBlock):
     def __init__(self, block: unet.BasicTransformerBlock) -> None:
         super().__init__(block)
         self.qkv_scale = joined_scales(block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
 
-    def __call__(self, x: Tensor, shifts: Sequence[Tensor | None], keys_values: Tensor) -> Tensor:
+    def __call__(  # type: ignore[override]
+        self, stream: Tensor | Stream, shifts: Sequence[Tensor | None], keys_values: Tensor
+    ) -> Stream:
         """See there."""
-        block = self.block
-        q, k, v = product(normed(x, block.norm1, shifts[0]), self.qkv, self.qkv_scale).chunk(3, dim=-1)
-        x = add(x, ops.attention(q, k, v, self.heads), block.attn1.to_out[0])
-        q, (k, v) = block.attn2.to_q(normed(x, block.norm2, shifts[1])), keys_values.chunk(2, dim=-1)
-        x = add(x, ops.attention(q, k, v, self.heads), block.attn2.to_out[0])
-        h = product(normed(x, block.norm3, shifts[2]), self.proj.weight, scale_of(self.proj), self.proj.bias)
-        return add(x, gated(h), block.ff.net[2])
+        block, (x, addend) = self.block, stream if isinstance(stream, Stream) else Stream(stream)
+        q, k, v = product(normed(x, block.norm1, shifts[0], addend), self.qkv, self.qkv_scale).chunk(3, dim=-1)
+        addend = unbiased(ops.attention(q, k, v, self.heads), block.attn1.to_out[0])
+        q, (k, v) = block.attn2.to_q(normed(x, block.norm2, shifts[1], addend)), keys_values.chunk(2, dim=-1)
+        addend = unbiased(ops.attention(q, k, v, self.heads), block.attn2.to_out[0])
+        h = product(normed(x, block.norm3, shifts[2], addend), self.proj.weight, scale_of(self.proj), self.proj.bias)
+        return Stream(x, unbiased(gated(h), block.ff.net[2]))
 
 
 class Transformer(fused.Transformer):
@@ -89,8 +98,9 @@ class Transformer(fused.Transformer):
         weight = widened(self.proj_out.weight, torch.float32).flatten(1) * scale_of(self.proj_out).flatten(1)
         return self.proj_out.bias.float() + weight @ self.owed[-1]
 
-    def added(self, total: Tensor, h: Tensor) -> Tensor:
-        return add(total, h, self.proj_out)
+    def added(self, total: Tensor, h: Stream) -> Tensor:  # type: ignore[override]
+        assert h.addend is not None  # of the last block
+        return total.add_(unbiased(h.total.add_(h.addend), self.proj_out))
 
 
 def joined_scales(*layers: nn.Module) -> Tensor:
@@ -101,10 +111,10 @@ def joined_scales(*layers: nn.Module) -> Tensor:
     return scale
 
 
-def add(total: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
-    """total += what a linear layer makes of x without its bias: (..., N), (..., K) -> (..., N)."""
+def unbiased(x: Tensor, layer: nn.Module) -> Tensor:
+    """What a linear layer makes of x without its bias: (..., K) -> (..., N)."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    return total.add_(product(x, weight.flatten(1), scale_of(layer).flatten(1)))
+    return product(x, weight.flatten(1), scale_of(layer).flatten(1))
 
 
 def layer(module: nn.Module) -> fused.Layer:

@@ -9,7 +9,8 @@ For tests and benchmarks every file of KERNELS keeps the same protocol, `name` b
 
     SHAPES                              real shapes, frozen dataclasses with a `label`
     make(shape, device, dtype)          keyword arguments with random values (torch.manual_seed)
-    name(**arguments)                   runs the kernel; linear_step alone changes its arguments, and returns those it changed
+    name(**arguments)                   runs the kernel; linear_step changes its arguments, and returns those it changed, and
+                                        layer_norm adds an addend to x
     reference(**arguments)              the same in plain PyTorch, in the dtype of the arguments (float64 for a true value)
     library(**arguments)                name -> callable without arguments: the alternatives that PyTorch offers (a partial:
                                         those that run another kernel of ours)

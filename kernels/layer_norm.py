@@ -39,6 +39,7 @@ class Tile(NamedTuple):
     warps: int
 
 
+ADDEND = torch.bfloat16  # what a product in float8 makes
 TILE, WIDE = Tile(2048, 4), Tile(2048, 16)  # WIDE: of rows longer than that
 
 
@@ -94,7 +95,7 @@ def layer_norm(
 
     x (..., C), C up to 16384, weight, bias and shift (C,) -> (..., C), contiguous, in x's dtype.
     float8: instead (values (..., C), scales (..., 1)), e4m3 and float32, as `float8.scaled` makes them.
-    addend (..., C): is added to x first, in place.
+    addend (..., C): is added to x first, in place; the memory of one must not overlap with that of the other.
     ValueError for other shapes, dtypes, strides or devices.
     """
     check("x", x, (None,) * x.dim())
@@ -107,6 +108,7 @@ def layer_norm(
     addend_row = 0
     if addend is not None:
         check("addend", addend, tuple(x.shape), like=x)
+        expect(rows == 1 or x_row >= channels, "x", "rows that do not overlap, where there is an addend", f"stride {x_row}")
         addend_row = rows_of("addend", addend)[1]
     y, scales = empty_rows(x, channels) if float8 else (torch.empty(x.shape, device=x.device, dtype=x.dtype), None)
     block = 1 << (channels - 1).bit_length()
@@ -156,7 +158,7 @@ def make(shape: Shape, device: torch.device | str, dtype: torch.dtype) -> dict[s
     c = shape.channels
     arguments = {"x": randn(shape.rows, c), "weight": 1 + randn(c) / 4, "bias": randn(c) / 4, "eps": 1e-5}
     arguments |= {"shift": torch.randn(c, device=device)} if shape.shift else {}  # a sum of biases, in float32
-    arguments |= {"addend": randn(shape.rows, c)} if shape.addend else {}
+    arguments |= {"addend": randn(shape.rows, c).to(ADDEND)} if shape.addend else {}
     return arguments | ({"float8": True} if shape.float8 else {})
 
 
@@ -166,7 +168,7 @@ def tiles(shape: Shape) -> list[Tile]:
 
 
 def traffic(shape: Shape, element_size: int) -> int:
-    moved = (3 if shape.addend else 1) * element_size + (1 if shape.float8 else element_size)
+    moved = element_size + (1 if shape.float8 else element_size) + (element_size + ADDEND.itemsize if shape.addend else 0)
     return shape.rows * shape.channels * moved
 
 

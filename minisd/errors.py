@@ -7,6 +7,7 @@ import errno
 from collections.abc import Iterator
 from typing import Any
 
+NO_THREAD = "can't start new thread"
 LACK_OF_MEMORY = (
     "out of memory",  # CUDA
     "alloc_failed",  # cuBLAS, cuDNN
@@ -16,11 +17,11 @@ LACK_OF_MEMORY = (
     "cannot map",
     "without setting an exception",  # Python, where even that found no room; as is the next
     "without exception set",
-    "can't start new thread",  # Python, where there is no room for its stack
+    NO_THREAD,  # Python, where there is no room for its stack, or a limit of processes is reached
 )
 # All that oneDNN says, of the code that it makes and of its buffers; what goes on ("… a primitive descriptor") has other reasons.
 # And what is left of torch's "[enforce fail at alloc_cpu.cpp…" where only a C++ string's own 15 bytes find room.
-WHOLE = ("could not create a primitive", "could not create a memory object", "[enforce fail a")
+WHOLE_MESSAGES = ("could not create a primitive", "could not create a memory object", "[enforce fail a")
 
 
 class MinisdError(Exception):
@@ -77,7 +78,7 @@ def taken_apart(path: object) -> Iterator[None]:
 def is_lack_of_memory(error: BaseException) -> bool:
     """Whether this is one of the ways in which it is said: by Python, by the system, while a library is loaded, by torch."""
     if isinstance(error, ImportError | RuntimeError | SystemError):  # torch's own error for a GPU is a RuntimeError, too
-        return str(error).strip() in WHOLE or any(words in str(error).lower() for words in LACK_OF_MEMORY)
+        return str(error).strip() in WHOLE_MESSAGES or any(words in str(error).lower() for words in LACK_OF_MEMORY)
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 
 

@@ -822,6 +822,7 @@ REFUSED: list[tuple[str, dict[str, Callable[[], Any]], str]] = [
     ("layer_norm", {"x": lambda: rand(64, 3).T}, r"x: expected rows evenly spaced .*, found shape \(3, 64\) with strides"),
     ("layer_norm", {"shift": lambda: rand(3, 64)}, r"shift: expected shape \(64\), found \(3, 64\)"),
     ("layer_norm", {"addend": lambda: rand(4, 64)}, r"addend: expected shape \(3, 64\), found \(4, 64\)"),
+    ("layer_norm", {"x": lambda: rand(1, 64).expand(3, 64), "addend": lambda: rand(3, 64)}, r"x: expected rows that do not over"),
     ("layer_norm", {"addend": lambda: rand(64, 3).T}, r"addend: expected rows evenly spaced .*, found shape"),
     ("layer_norm", {"weight": lambda: vector(65)}, r"weight: expected shape \(64\), found \(65,\)"),
     ("attention", {"k": lambda: rand(1, 3, 7, 40)}, r"k: expected shape \(1, 2, any, 40\), found \(1, 3, 7, 40\)"),

@@ -73,7 +73,7 @@ def bench_kernel(report: Report, name: str, shapes: list[Any], args: Any) -> Non
             wanted = outputs(module.reference(**double(arguments)))
             runs = variants(name, shape, arguments, clock.device, args.tiles)
             if theirs:
-                runs |= {args.against.name: partial(theirs, **fresh(name, arguments))}
+                runs |= {args.against.name: partial(theirs, **copied(arguments))}
             measure(report, name, shape, runs, wanted)
 
 
@@ -98,7 +98,7 @@ def measure(report: Report, name: str, shape: Any, runs: dict[str, Run], wanted:
     for variant, run in runs.items():
         with report.attempt(f"{shape.label}: {variant}"):
             interpreted = not clock.is_cuda and in_triton(run)
-            # Before the clock starts: the sampler's step changes its arguments, each call again.
+            # Before the clock starts: what changes its arguments does so at each call again.
             error: float | None = relative_error(outputs(run()), wanted)
             if interpreted and (clock.dtype == torch.bfloat16 or getattr(shape, "float8", False)):
                 error = None
@@ -118,9 +118,9 @@ def variants(name: str, shape: Any, arguments: dict[str, Any], device: torch.dev
     What is a partial runs a kernel of ours: on a CPU in the interpreter, where time means nothing, or not at all.
     """
     module, kernel = kernels().KERNELS[name], getattr(kernels(), name)
-    own = fresh(name, arguments)
     others = module.tiles(shape) if tiles and hasattr(module, "tiles") else []
-    runs = {"minisd": partial(kernel, **own)} | {"x".join(map(str, tile)): partial(kernel, **own, tile=tile) for tile in others}
+    runs: dict[str, Run] = {"minisd": partial(kernel, **copied(arguments))}
+    runs |= {"x".join(map(str, tile)): partial(kernel, **copied(arguments), tile=tile) for tile in others}
     runs |= module.library(**arguments)
     return {variant: run for variant, run in runs.items() if runs_here(device) or not isinstance(run, partial)}
 
@@ -158,11 +158,8 @@ def smaller(shape: Any) -> Any:
     return replace(shape, **small, label=f"{shape.label} (cut)")
 
 
-def fresh(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    return copied(arguments) if name == "linear_step" else arguments  # that one changes what it is given
-
-
 def copied(arguments: dict[str, Any]) -> dict[str, Any]:
+    """For a kernel of its own: some change what they are given."""
     return {key: x.clone() if isinstance(x, Tensor) else x for key, x in arguments.items()}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -13,10 +15,12 @@ from .atomic import drafting
 from .regular import open_regular
 
 MAX_KEPT = 64 << 20  # bytes; 10,000 files take about 3 MB
-WRITING = (
-    RLock()
-)  # a thread that is writing when the process ends would leave its draft: the end waits for it, and no other begins
-atexit.register(WRITING.acquire, timeout=1)
+PATIENCE = 1  # seconds
+
+# Held while a file is written, and for good at the end of the process: a thread that is ended in between would leave its draft.
+# By a thread more than once, because the one that ends may still keep something.
+WRITING = RLock()
+atexit.register(WRITING.acquire, timeout=PATIENCE)
 
 
 def folder() -> Path:
@@ -47,8 +51,19 @@ def keep(name: str, known: dict[str, Any]) -> None:
     try:
         target = place(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with WRITING, drafting(target, 0o600) as draft:
+        with writing(), drafting(target, 0o600) as draft:
             draft.write_text(json.dumps(known))
             draft.replace(target)
     except (OSError, ValueError, RuntimeError):  # an OutputError is an OSError
         pass
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Raises TimeoutError where another thread writes for too long, or the process is ending."""
+    if not WRITING.acquire(timeout=PATIENCE):
+        raise TimeoutError
+    try:
+        yield
+    finally:
+        WRITING.release()

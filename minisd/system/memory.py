@@ -29,7 +29,7 @@ def memory_errors() -> Iterator[None]:
     """Turns torch's ways of running out of memory into OutOfMemoryError."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch's own is a RuntimeError, and so are a broken GPU's
+    except (MemoryError, RuntimeError, SystemError) as error:  # torch's own is a RuntimeError, and so are a broken GPU's
         if not is_lack_of_memory(error):
             raise
         raise OutOfMemoryError(

@@ -16,8 +16,10 @@ from families import SMALL
 from helpers import write_holes
 
 import minisd
+from minisd import kernels
 from minisd.bench import everything, networks, peers, steps
 from minisd.bench.everything import summary
+from minisd.bench.kernels import double, outputs, relative_error, smaller, variants
 from minisd.bench.machine import compiling
 from minisd.bench.machine.kinds import class_of
 from minisd.bench.machine.roofline import Watch, of_pytorch, spent_on_cpu
@@ -167,6 +169,21 @@ def test_a_kernel_of_the_user_beside_ours(tmp_path, capsys):
     assert row["error"] == pytest.approx(1e-3, rel=0.01)
     assert row["time_us"] > 0  # no Triton in it, so a CPU can time it
     assert "geglu, float32, shapes of tiny:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "linear_step"])
+def test_kernels_that_change_what_they_are_given_are_each_given_their_own(name):
+    """Each with every tile, and PyTorch, computes from the same numbers."""
+    module = kernels.KERNELS[name]
+    shape = smaller(next(each for each in module.SHAPES if getattr(each, "addend", True)))
+    if name == "layer_norm":  # the interpreter cuts off what goes into float8
+        shape = dataclasses.replace(shape, float8=False)
+    arguments = module.make(shape, torch.device("cpu"), torch.float32)
+    wanted = outputs(module.reference(**double(arguments)))
+    runs = variants(name, shape, arguments, torch.device("cpu"), tiles=True)
+    assert {"minisd", "PyTorch"} < {*runs} or name == "linear_step"
+    for variant, run in runs.items():
+        assert relative_error(outputs(run()), wanted) < 0.01, variant
 
 
 def test_a_copy_of_a_kernel_finds_its_neighbours_and_is_not_timed_in_the_interpreter(tmp_path):

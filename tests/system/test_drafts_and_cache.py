@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import pwd
@@ -16,10 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from minisd.cli.main import refused
+from minisd.batch.store import Folder
 from minisd.errors import OutOfMemoryError, OutputError, is_lack_of_memory, taken_apart
 from minisd.files.checkpoint import file_sha256, known_sha256, state_of
-from minisd.system import atomic
+from minisd.system import atomic, cache
 from minisd.system.atomic import drafting, replacing, running, strays
 from minisd.system.cache import keep, place, recall
 from minisd.system.memory import memory_errors
@@ -177,6 +178,13 @@ def test_no_memory_has_a_reason():
         raise MemoryError
 
 
+def raising(error):
+    def call(*_):
+        raise error
+
+    return call
+
+
 LACKING = [
     MemoryError(),
     RuntimeError("std::bad_alloc"),
@@ -194,12 +202,38 @@ LACKING = [
 
 
 @pytest.mark.parametrize("error", LACKING, ids=lambda error: type(error).__name__)
-def test_every_way_of_saying_that_memory_lacks(error, capfd):
+def test_every_way_of_saying_that_memory_lacks(error, capfd, monkeypatch):
     """Never a fault of the file that was read when it happened, and one line with exit code 4 at the end."""
     with pytest.raises(type(error)), taken_apart("a.ckpt"):
         raise error
-    assert refused(error) == 4
-    assert capfd.readouterr().err == "minisd: error: there is not enough memory for this\n"
+    command_line = importlib.import_module("minisd.cli.main")
+    monkeypatch.setattr(command_line, "run", raising(error))
+    assert command_line.main([]) == 4
+    more = "to start a thread, or there are too many (ulimit -u)" if "thread" in str(error) else "for this"
+    assert capfd.readouterr().err == f"minisd: error: there is not enough memory {more}\n"
+    of_torch = isinstance(error, MemoryError | RuntimeError | SystemError)
+    with pytest.raises(OutOfMemoryError if of_torch else type(error)), memory_errors():
+        raise error
+
+
+def test_where_another_thread_does_not_end_its_writing_nothing_is_kept(monkeypatch):
+    """It holds the lock for good, as one does whose process was forked meanwhile, or the end of the process."""
+    monkeypatch.setattr(cache, "WRITING", threading.Lock())
+    monkeypatch.setattr(cache, "PATIENCE", 0.05)
+    with cache.writing():
+        keep("sha256", {"a": "b"})
+    assert recall("sha256") == {}
+    keep("sha256", {"a": "b"})
+    assert recall("sha256") == {"a": "b"}
+
+
+def test_a_batch_whose_drafts_cannot_be_listed_in_the_end_says_only_what_was_wrong_before(tmp_path, monkeypatch):
+    store = Folder(tmp_path)
+    store.write("a", b"a")
+    monkeypatch.setattr(os, "listdir", raising(OSError(errno.ENOMEM, "Cannot allocate memory")))
+    with pytest.raises(OutputError):
+        store.names("")
+    store.close()
 
 
 def test_other_errors_are_no_lack_of_memory():

@@ -45,6 +45,8 @@ class Launching:
             if name == "linear_step":
                 for target, value in zip((given[0], given[1], given[6]), result, strict=True):
                     target.copy_(value)
+            if more.get("addend") is not None:  # layer_norm's stream
+                given[0].add_(more["addend"])
             if isinstance(result, tuple):  # a map, and its statistics
                 return as_written(result[0], given[0]), *result[1:]
             return as_written(result, given[0])

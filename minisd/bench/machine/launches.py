@@ -133,8 +133,8 @@ def group_norm(given: tuple[Any, ...], made: tuple[Tensor, ...], more: dict[str,
 
 
 def layer_norm(given: tuple[Any, ...], made: tuple[Tensor, ...], more: dict[str, Any]) -> list[Launch]:
-    written = given[0] if more.get("addend") is not None else None  # the stream
-    return [Launch("layer_norm", class_of("layer_norm"), size_of(*given, *more.values(), *made, written))]
+    written = size_of(given[0]) if more.get("addend") is not None else 0  # of the stream
+    return [Launch("layer_norm", class_of("layer_norm"), size_of(*given, *more.values(), *made) + written)]
 
 
 def upsample_conv(given: tuple[Any, ...], made: tuple[Tensor, ...], more: dict[str, Any]) -> list[Launch]:

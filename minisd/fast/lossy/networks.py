@@ -81,7 +81,7 @@ class TransformerBlock(fused.TransformerBlock):
     def __call__(  # type: ignore[override]
         self, stream: Tensor | Stream, shifts: Sequence[Tensor | None], keys_values: Tensor
     ) -> Stream:
-        """See there."""
+        """See there; what the last part made is still to be added to the stream."""
         block, (x, addend) = self.block, stream if isinstance(stream, Stream) else Stream(stream)
         q, k, v = product(normed(x, block.norm1, shifts[0], addend), self.qkv, self.qkv_scale).chunk(3, dim=-1)
         addend = unbiased(ops.attention(q, k, v, self.heads), block.attn1.to_out[0])

@@ -7,7 +7,8 @@ import errno
 from collections.abc import Iterator
 from typing import Any
 
-NO_THREAD = "can't start new thread"
+NO_THREAD = "can't start new thread"  # Python, where there is no room for its stack, or a limit of processes is reached
+THREADLESS = "no thread can be started: there is not enough memory, or too many processes (ulimit -u)"
 LACK_OF_MEMORY = (
     "out of memory",  # CUDA
     "alloc_failed",  # cuBLAS, cuDNN
@@ -17,7 +18,7 @@ LACK_OF_MEMORY = (
     "cannot map",
     "without setting an exception",  # Python, where even that found no room; as is the next
     "without exception set",
-    NO_THREAD,  # Python, where there is no room for its stack, or a limit of processes is reached
+    NO_THREAD,
 )
 # All that oneDNN says, of the code that it makes and of its buffers; what goes on ("… a primitive descriptor") has other reasons.
 # And what is left of torch's "[enforce fail at alloc_cpu.cpp…" where only a C++ string's own 15 bytes find room.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from .. import __version__
-from ..errors import NO_THREAD, MinisdError, OutOfMemoryError, OutputError, UsageError, is_lack_of_memory
+from ..errors import NO_THREAD, THREADLESS, MinisdError, OutOfMemoryError, OutputError, UsageError, is_lack_of_memory
 from . import about, again, bench, draw, files, lora, models, serve
 from .inside import attend, explain, numerics, traces
 from .options import Parser, one_line, with_flags
@@ -208,8 +208,8 @@ def interrupted(came: Sequence[int]) -> int:
 def refused(error: Exception) -> int:
     """What the machine says no with, in one line; raises what it does not know."""
     if is_lack_of_memory(error):
-        thread = "to start a thread, or there are too many (ulimit -u)" if NO_THREAD in str(error) else "for this"
-        print(f"minisd: error: there is not enough memory {thread}", file=sys.stderr)
+        reason = THREADLESS if NO_THREAD in str(error) else "there is not enough memory for this"
+        print(f"minisd: error: {reason}", file=sys.stderr)
         return OutOfMemoryError.exit_code
     if isinstance(error, ImportError):
         print(f"minisd: error: a library cannot be loaded: {one_line(error)} (see minisd doctor)", file=sys.stderr)

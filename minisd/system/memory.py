@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import OutOfMemoryError, is_lack_of_memory
+from ..errors import NO_THREAD, THREADLESS, OutOfMemoryError, is_lack_of_memory
 
 # glibc's mallopt (malloc/malloc.h): blocks from how many bytes on are the system's own, and what is free at the end of the heap
 # that is given back to it.  Kept: neither ever.  Usual: what glibc itself comes to after it has freed a block of 32 MB.
@@ -32,6 +32,8 @@ def memory_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError, SystemError) as error:  # torch's own is a RuntimeError, and so are a broken GPU's
         if not is_lack_of_memory(error):
             raise
+        if NO_THREAD in str(error):
+            raise OutOfMemoryError(THREADLESS) from error
         raise OutOfMemoryError(
             f"out of memory: {first_line(error) or 'main memory is full'}; draw fewer or smaller pictures, or use dtype bfloat16"
         ) from error

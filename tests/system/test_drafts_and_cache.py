@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from minisd.batch.store import Folder
-from minisd.errors import OutOfMemoryError, OutputError, is_lack_of_memory, taken_apart
+from minisd.errors import THREADLESS, OutOfMemoryError, OutputError, is_lack_of_memory, taken_apart
 from minisd.files.checkpoint import file_sha256, known_sha256, state_of
 from minisd.system import atomic, cache
 from minisd.system.atomic import drafting, replacing, running, strays
@@ -209,8 +209,8 @@ def test_every_way_of_saying_that_memory_lacks(error, capfd, monkeypatch):
     command_line = importlib.import_module("minisd.cli.main")
     monkeypatch.setattr(command_line, "run", raising(error))
     assert command_line.main([]) == 4
-    more = "to start a thread, or there are too many (ulimit -u)" if "thread" in str(error) else "for this"
-    assert capfd.readouterr().err == f"minisd: error: there is not enough memory {more}\n"
+    reason = THREADLESS if "thread" in str(error) else "there is not enough memory for this"
+    assert capfd.readouterr().err == f"minisd: error: {reason}\n"
     of_torch = isinstance(error, MemoryError | RuntimeError | SystemError)
     with pytest.raises(OutOfMemoryError if of_torch else type(error)), memory_errors():
         raise error

@@ -54,9 +54,8 @@ def test_a_step_in_float8_has_launches_of_its_own():
     step = of_step(MODELS["sd15"], 64, torch.bfloat16, fp8=True)
     assert len(step) == 579
     largest = max(launch.bytes for launch in step if launch.name == "layer_norm")
-    assert largest == pytest.approx(
-        8192 * 320 * (2 + 2 + 2 + 1), rel=0.01
-    )  # x is read and written, an addend read, float8 written
+    # The stream is read and written, what is added to it is read, and rows in float8 are written.
+    assert largest == pytest.approx(8192 * 320 * (2 + 2 + 2 + 1), rel=0.01)
     # Each of 16 transformers adds its last product by itself, and what leaves it; each ResBlock with a skip has an addition, too.
     assert count(step, "add_") == 32
     assert count(step, "product in float8") == 128  # of 16 transformers: 6 in each block, and in and out of each
